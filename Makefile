@@ -1,0 +1,44 @@
+# Every target first makes .venv, if it is missing or older than the project's files.
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+SYSTEMS := $(filter-out __init__,$(basename $(notdir $(wildcard magpo/systems/*.py))))
+SMOKE_TASKS ?= coordsum/3x10-30 rware/tiny-2ag lbf/2s-8x8-2p-2f-coop
+SMOKE := budget=quick tuned=false num_envs=4 rollout_length=16 total_steps=256 num_evaluations=2 \
+	eval_episodes=2 env.time_limit=20 results_dir=results/smoke
+
+.PHONY: install train demo test lint smoke benchmark
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The main job. RWARE's reward is sparse: a quick run moves little; `make demo` learns in minutes.
+train: install
+	$(BIN)/python -m magpo.systems.magpo env=rware/tiny-4ag budget=quick $(ARGS)
+
+demo: install
+	$(BIN)/python -m magpo.systems.magpo env=lbf/2s-8x8-2p-2f-coop budget=quick total_steps=491520 $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Every system on one task of every suite, as small as it gets.
+smoke: install
+	@set -e; for system in $(SYSTEMS); do for task in $(SMOKE_TASKS); do \
+		echo "== $$system $$task"; \
+		$(BIN)/python -m magpo.systems.$$system env=$$task $(SMOKE) $(ARGS); \
+	done; done
+
+benchmark: install
+	$(BIN)/python scripts/benchmark.py $(ARGS)

@@ -1,0 +1,409 @@
+"""Compose and check: YAML in, frozen dataclasses out.
+
+`load("magpo", ["env=rware/tiny-4ag", "system.clip_eps=0.1"])` composes, later over earlier,
+configs/experiment.yaml, configs/<system>.yaml, the task, the budget, the logger, the task's tuned
+values and the overrides (Hydra's grammar). The values live there and nowhere else; the dataclasses
+have none. A system module's own `Config` checks its part, so this file knows no algorithm.
+"""
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from itertools import groupby
+from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from magpo import paths
+from magpo.envs import registry
+
+T = TypeVar("T")
+GROUPS = ("env", "budget", "logger")  # folders of files to choose from, by env=rware/tiny-4ag
+HYDRA_SETTINGS = (
+    "hydra.output_subdir=null",
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=${results_dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}",
+    "hydra.sweep.subdir=.",
+    "hydra/job_logging=none",
+)
+
+
+class ConfigError(ValueError):
+    """Bad input, in one line: what is wrong, what is allowed, the nearest match."""
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # 2e7 steps
+
+
+PositiveInt = Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=2**31)]
+NonNegativeInt = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**31)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**32)]
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    name: str  # "rware/tiny-4ag"
+    options: dict[str, Any]  # of the task's YAML, overrides applied; checked by magpo.envs.make
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    console: bool
+    plot: bool
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of one run. Steps count environment steps of one seed."""
+
+    system: str
+    env: EnvConfig
+    algorithm: Any  # the system module's `Config`
+    seeds: tuple[Seed, ...]
+    total_steps: Annotated[int, BeforeValidator(_whole), Field(gt=0)]  # as asked for
+    num_envs: PositiveInt
+    rollout_length: PositiveInt
+    num_evaluations: PositiveInt
+    eval_episodes: PositiveInt
+    absolute_metric: bool
+    budget: str
+    tuned: bool  # whether tuned values were used
+    precision: Literal["float32", "bfloat16"]
+    platform: Literal["auto", "cpu", "gpu", "tpu"]
+    logger: LoggerConfig
+    results_dir: str
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be one or more different numbers, not {list(self.seeds)}")
+        if self.updates_per_chunk == 0:
+            needed = self.num_evaluations * self.steps_per_update
+            fewer = self.total_steps // self.steps_per_update
+            lower = f" or num_evaluations at most {fewer}" if fewer else ""
+            raise ValueError(
+                f"total_steps must be at least {needed}{lower}, not {self.total_steps}: an update "
+                f"takes num_envs * rollout_length = {self.steps_per_update} steps, and each of the "
+                f"{self.num_evaluations} evaluations follows one"
+            )
+
+    @property
+    def steps_per_update(self) -> int:
+        return self.num_envs * self.rollout_length
+
+    @property
+    def updates_per_chunk(self) -> int:
+        """Updates between two evaluations."""
+        return self.total_steps // self.steps_per_update // self.num_evaluations
+
+    @property
+    def num_updates(self) -> int:
+        return self.updates_per_chunk * self.num_evaluations
+
+    @property
+    def steps_per_chunk(self) -> int:
+        return self.updates_per_chunk * self.steps_per_update
+
+    @property
+    def trained_steps(self) -> int:
+        """`total_steps`, rounded down to whole chunks."""
+        return self.num_updates * self.steps_per_update
+
+
+def systems() -> list[str]:
+    """The names of the systems in the package."""
+    package = import_module("magpo.systems")
+    return sorted(module.name for module in iter_modules(package.__path__))
+
+
+def load(
+    system: str | ModuleType, overrides: Sequence[str] = (), config_dir: Path | None = None
+) -> RunConfig:
+    """Compose and check a run's configuration.
+
+    `system` is one of `systems()`, or the module of a system of your own, whose YAML has the
+    module's name and lies beside it, or in `config_dir`. That folder may hold budget/, logger/ and
+    tuned/ files too. Raises ConfigError.
+    """
+    name, folders = _locate(system, config_dir)
+    return _build(system, name, folders, *_compose(name, overrides, folders))
+
+
+def hydra_main(
+    system: str | ModuleType, run: Callable[[RunConfig], object], config_dir: Path | None = None
+) -> None:
+    """The command line of a system: its arguments are overrides and a few of Hydra's flags.
+
+    Without flags this is `run(load(system, arguments))`: no Hydra application, no outputs/ folder,
+    no change of folder or of logging. --help is ours; --cfg, --info, --multirun and shell
+    completion are Hydra's. All jobs of a --multirun are checked before the first starts; its record
+    and a launcher's files go to <results_dir>/sweeps/. A ConfigError, also one that `run` raises,
+    ends the process with its line on stderr and exit code 2.
+    """
+    arguments = sys.argv[1:]
+    with exit_on_config_error():
+        if {"-h", "--help"} & set(arguments):
+            print(_help(*_locate(system, config_dir)))
+        elif any(argument.startswith("-") for argument in arguments):
+            _hydra_app(system, run, config_dir)
+        else:
+            run(load(system, arguments, config_dir))
+
+
+@contextmanager
+def exit_on_config_error() -> Iterator[None]:
+    """Turn a ConfigError into one line on stderr and exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def _locate(system: str | ModuleType, config_dir: Path | None) -> tuple[str, list[Path]]:
+    """The system's name and the folders with YAML files, the one with the system's own first."""
+    if isinstance(system, ModuleType):
+        source = Path(str(system.__file__))
+        name, config_dir = source.stem, config_dir or source.parent
+    elif system in systems():
+        name = system
+    else:
+        raise ConfigError(registry.unknown("system", system, systems()))
+    folders = [folder.resolve() for folder in (config_dir, paths.configs()) if folder]
+    folders.sort(key=lambda folder: not (folder / f"{name}.yaml").is_file())
+    if not (folders[0] / f"{name}.yaml").is_file():
+        raise ConfigError(f"no {name}.yaml in {' or '.join(map(str, folders))}")
+    return name, folders
+
+
+def _options(folders: Sequence[Path], group: str) -> list[str]:
+    """The names that `group=` can take: its YAML files."""
+    roots = [folder / group for folder in folders]
+    files = [file.relative_to(root) for root in roots for file in root.rglob("*.yaml")]
+    return sorted({file.with_suffix("").as_posix() for file in files})
+
+
+def _build(
+    system: str | ModuleType,
+    name: str,
+    folders: Sequence[Path],
+    config: DictConfig,
+    choices: Mapping[str, str],
+) -> RunConfig:
+    """Check what was composed; `choices` has each group's file."""
+    try:
+        values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).partition("\n")[0]) from error
+    algorithm = {part: values.pop(part, {}) for part in ("system", "network")}
+    task = choices["env"]
+    known = registry.options(task)
+    for option in values["env"]:
+        if option not in known:
+            raise ConfigError(registry.unknown(f"option of {task}", option, list(known)))
+    values |= {
+        "system": name,
+        "env": {"name": task, "options": values["env"]},
+        "budget": choices.get("budget", "none"),
+        "tuned": choices.get("tuned") in _options(folders, "tuned"),
+        "algorithm": None,
+    }
+    run = _validate(RunConfig, values)
+    module = system if isinstance(system, ModuleType) else import_module(f"magpo.systems.{name}")
+    for number in ("num_envs", "rollout_length", "updates_per_chunk"):
+        algorithm[number] = getattr(run, number)
+    return replace(run, algorithm=_validate(module.Config, algorithm))
+
+
+def _compose(
+    name: str, overrides: Sequence[str], folders: Sequence[Path]
+) -> tuple[DictConfig, dict[str, str]]:
+    """The composed configuration and each group's choice."""
+    overrides = _checked(overrides, folders)
+    try:
+        return _hydra_compose(name, overrides, folders)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, name, overrides, folders)) from error
+
+
+def _hydra_compose(
+    name: str, overrides: Sequence[str], folders: Sequence[Path]
+) -> tuple[DictConfig, dict[str, str]]:
+    with hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
+        config = hydra.compose(name, [_search(folders), *overrides], return_hydra_config=True)
+    ours = [str(key) for key in config if key != "hydra"]
+    return OmegaConf.masked_copy(config, ours), dict(config.hydra.runtime.choices)
+
+
+def _search(folders: Sequence[Path]) -> str:
+    """The override that lets Hydra look beyond the first folder."""
+    return f"hydra.searchpath={json.dumps([folder.as_uri() for folder in folders[1:]])}"
+
+
+def _checked(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """The overrides as Hydra takes them, if each can be read and chooses from what there is."""
+    known = {group: _options(folders, group) for group in GROUPS} | {"env": registry.tasks()}
+    overrides = _tuned(overrides)
+    for text in overrides:
+        override = _parsed(text)
+        key, value = override.key_or_group, override.value()
+        if override.is_sweep_override():
+            raise ConfigError(f"{text!r}: a list is written [0,1], a sweep needs --multirun")
+        if override.is_delete():
+            continue
+        if key in known and value not in known[key]:
+            what, allowed = ("task", _suites()) if key == "env" else (key, None)
+            raise ConfigError(registry.unknown(what, str(value), known[key], allowed))
+    return overrides
+
+
+def _tuned(overrides: Sequence[str]) -> list[str]:
+    """To Hydra tuned/ is a group of files: true is what its YAML chooses, false no file's name."""
+    off = "tuned='false'"
+    words = {"tuned=true": [], "tuned=false": [off], off: [off]}
+    for text in overrides:
+        if text.startswith("tuned=") and text.lower() not in words:
+            raise ConfigError(f"tuned must be true or false, not {text.partition('=')[2]!r}")
+    return [new for text in overrides for new in words.get(text.lower(), [text])]
+
+
+def _parsed(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(
+            f"cannot read {text!r}: write key=value, a list as key=[0,1], special characters as "
+            "\"key='...'\""
+        ) from error
+
+
+def _suites() -> list[str]:
+    return list(dict.fromkeys(task.partition("/")[0] + "/..." for task in registry.tasks()))
+
+
+def _explain(error: Exception, name: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:
+    """One line for an error of Hydra's: those have several, and no nearest match."""
+    parsed = [(text, _parsed(text)) for text in overrides]
+    if not any(o.key_or_group == "env" and not o.is_delete() for _, o in parsed):
+        return f"no task chosen: write env=<suite>/<task>, of {', '.join(_suites())}"
+    try:  # with the files chosen, and no value overridden
+        choices = [text for text, o in parsed if o.key_or_group in GROUPS]
+        known = [*_keys(_hydra_compose(name, choices, folders)[0]), *GROUPS, "tuned"]
+    except HydraException:  # the fault is in a file
+        return str(error).partition("\n")[0]
+    for _, o in parsed:
+        key = o.key_or_group
+        if not o.is_add() and key not in known:
+            return _unknown_key(key, known)
+    return str(error).partition("\n")[0]
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all values and groups of values."""
+    for key in node:
+        yield f"{prefix}{key}"
+        if isinstance(node[key], Mapping):
+            yield from _keys(node[key], f"{prefix}{key}.")
+
+
+def _unknown_key(key: str, known: Sequence[str]) -> str:
+    """`known` are dotted names; one with the same last part is the nearest."""
+    leaf = key.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown key {key!r}: {hint}--help lists all"
+
+
+def _validate(schema: type[T], values: Mapping[str, Any]) -> T:
+    """Build a dataclass as strictly as from JSON: no strings for numbers, no unknown keys."""
+    try:
+        text = json.dumps(values)
+        return TypeAdapter(schema).validate_json(text, strict=True, extra="forbid")
+    except ValidationError as error:
+        first, *others = error.errors()
+        more = f" (and {len(others)} more)" if others else ""
+        raise ConfigError(_line(first, schema) + more) from None
+
+
+def _line(error: ErrorDetails, schema: type) -> str:
+    """A pydantic error as a sentence."""
+    *parents, _ = location = [str(part) for part in error["loc"]] or [""]
+    key = ".".join(location)
+    if error["type"] == "unexpected_keyword_argument":
+        for parent in parents:
+            schema = get_type_hints(schema)[parent]
+        return _unknown_key(key, [".".join((*parents, field.name)) for field in fields(schema)])
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if error["type"] == "value_error":
+        return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
+    rule = error["msg"].replace("Input should", "must").replace("a valid array", "a list")
+    return f"{key} {rule.replace('an object', 'a group of keys')}, not {error['input']!r}"
+
+
+def _hydra_app(
+    system: str | ModuleType, run: Callable[[RunConfig], object], config_dir: Path | None
+) -> None:
+    """Hand arguments with flags to Hydra, all its jobs checked."""
+    name, folders = _locate(system, config_dir)
+    flags, unknown = get_args_parser().parse_known_args()
+    if unknown or flags.config_name or flags.config_path or flags.config_dir:
+        raise ConfigError(f"unknown flag {(unknown or ['--config-...'])[0]!r}: see --help")
+    overrides = _tuned(flags.overrides)
+
+    def run_job(config: DictConfig) -> None:
+        with exit_on_config_error():
+            run(_build(system, name, folders, config, HydraConfig.get().runtime.choices))
+
+    given = [argument for argument in sys.argv[1:] if argument not in flags.overrides]
+    sys.argv[1:] = [*given, *HYDRA_SETTINGS, _search(folders), *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing its own account
+    try:
+        parsed = [_parsed(text) for text in overrides]
+        if not (flags.hydra_help or flags.shell_completion) and all(
+            override.key_or_group != "hydra/sweeper" for override in parsed
+        ):
+            for job in BasicSweeper.split_arguments(parsed, None)[0]:
+                load(system, job, config_dir)
+        hydra.main(config_path=str(folders[0]), config_name=name, version_base="1.3")(run_job)()
+    except HydraException as error:
+        raise ConfigError(str(error).partition("\n")[0]) from error
+
+
+def _help(name: str, folders: Sequence[Path]) -> str:
+    """What can be given on the command line, out of the YAML files and their comments."""
+    package = "magpo.systems." if name in systems() else ""
+    text = [f"usage: python -m {package}{name} env=<suite>/<task> [key=value ...] [flags]"]
+    text += ["", "tasks:"]
+    for suite, tasks in groupby(registry.tasks(), lambda task: task.partition("/")[0]):
+        text.append(f"  {suite}/ " + " ".join(task.partition("/")[2] for task in tasks))
+    text += [f"{group}: " + " | ".join(_options(folders, group)) for group in ("budget", "logger")]
+    text += ["flags: --cfg job (print the configuration), --multirun (a=1,2 sweeps), --help"]
+    for file in ("experiment", "budget/paper", "logger/default", name):
+        path = next(path for folder in folders if (path := folder / f"{file}.yaml").is_file())
+        body = re.sub(r"(?m)^(# @package.*|defaults:\n(  - .*\n)*)\n?", "", path.read_text())
+        text += ["", f"{file}.yaml", *(f"  {line}".rstrip() for line in body.strip().splitlines())]
+    return "\n".join(text)

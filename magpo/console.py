@@ -1,0 +1,197 @@
+"""What a person sees of a run: a live display on a terminal, one line per evaluation elsewhere."""
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console as Terminal
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from magpo.config import RunConfig
+from magpo.loggers import Measurement, Run
+from magpo.types import Environment
+
+SPARSE_SUITES = ("rware",)
+HINT = """\
+Rewards are sparse here: a quick run moves little. What learns in minutes:
+  make demo    or    python -m magpo.systems.{system} env=lbf/2s-8x8-2p-2f-coop budget=quick"""
+
+
+def short(number: float) -> str:
+    """Three digits in engineering notation: 19988480 is "20.0M"."""
+    for unit, symbol in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * unit:
+            value = number / unit
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{symbol}"
+    return f"{number:.0f}"
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean ± standard deviation over seeds, (S,); the mean alone for one seed."""
+    digits = 1 if abs(values.mean()) >= 99.95 else 2
+    mean = f"{values.mean():.{digits}f}"
+    return f"{mean} ± {values.std():.{digits}f}" if len(values) > 1 else mean
+
+
+def _size(params: Any) -> int:
+    """Numbers in one seed's parameters; the leaves are (S, ...)."""
+    return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(params))
+
+
+class Console:
+    """The display of one run, with `absolute_evaluations` more evaluations after the last chunk."""
+
+    def __init__(self, run: Run, config: RunConfig, absolute_evaluations: int) -> None:
+        self.run = run
+        self.config = config
+        self.absolute_evaluations = absolute_evaluations
+        self.terminal = Terminal(highlight=False, quiet=not config.logger.console)
+        self.latest: Measurement | None = None
+        self.latest_at = 0.0
+        self.best = np.full(len(run.seeds), -np.inf)  # (S,) mean episode return
+        # A machine's pace changes: the median of the last chunks, not the mean of all.
+        self.training_s: deque[float] = deque(maxlen=9)
+        self.evaluation_s: deque[float] = deque(maxlen=9)
+
+    def header(self, env: Environment, policy: Any, params: Any) -> None:
+        """The run in a few lines. `policy`: what of `params` is deployed; (S, ...) each."""
+        config, device = self.config, jax.devices()[0]
+        actions = "actions" if env.action_kind == "discrete" else "action dimensions"
+        kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+        rounded = f", {config.total_steps:,} rounded down to whole chunks"
+        rows = {
+            "agents": f"{env.num_agents}, with {env.action_dim} {actions} each",
+            "parameters": f"{_size(policy):,} in the policy, {_size(params):,} in training",
+            "seeds": ", ".join(map(str, config.seeds)),
+            "device": f"{jax.device_count()} x {device.platform} ({kind}), {config.precision}",
+            "steps": f"{config.trained_steps:,} per seed"
+            + rounded * (config.trained_steps < config.total_steps),
+            "updates": f"{config.num_updates:,}, each of {config.num_envs} environments x "
+            f"{config.rollout_length} steps",
+            "evaluation": f"{config.eval_episodes} episodes every {config.steps_per_chunk:,} steps",
+            "values": "tuned for this task" if config.tuned else "defaults",
+        }
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", justify="right")
+        for label, value in rows.items():
+            grid.add_row(label, value)
+        title = f"[bold]{self.run.system}[/] on [bold]{env.name}[/]"
+        self.terminal.print(Panel.fit(grid, title=title, title_align="left", border_style="cyan"))
+        self.line(f"results: {self.run.folder}")
+        if config.budget == "quick" and self.run.suite in SPARSE_SUITES:
+            self.line(HINT.format(system=self.run.system), "yellow")
+
+    def line(self, text: str, style: str = "") -> None:
+        """One line as it is: never wrapped, so that paths and commands can be copied."""
+        self.terminal.print(Text(text, style), soft_wrap=True)
+
+    @contextmanager
+    def compiling(self, seconds: dict[str, float], programs: list[str]) -> Iterator[None]:
+        """Show what still compiles; `seconds`, per program, is filled meanwhile."""
+        start = time.perf_counter()
+
+        def status() -> Text:
+            missing = ", ".join(name for name in programs if name not in seconds)
+            return Text(f"compiling {missing} … {time.perf_counter() - start:.0f} s")
+
+        if not self.terminal.is_terminal:
+            self.line(f"compiling {', '.join(programs)} …")
+        with self._live(status):
+            yield
+        parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in programs)
+        self.line(f"compiled in {time.perf_counter() - start:.1f} s, side by side: {parts}")
+
+    def training(self) -> AbstractContextManager[object]:
+        """The live display, around the training loop."""
+        return self._live(self._progress)
+
+    def update(self, measurement: Measurement) -> None:
+        self.latest, self.latest_at = measurement, time.perf_counter()
+        self.best = np.fmax(self.best, measurement.evaluation["episode_return"].mean(-1))
+        self.evaluation_s.append(measurement.timing["evaluation_s"])
+        if "training_s" in measurement.timing:
+            self.training_s.append(measurement.timing["training_s"])
+        if not self.terminal.is_terminal:
+            self.line(", ".join(self._pace() + self._scores()))
+
+    def finished(self, last: Measurement, best: Measurement, absolute: Measurement | None) -> None:
+        """The table at the end. `best`: the evaluation that each seed's best parameters had."""
+        table = Table(title_justify="left", box=None, header_style="dim", padding=(0, 2, 0, 0))
+        columns = {"final": last, "best": best} | ({"absolute": absolute} if absolute else {})
+        metrics = list(dict.fromkeys(["episode_return", self.run.headline]))
+        cells = {
+            f"{label} {metric.removeprefix('episode_')}": m.evaluation[metric].mean(-1)
+            for metric in metrics
+            for label, m in columns.items()
+        }
+        for name in ("seed", *cells, "best at step"):
+            table.add_column(name, justify="right")
+        for s, seed in enumerate(self.run.seeds):
+            scores = [f"{values[s]:.3f}" for values in cells.values()]
+            table.add_row(str(seed), *scores, f"{best.env_steps[s]:,}")
+        if len(self.run.seeds) > 1:
+            table.add_section()
+            table.add_row("mean", *(spread(values) for values in cells.values()), style="bold")
+        self.terminal.print(table)
+        if absolute:
+            episodes = absolute.evaluation["episode_return"].shape[1]
+            self.line(f"absolute: the best parameters, played again for {episodes} episodes")
+        self.line(f"done in {timedelta(seconds=round(last.wall_s))}; results: {self.run.folder}")
+
+    def time_left(self) -> float | None:
+        """Seconds until the run is done, at the pace of the last chunks; None before the first."""
+        if self.latest is None or self.latest.chunk is None or not self.training_s:
+            return None
+        evaluation_s = median(self.evaluation_s)
+        chunks = self.config.num_evaluations - self.latest.chunk
+        left = chunks * (median(self.training_s) + evaluation_s)
+        left += self.absolute_evaluations * evaluation_s
+        return max(0.0, left - (time.perf_counter() - self.latest_at))
+
+    def _live(self, render: Callable[[], RenderableType]) -> AbstractContextManager[object]:
+        if not self.terminal.is_terminal:
+            return nullcontext()
+        return Live(
+            get_renderable=render, console=self.terminal, refresh_per_second=2, transient=True
+        )
+
+    def _progress(self) -> Group:
+        steps = max(self.latest.env_steps) if self.latest else 0
+        first = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=self.config.trained_steps, completed=steps, width=30)
+        first.add_row(bar, *self._pace())
+        return Group(first, Text("  ".join(self._scores()), "bold"))
+
+    def _pace(self) -> list[str]:
+        steps = max(self.latest.env_steps) if self.latest else 0
+        parts = [f"{short(steps)} of {short(self.config.trained_steps)} steps"]
+        if self.training_s:
+            chunk_steps = self.config.steps_per_chunk * len(self.run.seeds)
+            parts.append(f"{short(chunk_steps / median(self.training_s))} steps/s")
+        left = self.time_left()
+        if left is not None:
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        return parts
+
+    def _scores(self) -> list[str]:
+        """Return (and the headline, where it is another metric): mean ± spread over seeds."""
+        if self.latest is None:
+            return []
+        scores = {k: v.mean(-1) for k, v in self.latest.evaluation.items()}
+        parts = [f"return {spread(scores['episode_return'])}"]
+        if self.run.headline != "episode_return":
+            parts.append(f"{self.run.headline} {spread(scores[self.run.headline])}")
+        return [*parts, f"best return {spread(self.best)}"]

@@ -1,0 +1,94 @@
+"""LBF: agents of different levels gather food together (jumanji's LevelBasedForaging).
+
+A food is eaten when the levels of the agents that load it add up to its own. The agents' rewards
+are summed and given to each. Eating everything terminates; the time limit truncates.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jumanji.environments import LevelBasedForaging
+from jumanji.environments.routing.lbf.generator import RandomGenerator
+from jumanji.environments.routing.lbf.types import Observation as RawObservation
+from jumanji.environments.routing.lbf.types import State
+
+from magpo.envs import wrappers
+from magpo.envs.registry import at_least, at_most
+from magpo.types import Array, Observation, TimeStep, restart
+
+
+@dataclass(unsafe_hash=True)
+class Lbf:
+    """One environment; the options are explained in configs/env/lbf."""
+
+    name: str
+    global_state: bool
+    grid_size: int
+    fov: int
+    num_agents: int
+    num_food: int
+    max_agent_level: int
+    force_coop: bool
+    normalize_reward: bool
+    penalty: float
+    time_limit: int
+    simulator: LevelBasedForaging = field(init=False, repr=False, compare=False)
+    action_dim: int = field(default=6, init=False)  # wait, up, down, left, right, load
+    action_kind: Literal["discrete", "continuous"] = field(default="discrete", init=False)
+    truncates: bool = field(default=True, init=False)
+    headline: str = field(default="episode_return", init=False)
+
+    def __post_init__(self) -> None:
+        at_least(self, grid_size=5, fov=1, num_agents=1, num_food=1, max_agent_level=2)
+        at_least(self, penalty=0, time_limit=1)
+        # Only the first and the last row are sure to be open to the agents (jumanji's generator).
+        at_most(self, fov=self.grid_size, num_agents=2 * self.grid_size)
+        at_most(self, num_food=((self.grid_size - 2) ** 2 - self.num_agents - 1) // 5)
+        generator = RandomGenerator(
+            grid_size=self.grid_size,
+            fov=self.fov,
+            num_agents=self.num_agents,
+            num_food=self.num_food,
+            max_agent_level=self.max_agent_level,
+            force_coop=self.force_coop,
+        )
+        self.simulator = LevelBasedForaging(
+            generator,
+            time_limit=self.time_limit,
+            normalize_reward=self.normalize_reward,
+            penalty=self.penalty,
+        )
+
+    @property
+    def observation_spec(self) -> Observation:
+        return wrappers.observation_spec(
+            self.num_agents,
+            3 * (self.num_food + self.num_agents),
+            self.action_dim,
+            self.global_state,
+        )
+
+    @property
+    def action_spec(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.num_agents,), jnp.int32)
+
+    def reset(self, key: Array) -> tuple[State, TimeStep]:
+        state, raw = self.simulator.reset(key)
+        observation = self._observe(raw.observation)
+        return state, restart(self.num_agents, observation, raw.extras)
+
+    def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
+        state, raw = self.simulator.step(state, action)
+        timestep = TimeStep(
+            step_type=raw.step_type,
+            reward=jnp.full(self.num_agents, raw.reward.sum()),
+            discount=raw.discount[0],
+            observation=self._observe(raw.observation),
+            metrics=raw.extras,  # percent_eaten, 0 .. 100
+        )
+        return state, timestep
+
+    def _observe(self, raw: RawObservation) -> Observation:
+        return wrappers.observe(raw.agents_view, raw.action_mask, raw.step_count, self.global_state)

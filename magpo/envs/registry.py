@@ -1,0 +1,94 @@
+"""Tasks by name: `make("rware/tiny-4ag")` reads configs/env/rware/tiny-4ag.yaml and builds it.
+
+A new task is a new YAML file; a new suite is a new file beside this one and a line in SUITES.
+"""
+
+import difflib
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from magpo import paths
+from magpo.types import Environment
+
+# The class in each suite's module, imported when first asked for: simulators are slow to import.
+SUITES = {"coordsum": "CoordSum", "lbf": "Lbf", "rware": "Rware"}
+
+
+def tasks() -> list[str]:
+    """Every task's name, "suite/task"."""
+    root = paths.configs() / "env"
+    return [
+        f"{suite}/{task}"
+        for suite in SUITES
+        for task in sorted(f.stem for f in root.glob(f"{suite}/*.yaml"))
+    ]
+
+
+def options(task: str) -> dict[str, Any]:
+    """The task's options and their values, from its YAML file.
+
+    Raises a one-line ValueError for a task that is not in `tasks()`.
+    """
+    known = tasks()
+    if task not in known:
+        suite = task.partition("/")[0]
+        siblings = [name for name in known if name.startswith(f"{suite}/")]
+        raise unknown("task", task, known, siblings or [f"{suite}/..." for suite in SUITES])
+    values = OmegaConf.to_container(OmegaConf.load(paths.configs() / "env" / f"{task}.yaml"))
+    assert isinstance(values, dict)
+    return {str(option): value for option, value in values.items()}
+
+
+def make(task: str, *, global_state: bool = False, **overrides: Any) -> Environment:
+    """Build one environment, agent ids included.
+
+    `global_state` asks for `Observation.global_state`; the other keywords replace options of the
+    task's YAML file. Raises a one-line ValueError for an unknown task or option and for a value of
+    the wrong type or out of range.
+    """
+    values = options(task)
+    for option, value in overrides.items():
+        if option not in values:
+            raise unknown(f"option of {task}", option, list(values))
+        kind = type(values[option])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{task}: {option} must be of type {kind.__name__}, not {value!r}")
+        values[option] = value
+    suite = task.partition("/")[0]
+    environment = getattr(import_module(f"magpo.envs.{suite}"), SUITES[suite])
+    return environment(name=task, global_state=global_state, **values)
+
+
+def unknown(
+    what: str, name: str, known: Sequence[str], allowed: Sequence[str] | None = None
+) -> ValueError:
+    """The error for a name that is none of `known`; `allowed` shortens the list it shows."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return ValueError(f"unknown {what} {name!r}: {hint}allowed: {', '.join(allowed or known)}")
+
+
+def at_least(env: Any, **lowest: float) -> None:
+    """Raise a one-line ValueError if an option of `env` is below the value given for it."""
+    for option, low in lowest.items():
+        value = getattr(env, option)
+        if not value >= low:  # nan is refused too
+            raise ValueError(f"{env.name}: {option} must be at least {low}, not {value}")
+
+
+def at_most(env: Any, **highest: float) -> None:
+    """Raise a one-line ValueError if an option of `env` is above the value given for it."""
+    for option, high in highest.items():
+        value = getattr(env, option)
+        if not value <= high:
+            raise ValueError(f"{env.name}: {option} must be at most {high}, not {value}")
+
+
+def one_of(env: Any, **choices: Sequence[str]) -> None:
+    """Raise a one-line ValueError if an option of `env` is none of the words given for it."""
+    for option, allowed in choices.items():
+        if getattr(env, option) not in allowed:
+            raise unknown(f"{option} of {env.name}", getattr(env, option), allowed)

@@ -1,0 +1,155 @@
+"""What every suite shares: agent ids, the global state, automatic restarts, episode statistics."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from magpo.types import Array, Environment, Observation, TimeStep
+
+
+def observe(views: Array, action_mask: Array, step_count: Array, global_state: bool) -> Observation:
+    """An observation from what each agent sees, (N, F), and may do, (N, A).
+
+    The one-hot agent id becomes the first N features of the agents' views; the global state, where
+    asked for, is all agents' features without it, (N * F,).
+    """
+    views = views.astype(jnp.float32)
+    return Observation(
+        agents_view=jnp.concatenate([jnp.eye(len(views)), views], axis=1),
+        action_mask=action_mask,
+        step_count=step_count,
+        global_state=views.reshape(-1) if global_state else None,
+    )
+
+
+def observation_spec(
+    num_agents: int, num_features: int, num_actions: int, global_state: bool
+) -> Observation:
+    """The shapes and dtypes of what `observe` returns for F = num_features; nothing is computed."""
+    return jax.eval_shape(
+        partial(observe, global_state=global_state),
+        jax.ShapeDtypeStruct((num_agents, num_features), jnp.float32),
+        jax.ShapeDtypeStruct((num_agents, num_actions), jnp.bool),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+
+
+class AutoResetState(NamedTuple):
+    """E environments, and the starts of episodes to come, drawn E at a time.
+
+    Episodes are numbered in the order they begin: number j starts at env.reset(fold_in(key, j)).
+    """
+
+    env: Any  # (E, ...) states
+    episode_return: Array  # (E,) float32, so far
+    episode_length: Array  # (E,) int32, so far
+    key: Array  # ()
+    begun: Array  # () int32, episodes begun: the number of the next one
+    spares: tuple[Any, Observation]  # (E, ...) states and first observations
+    first_spare: Array  # () int32, the number of the first of them, at most `begun`
+
+
+@dataclass(frozen=True)
+class AutoReset:
+    """A batch of E environments stepped together, each restarted when its episode ends.
+
+    The step that ends an episode has its reward, discount, metrics and LAST, but already the next
+    episode's first observation. Where `env.truncates`, `terminal_observation` is the observation
+    before any restart, else None. The metrics gain "episode_return", the sum so far of the reward's
+    mean over agents, and "episode_length".
+
+    A reset can cost many times a step, so none is computed on most steps: environments that end
+    take spare starts, and only when these run out are E new ones drawn, all at once.
+    """
+
+    env: Environment
+    num_envs: int
+
+    def reset(self, key: Array) -> tuple[AutoResetState, TimeStep]:
+        """Begin E episodes. The timestep has the structure of those that `step` returns."""
+        num_envs = self.num_envs
+        starts = self._starts(key, jnp.arange(2 * num_envs))
+        env_state, timestep = jax.tree.map(lambda leaf: leaf[:num_envs], starts)
+        spare_state, spare = jax.tree.map(lambda leaf: leaf[num_envs:], starts)
+        state = AutoResetState(
+            env=env_state,
+            episode_return=jnp.zeros(num_envs),
+            episode_length=jnp.zeros(num_envs, jnp.int32),
+            key=key,
+            begun=jnp.int32(num_envs),
+            spares=(spare_state, spare.observation),
+            first_spare=jnp.int32(num_envs),
+        )
+        timestep = timestep._replace(metrics=_with_statistics(timestep.metrics, state))
+        if self.env.truncates:
+            unused = jax.tree.map(jnp.copy, timestep.observation)
+            timestep = timestep._replace(terminal_observation=unused)
+        return state, timestep
+
+    def step(self, state: AutoResetState, action: Array) -> tuple[AutoResetState, TimeStep]:
+        """Step every environment with its action, (E, N) or (E, N, A)."""
+        env_state, timestep = jax.vmap(self.env.step)(state.env, action)
+        ended = timestep.last()
+        state = state._replace(
+            episode_return=state.episode_return + timestep.reward.mean(axis=-1),
+            episode_length=state.episode_length + 1,
+        )
+        metrics = _with_statistics(timestep.metrics, state)
+
+        begun = state.begun + ended.sum()
+        spares, first_spare = self._refill(state, begun)
+        taken = state.begun + jnp.cumsum(ended) - 1 - first_spare  # only where ended
+        env_state, observation = jax.tree.map(
+            lambda spare, old: _where(ended, spare.at[taken].get(mode="clip"), old),
+            spares,
+            (env_state, timestep.observation),
+        )
+        state = AutoResetState(
+            env=env_state,
+            episode_return=jnp.where(ended, 0.0, state.episode_return),
+            episode_length=jnp.where(ended, 0, state.episode_length),
+            key=state.key,
+            begun=begun,
+            spares=spares,
+            first_spare=first_spare,
+        )
+        timestep = timestep._replace(
+            observation=observation,
+            metrics=metrics,
+            terminal_observation=timestep.observation if self.env.truncates else None,
+        )
+        return state, timestep
+
+    def _refill(self, state: AutoResetState, begun: Array) -> tuple[tuple[Any, Observation], Array]:
+        """The spares and the number of the first, enough for the episodes up to number `begun`."""
+        used = state.begun - state.first_spare
+
+        # A loop of at most one turn: vmapped over seeds, `lax.cond` would draw on every step. What
+        # is drawn hangs on the carry, or XLA would move the drawing out of the loop.
+        def draw(carry: tuple[Any, Array]) -> tuple[Any, Array]:
+            first = carry[1] + used
+            spare_state, spare = self._starts(state.key, first + jnp.arange(self.num_envs))
+            return (spare_state, spare.observation), first
+
+        return jax.lax.while_loop(
+            lambda carry: begun > carry[1] + self.num_envs, draw, (state.spares, state.first_spare)
+        )
+
+    def _starts(self, key: Array, numbers: Array) -> tuple[Any, TimeStep]:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+        return jax.vmap(self.env.reset)(keys)
+
+
+def _with_statistics(metrics: dict[str, Array], state: AutoResetState) -> dict[str, Array]:
+    return metrics | {
+        "episode_return": state.episode_return,
+        "episode_length": state.episode_length,
+    }
+
+
+def _where(rows: Array, new: Array, old: Array) -> Array:
+    """`new` in the rows (E,) that are set, else `old`; both (E, ...)."""
+    return jnp.where(rows.reshape(rows.shape + (1,) * (old.ndim - 1)), new, old)

@@ -1,0 +1,326 @@
+"""Run one experiment: seeds, chunks, evaluation, the best parameters, logging. Knows no algorithm.
+
+Seeds are a vmap axis over a system's functions. A chunk, the updates between two evaluations, is
+one compiled program; the loop over chunks is here, on the host. The device always has its next
+chunk before the host reads the last one's figures, and the state is donated to it: what is
+evaluated or kept as best is therefore a copy, made on the device before that (`snapshot`).
+"""
+
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magpo import config as configuration
+from magpo import envs
+from magpo.config import ConfigError, RunConfig
+from magpo.console import Console
+from magpo.evaluate import evaluate
+from magpo.loggers import (
+    JsonLines,
+    LearningCurve,
+    LoggingError,
+    MarlEval,
+    Measurement,
+    Run,
+    Sink,
+    Writer,
+    create_folder,
+    defined,
+)
+from magpo.types import Array, Environment
+
+ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
+SPARSE_SUITES = ("rware",)  # their reward hides learning for millions of steps
+
+
+class DivergenceError(RuntimeError):
+    """A loss or a parameter is no longer a number; the message says which, when and where."""
+
+
+class Best(NamedTuple):
+    """Per seed: the evaluation with the highest mean episode return, the latest of equals."""
+
+    score: Array | np.ndarray  # (S,) mean episode return
+    chunk: Array | np.ndarray  # (S,) int32, chunks trained when it was evaluated
+    params: Any  # (S, ...) the policy it evaluated
+
+
+class Programs(NamedTuple):
+    """Jitted functions; all arrays have a leading axis of seeds, except `index`, ()."""
+
+    init: Any  # keys -> state
+    train_chunk: Any  # state, donated -> state, metrics (S, U)
+    snapshot: Any  # state -> a copy of the policy's parameters, whether all parameters are finite
+    evaluate: Any  # policy parameters, keys, index -> metrics (S, eval_episodes)
+    keep_best: Any  # best, policy parameters, episode returns (S, eval_episodes), index -> best
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run. The figures are in its folder too."""
+
+    folder: Path
+    measurements: list[Measurement]  # at step 0 and after every chunk, training metrics left out
+    absolute: Measurement | None
+    best: Best
+    params: Any  # (S, ...) the policy at the end
+
+
+def main(system_module: ModuleType) -> None:
+    """The command line of a system. Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C."""
+    configuration.hydra_main(system_module, partial(_command, system_module))
+
+
+def _command(system_module: ModuleType, config: RunConfig) -> None:
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        run(system_module, config)
+    except (DivergenceError, LoggingError) as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        os._exit(130)  # an orderly exit would first wait for the chunk that is under way
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C kills
+    raise KeyboardInterrupt
+
+
+def run(system_module: ModuleType, config: RunConfig, env: Environment | None = None) -> Result:
+    """Train, evaluate and log one system on one task, all seeds side by side.
+
+    `env` takes the place of the environment that `config.env` names. Raises ConfigError before
+    anything is compiled, DivergenceError, LoggingError. Whatever ends it, the files hold all that
+    was measured.
+    """
+    set_up_jax(config)
+    if env is None:
+        try:
+            env = envs.make(config.env.name, **config.env.options)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    system = system_module.make(config.algorithm, env)
+    suite, _, task = env.name.partition("/")
+    folder = create_folder(config, suite, task)
+    info = Run(
+        folder, config.system, suite, task, config.seeds, env.headline, config.steps_per_update
+    )
+    sinks: list[Sink] = [JsonLines(info), MarlEval(info)]
+    sinks += [LearningCurve(info)] if config.logger.plot else []
+    absolute = ABSOLUTE_EVALUATIONS if config.absolute_metric else 0
+    console = Console(info, config, absolute)
+    try:
+        with Writer(sinks) as writer:
+            programs = build_programs(system_module, system, env, config)
+            state = programs.init.eval_shape(seed_keys(config)[0])
+            policy, _ = programs.snapshot.eval_shape(state)
+            console.header(env, policy, state.params)
+            seconds: dict[str, float] = {}
+            with console.compiling(seconds, list(Programs._fields)):
+                programs = compile_programs(programs, config, seconds)
+            with console.training():
+                result = _train(programs, config, _Recorder(config, writer, console), folder)
+    except (KeyboardInterrupt, DivergenceError):
+        console.line(f"stopped; everything up to here is in {folder}", "yellow")
+        raise
+    console.finished(result.measurements[-1], _of_best(result), result.absolute)
+    return result
+
+
+def set_up_jax(config: RunConfig) -> None:
+    """Platform, precision, compilation cache. To be called before JAX computes anything.
+
+    By itself JAX takes a TPU or a GPU where there is one: only the CPU has to be asked for. Raises
+    ConfigError for a platform that this machine, or this process, does not have.
+    """
+    settings: Any = jax.config
+    if config.platform == "cpu":
+        settings.update("jax_platforms", "cpu")
+    settings.update("jax_default_matmul_precision", config.precision)
+    if settings.jax_compilation_cache_dir is None:  # else JAX_COMPILATION_CACHE_DIR was set
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magpo" / "xla"
+        settings.update("jax_compilation_cache_dir", str(cache))
+        settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        present = jax.default_backend()
+    except RuntimeError as error:  # JAX_PLATFORMS names one that is missing
+        raise ConfigError(f"JAX cannot start: {str(error).splitlines()[0]}") from error
+    if config.platform not in ("auto", present):
+        raise ConfigError(
+            f"platform={config.platform}: JAX finds none here; allowed: auto, {present}"
+        )
+
+
+def build_programs(
+    system_module: ModuleType, system: Any, env: Environment, config: RunConfig
+) -> Programs:
+    """The run's programs, for all seeds at once, not yet compiled."""
+
+    def snapshot(state: Any) -> tuple[Any, Array]:
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
+        # A copy: the state's own buffers are overwritten by the next chunk.
+        return jax.tree.map(jnp.copy, system_module.policy_params(state)), jnp.stack(finite).all()
+
+    def evaluate_seed(params: Any, key: Array, index: Array) -> dict[str, Array]:
+        key = jax.random.fold_in(key, index)
+        return evaluate(system_module, system, env, params, key, config.eval_episodes)
+
+    def keep_best(best: Best, params: Any, returns: Array, index: Array) -> Best:
+        new = Best(returns.mean(), index, params)
+        better = new.score >= best.score
+        return Best(*(jax.tree.map(partial(jnp.where, better), new, best)))
+
+    return Programs(
+        init=jax.jit(jax.vmap(partial(system_module.init, system))),
+        train_chunk=jax.jit(jax.vmap(partial(system_module.train_chunk, system)), donate_argnums=0),
+        snapshot=jax.jit(jax.vmap(snapshot)),
+        evaluate=jax.jit(jax.vmap(evaluate_seed, in_axes=(0, 0, None))),
+        keep_best=jax.jit(jax.vmap(keep_best, in_axes=(0, 0, 0, None))),
+    )
+
+
+def compile_programs(
+    programs: Programs, config: RunConfig, seconds: dict[str, float] | None = None
+) -> Programs:
+    """Compile all programs, side by side; `seconds` receives when each was done."""
+    start = time.perf_counter()
+    keys, index = seed_keys(config)[0], np.int32(0)
+    state = programs.init.eval_shape(keys)
+    params, _ = programs.snapshot.eval_shape(state)
+    returns = np.zeros((len(config.seeds), config.eval_episodes), np.float32)
+    arguments = {  # the longest first
+        "train_chunk": (state,),
+        "evaluate": (params, keys, index),
+        "init": (keys,),
+        "snapshot": (state,),
+        "keep_best": (_no_best(config, params), params, returns, index),
+    }
+
+    def finish(name: str, lowered: Any) -> Any:
+        compiled = lowered.compile()
+        if seconds is not None:
+            seconds[name] = time.perf_counter() - start
+        return compiled
+
+    pool = ThreadPoolExecutor(len(arguments))
+    futures = {
+        name: pool.submit(finish, name, getattr(programs, name).lower(*shapes))
+        for name, shapes in arguments.items()
+    }
+    pool.shutdown(wait=False)  # waiting here could not be interrupted
+    return Programs(**{name: future.result() for name, future in futures.items()})
+
+
+def seed_keys(config: RunConfig) -> tuple[Array, Array]:
+    """Each seed's random key for training and for evaluation, (S,) each."""
+    keys = jax.vmap(jax.random.key)(np.array(config.seeds, np.uint32))
+    pairs = jax.vmap(jax.random.split)(keys)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _no_best(config: RunConfig, params: Any) -> Best:
+    num_seeds = len(config.seeds)
+    return Best(np.full(num_seeds, -np.inf, np.float32), np.zeros(num_seeds, np.int32), params)
+
+
+class _Recorder:
+    """Reads figures off the device, hands them on, and stops the run where one is NaN."""
+
+    def __init__(self, config: RunConfig, writer: Writer, console: Console) -> None:
+        self.config, self.writer, self.console = config, writer, console
+        self.measurements: list[Measurement] = []
+        self.began = self.last = time.perf_counter()
+
+    def record(
+        self, index: int, finite: Array, evaluation: dict[str, Array], training: dict[str, Array]
+    ) -> None:
+        """Wait for a chunk and the evaluation after it. Raises DivergenceError."""
+        figures = jax.device_get(training)
+        trained = time.perf_counter()
+        scores = jax.device_get(evaluation)
+        now = time.perf_counter()
+        timing = {"evaluation_s": now - trained}
+        if index > 0:
+            timing["training_s"] = trained - self.last
+            timing["steps_per_s"] = self.config.steps_per_chunk / timing["training_s"]
+        self.last = now
+        steps = (index * self.config.steps_per_chunk,) * len(self.config.seeds)
+        measurement = Measurement(index, steps, now - self.began, scores, figures, timing)
+        self.writer.put(measurement)
+        self.console.update(measurement)
+        self.measurements.append(measurement._replace(training={}))
+        self._check(index, np.asarray(finite), figures)
+
+    def record_absolute(self, best: Best, parts: list[dict[str, Array]]) -> Measurement:
+        scores = jax.device_get(parts)
+        whole = {name: np.concatenate([part[name] for part in scores], 1) for name in scores[0]}
+        steps = tuple(int(i) * self.config.steps_per_chunk for i in np.asarray(best.chunk))
+        wall_s = time.perf_counter() - self.began
+        measurement = Measurement(None, steps, wall_s, whole, {}, {})
+        self.writer.put(measurement)
+        return measurement
+
+    def _check(self, index: int, finite: np.ndarray, figures: dict[str, np.ndarray]) -> None:
+        config = self.config
+        nan = {name: np.isnan(values) & defined(figures, name) for name, values in figures.items()}
+        anywhere = np.any(list(nan.values()), axis=0) if nan else np.zeros((1, 1), bool)  # (S, U)
+        if anywhere.any():
+            update, s = np.argwhere(anywhere.T)[0]
+            what = ", ".join(name for name in nan if nan[name][s, update])
+            update += (index - 1) * config.updates_per_chunk + 1
+        elif not finite.all():
+            what, s, update = "parameters", np.argmin(finite), index * config.updates_per_chunk
+        else:
+            return
+        raise DivergenceError(
+            f"training diverged at update {update} of {config.num_updates}, "
+            f"seed {config.seeds[s]}: {what} not finite"
+        )
+
+
+def _train(programs: Programs, config: RunConfig, recorder: _Recorder, folder: Path) -> Result:
+    """The loop over chunks. `programs` are compiled."""
+    train_keys, evaluation_keys = seed_keys(config)
+    state = programs.init(train_keys)
+    best: Best | None = None
+    training: dict[str, Array] = {}
+    for index in range(config.num_evaluations + 1):
+        params, finite = programs.snapshot(state)
+        evaluation = programs.evaluate(params, evaluation_keys, np.int32(index))
+        best = best or _no_best(config, params)
+        best = programs.keep_best(best, params, evaluation["episode_return"], np.int32(index))
+        measured = (finite, evaluation, training)
+        if index < config.num_evaluations:
+            state, training = programs.train_chunk(state)  # before the host waits for `measured`
+        recorder.record(index, *measured)
+    assert best is not None
+    absolute = None
+    if config.absolute_metric:
+        indices = range(index + 1, index + 1 + ABSOLUTE_EVALUATIONS)
+        parts = [programs.evaluate(best.params, evaluation_keys, np.int32(i)) for i in indices]
+        absolute = recorder.record_absolute(best, parts)
+    return Result(folder, recorder.measurements, absolute, best, params)
+
+
+def _of_best(result: Result) -> Measurement:
+    """The evaluations behind `result.best`, as one measurement; its steps differ by seed."""
+    chosen = [result.measurements[i] for i in np.asarray(result.best.chunk)]
+    scores = {
+        name: np.stack([m.evaluation[name][s] for s, m in enumerate(chosen)])
+        for name in chosen[0].evaluation
+    }
+    steps = tuple(m.env_steps[s] for s, m in enumerate(chosen))
+    return result.measurements[-1]._replace(env_steps=steps, evaluation=scores)

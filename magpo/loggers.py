@@ -1,0 +1,246 @@
+"""Where a run's figures go: metrics.jsonl, marl_eval.json, learning_curve.png.
+
+A sink has `write(measurement)`, called for every evaluation in order, and `save()`, which brings
+its file up to date. One thread, `Writer`, drives them all, so that no disk ever holds up training.
+"""
+
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from magpo.config import ConfigError, RunConfig
+
+
+class LoggingError(RuntimeError):
+    """The writer thread failed: what is measured from here on would be lost."""
+
+
+class Run(NamedTuple):
+    """What every record says of the run."""
+
+    folder: Path  # its name is the run's id
+    system: str
+    suite: str
+    task: str
+    seeds: tuple[int, ...]
+    headline: str  # the metric the suite's papers report
+    steps_per_update: int  # environment steps, per seed
+
+
+class Measurement(NamedTuple):
+    """One evaluation and the training since the last one. K episodes, U updates."""
+
+    chunk: int | None  # chunks trained so far; None: the absolute metric
+    env_steps: tuple[int, ...]  # (S,) environment steps behind the evaluated parameters
+    wall_s: float  # since training began, compilation not counted
+    evaluation: dict[str, np.ndarray]  # (S, K) each
+    training: dict[str, np.ndarray]  # (S, U) each; empty where nothing was trained
+    timing: dict[str, float]
+
+
+def create_folder(config: RunConfig, suite: str, task: str) -> Path:
+    """Make the run's own new folder, config.yaml in it; ConfigError where it cannot be written."""
+    parent = Path(config.results_dir, config.system, suite, task)
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in count(1):
+            folder = parent / (name if attempt == 1 else f"{name}_{attempt}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:  # another run began in this second
+                continue
+        OmegaConf.save(OmegaConf.create(asdict(config)), folder / "config.yaml")
+    except OSError as error:
+        raise ConfigError(
+            f"results_dir={config.results_dir}: cannot write there: {error.strerror}"
+        ) from error
+    return folder
+
+
+class Sink(Protocol):
+    def write(self, measurement: Measurement) -> None: ...
+
+    def save(self) -> None: ...
+
+
+def defined(training: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """Where a training metric has a value, (S, U) bool: a mean over no episode has none."""
+    if name.startswith("rollout/") and name != "rollout/episodes":
+        return training["rollout/episodes"] > 0
+    return np.ones(training[name].shape, bool)
+
+
+def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Replace a whole file at once: a reader, or a crash, never meets half of it."""
+    aside = path.with_name(f".{path.name}.tmp")
+    write(aside)
+    os.replace(aside, path)
+
+
+def _plain(value: np.float32) -> float | None:
+    """The shortest decimal that is this float32; null for what JSON has no number for."""
+    return float(str(value)) if np.isfinite(value) else None
+
+
+class JsonLines:
+    """metrics.jsonl: one value a line. Updates come first, then the evaluation that follows them.
+
+    `eval/*` and `absolute/*` are means over episodes. `time/steps_per_s` is each seed's own.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.file = (run.folder / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def write(self, measurement: Measurement) -> None:
+        m, training = measurement, measurement.training
+        masks = {name: defined(training, name) for name in training}
+        num_updates = next(iter(training.values())).shape[1] if training else 0
+        for update in range(num_updates):
+            for s in range(len(self.run.seeds)):
+                steps = m.env_steps[s] - (num_updates - 1 - update) * self.run.steps_per_update
+                for name in training:
+                    if masks[name][s, update]:
+                        self._line(s, steps, m.wall_s, name, _plain(training[name][s, update]))
+        kind = "absolute" if m.chunk is None else "eval"
+        for s, steps in enumerate(m.env_steps):
+            for name, value in m.evaluation.items():
+                self._line(s, steps, m.wall_s, f"{kind}/{name}", _plain(value[s].mean()))
+            for name, seconds in m.timing.items():
+                self._line(s, steps, m.wall_s, f"time/{name}", round(seconds, 4))
+        self.file.flush()
+
+    def _line(self, s: int, env_steps: int, wall_s: float, name: str, value: float | None) -> None:
+        record = {
+            "run": self.run.folder.name,
+            "system": self.run.system,
+            "env": self.run.suite,
+            "task": self.run.task,
+            "seed": self.run.seeds[s],
+            "env_steps": env_steps,
+            "wall_s": round(wall_s, 3),
+            "name": name,
+            "value": value,
+        }
+        self.file.write(json.dumps(record) + "\n")
+
+    def save(self) -> None:
+        os.fsync(self.file.fileno())
+
+
+class MarlEval:
+    """marl_eval.json: every episode of every evaluation, in the format id-marl-eval reads."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.seeds: dict[str, dict[str, Any]] = {f"seed_{seed}": {} for seed in run.seeds}
+
+    def write(self, measurement: Measurement) -> None:
+        for s, entry in enumerate(self.seeds.values()):
+            metrics = {k: [_plain(x) for x in v[s]] for k, v in measurement.evaluation.items()}
+            if measurement.chunk is None:
+                entry["absolute_metrics"] = metrics
+            else:
+                steps, elapsed = measurement.env_steps[s], round(measurement.wall_s, 3)
+                head = {"step_count": steps, "elapsed_time": elapsed}
+                entry[f"step_{measurement.chunk}"] = head | metrics
+
+    def save(self) -> None:
+        data = {self.run.suite: {self.run.task: {self.run.system: self.seeds}}}
+        text = json.dumps(data)
+        path = self.run.folder / "marl_eval.json"
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+class LearningCurve:
+    """learning_curve.png: the headline metric over environment steps."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.measurements: list[Measurement] = []
+
+    def write(self, measurement: Measurement) -> None:
+        self.measurements.append(measurement._replace(training={}))
+
+    def save(self) -> None:
+        from magpo import plotting  # matplotlib: only where, and when, a curve is drawn
+
+        if self.measurements:
+            path = self.run.folder / "learning_curve.png"
+            write_aside(path, lambda aside: plotting.draw(aside, self.run, self.measurements))
+
+
+class Writer:
+    """The thread that does all file I/O, behind a bounded queue.
+
+    Files that are rewritten whole are saved again while training runs, but for at most about 1 %
+    of its time; and once more at the end. An error of a sink is raised by the next `put`, or by
+    leaving the context, as LoggingError; the other sinks are still saved.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], queue_size: int = 16) -> None:
+        self.sinks = sinks
+        self._queue: queue.Queue[Measurement | None] = queue.Queue(queue_size)
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="magpo-writer", daemon=True)
+
+    def put(self, measurement: Measurement) -> None:
+        self._raise()
+        self._queue.put(measurement)
+
+    def __enter__(self) -> "Writer":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if kind is None:
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise LoggingError(f"writing the results failed: {self._error!r}") from self._error
+
+    def _work(self) -> None:
+        due = time.monotonic() + 10
+        while (measurement := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # keeps emptying the queue: the main thread must not block on it
+            for sink in self.sinks:
+                self._try(sink.write, measurement)
+            if time.monotonic() >= due:
+                due = time.monotonic() + 100 * self._save()
+        self._save()
+
+    def _save(self) -> float:
+        """Save all; return the seconds it took."""
+        start = time.monotonic()
+        for sink in self.sinks:
+            self._try(sink.save)
+        return time.monotonic() - start
+
+    def _try(self, function: Callable[..., None], *args: Any) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            self._error = self._error or error

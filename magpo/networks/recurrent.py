@@ -1,0 +1,146 @@
+"""A GRU over a sequence, and the recurrent actor of the decentralised policies.
+
+The GRU's input projections are one matmul over all timesteps; only the recurrence is scanned. Its
+reverse pass is written out because automatic differentiation of a scan adds up the weight gradient
+step by step; here the gate gradients are kept and the weight gradient is one matmul at the end.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.initializers import lecun_normal, orthogonal, zeros_init
+
+from magpo.networks.heads import ActionKind, Policy, PolicyHead
+from magpo.networks.torsos import Dense
+from magpo.types import Array
+
+
+class _Gates(NamedTuple):
+    """What the reverse pass needs of one step, each (B, H)."""
+
+    reset: Array  # r
+    update: Array  # z
+    candidate: Array  # n
+    recurrent: Array  # the hidden state's part of the candidate, before r scales it
+
+
+def _keep(reset_before: Array, hidden: Array) -> Array:
+    return jnp.where(reset_before[..., None], 0.0, hidden)
+
+
+def _gru_step(hidden: Array, inputs: Array, kernel: Array, bias: Array) -> tuple[Array, _Gates]:
+    input_r, input_z, input_n = jnp.split(inputs, 3, axis=-1)
+    hidden_r, hidden_z, hidden_n = jnp.split(hidden @ kernel, 3, axis=-1)
+    reset = jax.nn.sigmoid(input_r + hidden_r)
+    update = jax.nn.sigmoid(input_z + hidden_z)
+    recurrent = hidden_n + bias
+    candidate = jnp.tanh(input_n + reset * recurrent)
+    hidden = candidate + update * (hidden - candidate)
+    return hidden, _Gates(reset, update, candidate, recurrent)
+
+
+@jax.custom_vjp
+def gru_scan(
+    hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array
+) -> Array:
+    """Hidden states (T, B, H) of a GRU over `inputs`.
+
+    Args:
+        hidden: (B, H), before the first step.
+        inputs: (T, B, 3H), the projected inputs of the reset, update and candidate gates.
+        reset_before: (T, B) bool, where the hidden state is zeroed before the step.
+        kernel: (H, 3H) recurrent weights.
+        bias: (H,) of the candidate's recurrent part.
+    """
+    return _gru_forward(hidden, inputs, reset_before, kernel, bias)[0]
+
+
+def _gru_forward(
+    hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array
+) -> tuple[Array, tuple]:
+    def step(hidden, step_inputs):
+        inputs, reset_before = step_inputs
+        hidden, gates = _gru_step(_keep(reset_before, hidden), inputs, kernel, bias)
+        return hidden, (hidden, gates)
+
+    _, (hiddens, gates) = jax.lax.scan(step, hidden, (inputs, reset_before))
+    return hiddens, (hidden, hiddens, gates, reset_before, kernel)
+
+
+def _gru_backward(residuals: tuple, d_hiddens: Array) -> tuple:
+    hidden, hiddens, gates, reset_before, kernel = residuals
+    before = _keep(reset_before, jnp.concatenate([hidden[None], hiddens[:-1]]))  # (T, B, H)
+
+    def step(d_hidden, step_inputs):
+        d_output, before, gates, reset_before = step_inputs
+        d_hidden = d_hidden + d_output
+        d_candidate = d_hidden * (1.0 - gates.update) * (1.0 - gates.candidate**2)
+        d_update = d_hidden * (before - gates.candidate) * gates.update * (1.0 - gates.update)
+        d_reset = d_candidate * gates.recurrent * gates.reset * (1.0 - gates.reset)
+        d_gates = jnp.concatenate([d_reset, d_update, d_candidate * gates.reset], axis=-1)
+        d_before = d_hidden * gates.update + d_gates @ kernel.T
+        return _keep(reset_before, d_before), (d_gates, d_candidate)
+
+    d_hidden, (d_gates, d_candidate) = jax.lax.scan(
+        step, jnp.zeros_like(hidden), (d_hiddens, before, gates, reset_before), reverse=True
+    )
+    width = hidden.shape[-1]
+    d_inputs = jnp.concatenate([d_gates[..., : 2 * width], d_candidate], axis=-1)
+    d_kernel = before.reshape(-1, width).T @ d_gates.reshape(-1, 3 * width)
+    d_bias = d_gates[..., 2 * width :].sum((0, 1))
+    return d_hidden, d_inputs, None, d_kernel, d_bias
+
+
+gru_scan.defvjp(_gru_forward, _gru_backward)
+
+
+def _gate_kernels(init):
+    """Initialise a (D, 3H) kernel gate by gate, as three (D, H) ones."""
+
+    def initializer(key, shape, dtype=jnp.float32):
+        keys = jax.random.split(key, 3)
+        return jnp.concatenate([init(k, (shape[0], shape[1] // 3), dtype) for k in keys], axis=1)
+
+    return initializer
+
+
+class GRU(nn.Module):
+    """(T, B, D) inputs to (T, B, H) hidden states; as Cho et al. (2014), in cuDNN's form."""
+
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(self, hidden: Array, inputs: Array, reset_before: Array) -> Array:
+        width = 3 * self.hidden_dim
+        kernel_init = _gate_kernels(lecun_normal())
+        projected = Dense(width, kernel_init=kernel_init, name="input")(inputs)
+        kernel = self.param("kernel", _gate_kernels(orthogonal()), (self.hidden_dim, width))
+        bias = self.param("bias", zeros_init(), (self.hidden_dim,))
+        return gru_scan(hidden, projected, reset_before, kernel, bias)
+
+
+class RecurrentActor(nn.Module):
+    """One agent's policy from its own observations: Dense, GRU, Dense, head (Yu et al., 2022)."""
+
+    action_dim: int
+    action_kind: ActionKind
+    hidden_dim: int
+
+    def setup(self) -> None:
+        self.embed = Dense(self.hidden_dim, kernel_init=orthogonal(2**0.5))
+        self.memory = GRU(self.hidden_dim)
+        self.mix = Dense(self.hidden_dim, kernel_init=orthogonal(2**0.5))
+        self.head = PolicyHead(self.action_dim, self.action_kind)
+
+    def __call__(
+        self, hidden: Array, agents_view: Array, action_mask: Array, reset_before: Array
+    ) -> tuple[Array, Policy]:
+        """hidden (B, H), agents_view (T, B, O), action_mask (T, B, A), reset_before (T, B)."""
+        hiddens = self.remember(hidden, agents_view, reset_before)  # (T, B, H)
+        return hiddens[-1], self.head(nn.relu(self.mix(hiddens)), action_mask)
+
+    def remember(self, hidden: Array, agents_view: Array, reset_before: Array) -> Array:
+        """The hidden states alone, (T, B, H)."""
+        return self.memory(hidden, nn.relu(self.embed(agents_view)), reset_before)

@@ -1,0 +1,158 @@
+"""Multi-head retention over the tokens of a multi-agent sequence (Sun et al., 2023; Sable, 2025).
+
+The same map in two forms. *Recurrent* (acting): a state (H, D, D) per environment, decayed once per
+timestep. *Chunkwise* (training): inside a chunk of timesteps an attention-like product, between
+chunks the states. Decay acts between timesteps, never between agents of one timestep, and nothing
+passes an episode's start.
+
+More axis letters: B sequences, K chunks, C timesteps of a chunk, H heads, D features of a head,
+F embedding features = H * D.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen.initializers import normal
+
+from magpo.networks.torsos import Dense
+from magpo.types import Array
+
+
+def decays(n_head: int, scaling_factor: float) -> np.ndarray:
+    """kappa, (H,): how much of a head's state one timestep keeps (Sable, Section 3)."""
+    slowest, fastest = np.log(1 / 512), np.log(1 / 32)
+    return (1 - np.exp(np.linspace(fastest, slowest, n_head))) * scaling_factor
+
+
+class ChunkWeights(NamedTuple):
+    """Decay and episode boundaries of chunkwise retention, the same for every block of a network."""
+
+    within: Array  # (B, K, H, C*N, C*N) token j's weight at token i of the same chunk
+    causal: Array  # the same, 0 where j is a later agent of i's timestep
+    entering: Array  # (B, K, C*N, H, 1) the incoming state's weight at each token
+    leaving: Array  # (B, K, C*N, H, 1) each token's weight in its chunk's contribution
+    between: Array  # (B, H, K, K) chunk j's contribution to the state that enters chunk i
+    initial: Array  # (B, K, H, 1, 1) the sequence's initial state in the one that enters chunk i
+
+
+def chunk_weights(
+    reset_before: Array, num_agents: int, chunk_size: int, kappa: np.ndarray
+) -> ChunkWeights:
+    """From episode starts, (B, T) bool, to the weights; `chunk_size` in timesteps divides T."""
+    num_chunks = reset_before.shape[1] // chunk_size
+    episode = jnp.cumsum(reset_before, axis=1).reshape(-1, num_chunks, chunk_size)  # (B, K, C)
+    # The episode that a chunk's incoming state belongs to: the last one of the chunk before.
+    incoming = jnp.pad(episode[:, :-1, -1], ((0, 0), (1, 0)))  # (B, K)
+
+    def same(left: Array, right: Array) -> Array:
+        return (left[..., :, None] == right[..., None, :]).astype(jnp.float32)
+
+    def powers(exponent: np.ndarray) -> np.ndarray:
+        """kappa ** exponent, (H, ...); 0 where the exponent is negative: the future."""
+        head = kappa.reshape(-1, *[1] * exponent.ndim)
+        return np.where(exponent < 0, 0.0, head ** np.maximum(exponent, 0)).astype(np.float32)
+
+    def per_token(weight: Array) -> Array:  # (B, K, C, H) -> (B, K, C*N, H, 1)
+        return jnp.repeat(weight, num_agents, axis=2)[..., None]
+
+    step, chunk = np.arange(chunk_size), np.arange(num_chunks)
+    within = same(episode, episode)[:, :, None] * powers(step[:, None] - step)  # (B, K, H, C, C)
+    within = jnp.repeat(jnp.repeat(within, num_agents, axis=3), num_agents, axis=4)
+    enters = (episode == incoming[..., None])[..., None] * powers(step + 1).T
+    leaves = (episode == episode[..., -1:])[..., None] * powers(chunk_size - 1 - step).T
+    chunk_powers = powers(chunk_size * (chunk[:, None] - chunk - 1))
+    return ChunkWeights(
+        within=within,
+        causal=jnp.tril(within),
+        entering=per_token(enters),
+        leaving=per_token(leaves),
+        between=same(incoming, episode[..., -1])[:, None] * chunk_powers,
+        initial=((incoming == 0)[..., None] * powers(chunk_size * chunk).T)[..., None, None],
+    )
+
+
+class Retention(nn.Module):
+    """One retention layer; `x`s come with their positional encoding added."""
+
+    embed_dim: int
+    n_head: int
+
+    def setup(self) -> None:
+        init = normal(1 / self.embed_dim)
+        self.query = Dense(self.embed_dim, use_bias=False, kernel_init=init)
+        self.key_value_gate = Dense(3 * self.embed_dim, use_bias=False, kernel_init=init)
+        self.norm = nn.GroupNorm(num_groups=self.n_head, reduction_axes=-1)
+        self.output = Dense(self.embed_dim, use_bias=False, kernel_init=init)
+
+    def project(self, x_query: Array, x_key: Array) -> tuple["Projections", Array]:
+        """(..., F) inputs to queries, keys and values (..., H, D), and the gate's input (..., F)."""
+        key, value, gate = jnp.split(self.key_value_gate(x_key), 3, axis=-1)
+        heads = (*x_key.shape[:-1], self.n_head, self.embed_dim // self.n_head)
+        query = self.query(x_query)
+        return Projections(*(x.reshape(heads) for x in (query, key, value))), gate
+
+    def finish(self, retained: Array, gate: Array) -> Array:
+        """Normalise each token's heads (..., H, D) by themselves, gate, and mix: (..., F)."""
+        return self.output(nn.swish(gate) * self.norm(retained.reshape(gate.shape)))
+
+    def chunkwise(
+        self, x_query: Array, x_key: Array, state: Array, weights: ChunkWeights, causal: bool
+    ) -> Array:
+        """All tokens (B, T, N, F) of a sequence that starts from `state` (B, H, D, D).
+
+        `causal`: a token sees the agents before it in its own timestep, else all of them.
+        """
+        projections, gate = self.project(x_query, x_key)
+        chunked = (*weights.leaving.shape[:-1], -1)  # (B, K, C*N, H, D)
+        query, key, value = (x.reshape(chunked) for x in projections)
+
+        scores = jnp.einsum("bkihd,bkjhd->bkhij", query, key)
+        scores *= weights.causal if causal else weights.within
+        inner = jnp.einsum("bkhij,bkjhd->bkihd", scores, value)
+
+        contribution = jnp.einsum("bkjhd,bkjhe->bkhde", key * weights.leaving, value)
+        entering = jnp.einsum("bhij,bjhde->bihde", weights.between, contribution)
+        entering += weights.initial * state[:, None]
+        cross = jnp.einsum("bkihd,bkhde->bkihe", query, entering) * weights.entering
+        return self.finish((inner + cross).reshape(gate.shape), gate)
+
+    def timestep(self, x: Array, state: Array) -> tuple[Array, Array]:
+        """The N tokens of one timestep, (B, N, F), each seeing all; `state` is already decayed."""
+        projections, gate = self.project(x, x)
+        state = state + jnp.einsum("bnhd,bnhe->bhde", projections.key, projections.value)
+        return self.finish(jnp.einsum("bnhd,bhde->bnhe", projections.query, state), gate), state
+
+    def token(
+        self, x_query: Array, x_key: Array, state: Array, cache: "Cache", agent: Array
+    ) -> tuple[Array, "Cache"]:
+        """Agent `agent`'s token, (B, F), seeing those of the agents before it through `cache`.
+
+        The state is read, not written, until the timestep's last agent has acted.
+        """
+        (query, key, value), gate = self.project(x_query, x_key)
+        cache = Cache(cache.key.at[:, agent].set(key), cache.value.at[:, agent].set(value))
+        scores = jnp.einsum("bhd,bnhd->bnh", query, cache.key)  # later agents' keys are still 0
+        retained = jnp.einsum("bnh,bnhe->bhe", scores, cache.value)
+        retained += jnp.einsum("bhd,bhde->bhe", query, state)
+        return self.finish(retained, gate), cache
+
+
+class Projections(NamedTuple):
+    """Each (..., H, D)."""
+
+    query: Array
+    key: Array
+    value: Array
+
+
+class Cache(NamedTuple):
+    """Keys and values of the timestep being decoded, each (B, N, H, D); 0 for agents to come."""
+
+    key: Array
+    value: Array
+
+    def into(self, state: Array) -> Array:
+        """The state (B, H, D, D) with the timestep's tokens added."""
+        return state + jnp.einsum("bnhd,bnhe->bhde", self.key, self.value)

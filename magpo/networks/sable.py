@@ -1,0 +1,256 @@
+"""Sable: an autoregressive joint policy and its values by retention (Mahjoub et al., 2025).
+
+An encoder reads the observations of all agents over all timesteps and gives each agent's value; a
+decoder gives each agent's policy from the encoding and the actions of the agents before it. Axis
+letters beyond `magpo.types`: B sequences, K blocks, H heads, D features of a head, F = H * D.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.initializers import orthogonal
+
+from magpo.networks.heads import ActionKind, Policy, PolicyHead, executed_action
+from magpo.networks.retention import Cache, ChunkWeights, Retention, chunk_weights, decays
+from magpo.networks.torsos import Dense, SwiGLU, sinusoidal_encoding
+from magpo.types import Array, Observation
+
+
+class SableCarry(NamedTuple):
+    """The retention states, each (B, K, H, D, D)."""
+
+    encoder: Array
+    decoder_self: Array
+    decoder_cross: Array
+
+
+class SableAct(NamedTuple):
+    """One timestep's outcome."""
+
+    carry: SableCarry
+    action: Array  # (B, N[, A]), raw: see `magpo.networks.heads`
+    log_prob: Array  # (B, N)
+    value: Array  # (B, N)
+
+
+class _EncoderBlock(nn.Module):
+    embed_dim: int
+    n_head: int
+    ffn: bool
+
+    def setup(self) -> None:
+        self.retention = Retention(self.embed_dim, self.n_head)
+        self.norms = [nn.RMSNorm() for _ in range(1 + self.ffn)]
+        self.feed_forward = SwiGLU() if self.ffn else None
+
+    def finish(self, x: Array, retained: Array) -> Array:
+        x = self.norms[0](x + retained)
+        return self.norms[1](x + self.feed_forward(x)) if self.ffn else x
+
+    def chunkwise(self, x: Array, position: Array, state: Array, weights: ChunkWeights) -> Array:
+        x_key = x + position
+        return self.finish(x, self.retention.chunkwise(x_key, x_key, state, weights, causal=False))
+
+    def timestep(self, x: Array, position: Array, state: Array) -> tuple[Array, Array]:
+        retained, state = self.retention.timestep(x + position, state)
+        return self.finish(x, retained), state
+
+
+class _DecoderBlock(nn.Module):
+    embed_dim: int
+    n_head: int
+    ffn: bool
+
+    def setup(self) -> None:
+        self.self_retention = Retention(self.embed_dim, self.n_head)
+        self.cross_retention = Retention(self.embed_dim, self.n_head)
+        self.norms = [nn.RMSNorm() for _ in range(2 + self.ffn)]
+        self.feed_forward = SwiGLU() if self.ffn else None
+
+    def finish(self, encoded: Array, retained: Array) -> Array:
+        x = self.norms[1](encoded + retained)
+        return self.norms[2](x + self.feed_forward(x)) if self.ffn else x
+
+    def chunkwise(
+        self,
+        x: Array,
+        encoded: Array,
+        position: Array,
+        self_state: Array,
+        cross_state: Array,
+        weights: ChunkWeights,
+    ) -> Array:
+        x_key = x + position
+        retained = self.self_retention.chunkwise(x_key, x_key, self_state, weights, causal=True)
+        x_key = self.norms[0](x + retained) + position
+        retained = self.cross_retention.chunkwise(
+            encoded + position, x_key, cross_state, weights, causal=True
+        )
+        return self.finish(encoded, retained)
+
+    def token(
+        self,
+        x: Array,
+        encoded: Array,
+        position: Array,
+        self_state: Array,
+        cross_state: Array,
+        caches: tuple[Cache, Cache],
+        agent: Array,
+    ) -> tuple[Array, tuple[Cache, Cache]]:
+        x_key = x + position
+        retained, own = self.self_retention.token(x_key, x_key, self_state, caches[0], agent)
+        x_key = self.norms[0](x + retained) + position
+        retained, cross = self.cross_retention.token(
+            encoded + position, x_key, cross_state, caches[1], agent
+        )
+        return self.finish(encoded, retained), (own, cross)
+
+
+class Sable(nn.Module):
+    """All agents' policy and values. `ffn: false` leaves the feed-forward layers out."""
+
+    num_agents: int
+    action_dim: int
+    action_kind: ActionKind
+    embed_dim: int
+    n_head: int
+    n_block: int
+    decay_scaling_factor: float
+    chunk_size: int  # timesteps
+    ffn: bool = True
+
+    def setup(self) -> None:
+        def dense(bias: bool) -> nn.Module:
+            return Dense(self.embed_dim, use_bias=bias, kernel_init=orthogonal(2**0.5))
+
+        self.kappa = decays(self.n_head, self.decay_scaling_factor)
+        block = (self.embed_dim, self.n_head, self.ffn)
+        self.embed_observation = nn.Sequential([nn.RMSNorm(), dense(False), nn.gelu])
+        self.encoder_norm = nn.RMSNorm()  # one for all encoder blocks
+        self.encoder = [_EncoderBlock(*block) for _ in range(self.n_block)]
+        self.value_torso = nn.Sequential([dense(True), nn.gelu, nn.RMSNorm()])
+        self.value_head = Dense(1, kernel_init=orthogonal(0.01))
+        self.embed_action = nn.Sequential([dense(False), nn.gelu])
+        self.decoder_norm = nn.RMSNorm()
+        self.decoder = [_DecoderBlock(*block) for _ in range(self.n_block)]
+        self.policy_torso = nn.Sequential([dense(True), nn.gelu, nn.RMSNorm()])
+        self.policy_head = PolicyHead(self.action_dim, self.action_kind)
+
+    def initial_carry(self, batch_size: int) -> SableCarry:
+        head_dim = self.embed_dim // self.n_head
+        state = jnp.zeros((batch_size, self.n_block, self.n_head, head_dim, head_dim))
+        return SableCarry(state, state, state)
+
+    def __call__(
+        self, carry: SableCarry, observation: Observation, action: Array, reset_before: Array
+    ) -> tuple[Array, Policy]:
+        """Values and policies (B, T, N) of the sequences that start from `carry`.
+
+        Args:
+            observation: leading axes (B, T).
+            action: (B, T, N[, A]), raw; each agent's policy is conditioned on those before it.
+            reset_before: (B, T) bool, where an episode starts.
+        """
+        weights = chunk_weights(reset_before, self.num_agents, self.chunk_size, self.kappa)
+        position = self._position(observation)
+        x = self.embed_observation(observation.agents_view)
+        for i, block in enumerate(self.encoder):
+            x = block.chunkwise(self.encoder_norm(x), position, carry.encoder[:, i], weights)
+        encoded, value = x, self._value(x)
+        x = self.decoder_norm(self.embed_action(self._shifted(action)))
+        for i, block in enumerate(self.decoder):
+            states = carry.decoder_self[:, i], carry.decoder_cross[:, i]
+            x = block.chunkwise(x, encoded, position, *states, weights)
+        return value, self.policy_head(self.policy_torso(x), observation.action_mask)
+
+    def value(self, carry: SableCarry, observation: Observation, reset_before: Array) -> Array:
+        """(B, N) values of one timestep; observation and reset_before have a leading axis B."""
+        return self._encode(self._decayed(carry, reset_before), observation)[1]
+
+    def act(
+        self, carry: SableCarry, observation: Observation, reset_before: Array, key: Array
+    ) -> SableAct:
+        """One timestep, agent after agent; observation and reset_before have a leading axis B."""
+        carry = self._decayed(carry, reset_before)
+        encoded, value, encoder_state = self._encode(carry, observation)
+        position = self._position(observation)[:, 0]
+        batch, agents = value.shape
+        head_dim = self.embed_dim // self.n_head
+        empty = jnp.zeros((batch, agents, self.n_head, head_dim))
+
+        class Decoding(NamedTuple):
+            previous: Array
+            caches: list[tuple[Cache, Cache]]
+
+        def decode(decoding: Decoding, agent_inputs):
+            agent, encoded, action_mask, key = agent_inputs
+            x = self.decoder_norm(self.embed_action(decoding.previous))
+            caches = []
+            for i, block in enumerate(self.decoder):
+                states = carry.decoder_self[:, i], carry.decoder_cross[:, i]
+                x, cache = block.token(x, encoded, position, *states, decoding.caches[i], agent)
+                caches.append(cache)
+            policy = self.policy_head(self.policy_torso(x), action_mask)
+            action = policy.sample(key)
+            token = self._token(executed_action(action, self.action_kind))
+            return Decoding(token, caches), (action, policy.log_prob(action))
+
+        start = Decoding(
+            self._start_token((batch,)),
+            [(Cache(empty, empty), Cache(empty, empty)) for _ in self.decoder],
+        )
+        inputs = (
+            jnp.arange(agents),
+            encoded.swapaxes(0, 1),
+            observation.action_mask.swapaxes(0, 1),
+            jax.random.split(key, agents),
+        )
+        final, (action, log_prob) = jax.lax.scan(decode, start, inputs)
+        own, cross = zip(*final.caches, strict=True)
+        carry = SableCarry(
+            encoder_state,
+            self._absorb(carry.decoder_self, own),
+            self._absorb(carry.decoder_cross, cross),
+        )
+        return SableAct(carry, action.swapaxes(0, 1), log_prob.swapaxes(0, 1), value)
+
+    def _absorb(self, state: Array, caches: tuple[Cache, ...]) -> Array:
+        return jnp.stack([cache.into(state[:, i]) for i, cache in enumerate(caches)], axis=1)
+
+    def _decayed(self, carry: SableCarry, reset_before: Array) -> SableCarry:
+        keep = jnp.where(reset_before[:, None], 0.0, jnp.asarray(self.kappa, jnp.float32))
+        return jax.tree.map(lambda state: state * keep[:, None, :, None, None], carry)
+
+    def _encode(self, carry: SableCarry, observation: Observation) -> tuple[Array, Array, Array]:
+        position = self._position(observation)
+        x = self.embed_observation(observation.agents_view)  # (B, N, F)
+        states = []
+        for i, block in enumerate(self.encoder):
+            x, state = block.timestep(self.encoder_norm(x), position, carry.encoder[:, i])
+            states.append(state)
+        return x, self._value(x), jnp.stack(states, axis=1)
+
+    def _value(self, encoded: Array) -> Array:
+        return self.value_head(self.value_torso(encoded))[..., 0]
+
+    def _position(self, observation: Observation) -> Array:
+        """(..., 1, F), the same for all agents of a timestep."""
+        return sinusoidal_encoding(observation.step_count[..., None], self.embed_dim)
+
+    def _token(self, action: Array) -> Array:
+        """What the decoder reads of an executed action; feature 0 marks the start token."""
+        if self.action_kind == "discrete":
+            return jax.nn.one_hot(action + 1, self.action_dim + 1)
+        return jnp.concatenate([jnp.zeros_like(action[..., :1]), action], axis=-1)
+
+    def _start_token(self, batch_shape: tuple[int, ...]) -> Array:
+        return jnp.zeros((*batch_shape, self.action_dim + 1)).at[..., 0].set(1.0)
+
+    def _shifted(self, action: Array) -> Array:
+        """Tokens (B, T, N, A + 1): agent i's is the action of agent i - 1 of the same timestep."""
+        tokens = self._token(executed_action(action[:, :, :-1], self.action_kind))
+        start = self._start_token((*action.shape[:2], 1))
+        return jnp.concatenate([start, tokens], axis=2)

@@ -1,0 +1,81 @@
+"""Data that crosses module borders.
+
+Axis letters, used in every shape comment: S seeds, T rollout steps, E environments, N agents,
+L = T * N tokens, O observation features, G global-state features, A actions (a discrete count, or
+the dimensions of a continuous action).
+"""
+
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class StepType:
+    """dm_env's step types."""
+
+    FIRST = 0
+    MID = 1
+    LAST = 2
+
+
+class Observation(NamedTuple):
+    """What the agents see; agents are an array axis."""
+
+    agents_view: Array  # (N, O) float32, the one-hot agent id first
+    action_mask: Array  # (N, A) bool, true where legal
+    step_count: Array  # () int32, steps since the episode began
+    global_state: Array | None = None  # (G,) float32, for centralised critics
+
+
+class TimeStep(NamedTuple):
+    """One transition's outcome. Under auto-reset `observation` already belongs to the next episode."""
+
+    step_type: Array  # () int8
+    reward: Array  # (N,) float32
+    discount: Array  # () float32, 0 only where the episode terminated
+    observation: Observation
+    metrics: dict[str, Array]  # () each; a finished episode's figures, meaningful where last()
+    terminal_observation: Observation | None = None  # only under auto-reset, where `truncates`
+
+    def last(self) -> Array:
+        return self.step_type == StepType.LAST
+
+    def truncated(self) -> Array:
+        """The episode was cut off: its last observation still has a value."""
+        return self.last() & (self.discount > 0)
+
+
+class Environment(Protocol):
+    """One environment: pure functions, no batch axis."""
+
+    name: str  # "rware/tiny-4ag"
+    num_agents: int
+    action_dim: int
+    action_kind: Literal["discrete", "continuous"]
+    time_limit: int  # steps; no episode is longer
+    truncates: bool  # whether an episode can end by truncation
+    headline: str  # the metric its papers report: "episode_return" or "win_rate"
+
+    @property
+    def observation_spec(self) -> Observation: ...  # leaves are jax.ShapeDtypeStruct
+
+    @property
+    def action_spec(self) -> jax.ShapeDtypeStruct: ...  # (N,) int32 or (N, A) float32
+
+    def reset(self, key: Array) -> tuple[Any, TimeStep]: ...
+
+    def step(self, state: Any, action: Array) -> tuple[Any, TimeStep]: ...
+
+
+def restart(num_agents: int, observation: Observation, metrics: dict[str, Array]) -> TimeStep:
+    """The first timestep of an episode."""
+    return TimeStep(
+        step_type=jnp.int8(StepType.FIRST),
+        reward=jnp.zeros(num_agents),
+        discount=jnp.float32(1.0),
+        observation=observation,
+        metrics=metrics,
+    )

@@ -1,0 +1,178 @@
+"""Measure a system on a task: start-up, steps per second, FLOPs, memory.
+
+    python scripts/benchmark.py magpo env=coordsum/3x10-30 num_envs=64
+    python scripts/benchmark.py magpo env=rware/tiny-4ag num_envs=64 system.ppo_epochs=1 --json out.json
+
+Overrides are those of `python -m magpo.systems.<system>`. One process, the programs of a real run:
+start-up counts from the start of the process, and a chunk is one update. FLOPs are XLA's count of
+the unoptimised update, each loop's body as often as it runs; the share is of the rate of a large
+float32 matmul on the same machine. Memory is the process's peak before that matmul.
+"""
+
+import time
+
+STARTED = time.perf_counter()
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import resource  # noqa: E402
+import statistics  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from importlib import import_module  # noqa: E402
+from pathlib import Path  # noqa: E402
+from types import ModuleType  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.extend.core import jaxpr_as_fun  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from magpo import config as configuration  # noqa: E402
+from magpo import envs, experiment  # noqa: E402
+from magpo.config import RunConfig  # noqa: E402
+from magpo.envs.wrappers import AutoReset  # noqa: E402
+from magpo.types import Array, Environment  # noqa: E402
+
+IMPORTED = time.perf_counter()
+REPEATS = 5  # of everything timed; the median is reported
+
+
+def median_seconds(function: Callable[[], Any]) -> float:
+    """Of a call's work on the device, after one call to compile and warm up."""
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def scans(jaxpr: Any) -> Iterator[tuple[int, Any]]:
+    """Length and body of each scan of a jaxpr that is not inside another scan."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation.params["length"], equation.params["jaxpr"]
+        else:
+            for parameter in equation.params.values():
+                for inner in parameter if isinstance(parameter, tuple | list) else [parameter]:
+                    if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                        yield from scans(getattr(inner, "jaxpr", inner))
+
+
+def flops(closed_jaxpr: Any) -> tuple[float, float]:
+    """With every scan's body as often as it runs, and once, as XLA counts."""
+    lowered = jax.jit(jaxpr_as_fun(closed_jaxpr)).lower(*closed_jaxpr.in_avals)
+    once = total = (lowered.cost_analysis() or {}).get("flops", 0.0)
+    for length, body in scans(closed_jaxpr.jaxpr):
+        body_total, body_once = flops(body)
+        total += length * body_total - body_once
+    return total, once
+
+
+def matmul_rate(size: int = 2048) -> float:
+    """FLOP/s of a large float32 matmul: this machine's practical peak."""
+    a = jnp.ones((size, size))
+    return 2 * size**3 / median_seconds(lambda f=jax.jit(jnp.matmul): f(a, a))
+
+
+def random_steps_per_s(env: Environment, num_envs: int, length: int) -> float:
+    """The environment alone, restarts included, under random legal actions."""
+    batch = AutoReset(env, num_envs)
+
+    @jax.jit
+    def run(state: Any, timestep: Any, key: Array) -> Any:
+        def step(loop: Any, key: Array) -> tuple[Any, Array]:
+            state, mask = loop
+            if env.action_kind == "discrete":
+                action = jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf))
+            else:
+                action = jax.random.uniform(key, mask.shape, minval=-1.0)
+            state, timestep = batch.step(state, action)
+            return (state, timestep.observation.action_mask), timestep.reward.sum()
+
+        loop = state, timestep.observation.action_mask
+        return jax.lax.scan(step, loop, jax.random.split(key, length))
+
+    start = jax.jit(batch.reset)(jax.random.key(0))
+    return num_envs * length / median_seconds(lambda: run(*start, jax.random.key(1)))
+
+
+def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
+    """All figures, by name and unit."""
+    experiment.set_up_jax(config)
+    env = envs.make(config.env.name, **config.env.options)
+    system = module.make(config.algorithm, env)
+    programs = experiment.build_programs(module, system, env, config)
+    started = time.perf_counter()
+    compiled = experiment.compile_programs(programs, config)
+    compile_s = time.perf_counter() - started
+    keys, _ = experiment.seed_keys(config)
+    state, _ = compiled.train_chunk(compiled.init(keys))
+    first_update_s = time.perf_counter() - STARTED
+
+    update_s = []
+    for _ in range(1 + REPEATS):
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled.train_chunk(state))
+        update_s.append(time.perf_counter() - start)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+    steps = config.steps_per_update * len(config.seeds)
+    median_update_s = statistics.median(update_s[1:])
+    rollout = jax.jit(jax.vmap(lambda state: module.rollout(system, state)))
+    total_flops, _ = flops(jax.make_jaxpr(programs.train_chunk)(state))
+    peak_rate = matmul_rate()
+    figures = {
+        "import_s": IMPORTED - STARTED,
+        "compile_s": compile_s,
+        "first_update_s": first_update_s,
+        "update_s": median_update_s,
+        "steps_per_s": steps / median_update_s,
+        "rollout_steps_per_s": steps / median_seconds(lambda: rollout(state)),
+        "env_steps_per_s": random_steps_per_s(env, config.num_envs, config.rollout_length),
+        "update_gflop": total_flops / 1e9,
+        "update_gflop_per_s": total_flops / median_update_s / 1e9,
+        "matmul_gflop_per_s": peak_rate / 1e9,
+        "share_of_matmul_rate": total_flops / median_update_s / peak_rate,
+        "peak_memory_gb": peak / 1e9,
+    }
+    return figures | ({"peak_device_memory_gb": device / 1e9} if device else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("system", help="one of " + ", ".join(configuration.systems()))
+    parser.add_argument("overrides", nargs="*", help="env=<suite>/<task> key=value ...")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    with configuration.exit_on_config_error():
+        config = configuration.load(arguments.system, arguments.overrides)
+        one_update = [f"total_steps={config.steps_per_update}", "num_evaluations=1"]
+        config = configuration.load(arguments.system, [*arguments.overrides, *one_update])
+        module = import_module(f"magpo.systems.{arguments.system}")
+        figures = measure(module, config)
+
+    seeds = f", {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
+    table = Table(title=f"{config.system} on {config.env.name}{seeds}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:,.0f}" if value >= 1000 else f"{value:.3g}")
+    Console().print(table)
+    if arguments.json:
+        about = {"system": config.system, "task": config.env.name}
+        about |= {"overrides": arguments.overrides, "device": jax.devices()[0].device_kind}
+        arguments.json.write_text(json.dumps(about | figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

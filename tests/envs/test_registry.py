@@ -1,0 +1,187 @@
+import re
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from magpo import envs
+
+# num_agents, features without the agent id, num_actions, time_limit; ENVIRONMENTS tables.
+TASKS = {
+    "coordsum/3x10-30": (3, 2, 10, 100),
+    "coordsum/3x30-50": (3, 2, 30, 100),
+    "coordsum/5x20-80": (5, 2, 20, 100),
+    "coordsum/8x15-100": (8, 2, 15, 100),
+    "lbf/10x10-3p-3f": (3, 18, 6, 100),
+    "lbf/15x15-3p-5f": (3, 24, 6, 100),
+    "lbf/15x15-4p-3f": (4, 21, 6, 100),
+    "lbf/15x15-4p-5f": (4, 27, 6, 100),
+    "lbf/2s-10x10-3p-3f": (3, 18, 6, 100),
+    "lbf/2s-8x8-2p-2f-coop": (2, 12, 6, 100),
+    "lbf/8x8-2p-2f-coop": (2, 12, 6, 100),
+    "rware/large-4ag": (4, 66, 5, 500),
+    "rware/large-4ag-hard": (4, 66, 5, 500),
+    "rware/large-8ag": (8, 66, 5, 500),
+    "rware/large-8ag-hard": (8, 66, 5, 500),
+    "rware/medium-4ag": (4, 66, 5, 500),
+    "rware/medium-4ag-hard": (4, 66, 5, 500),
+    "rware/medium-6ag": (6, 66, 5, 500),
+    "rware/small-4ag": (4, 66, 5, 500),
+    "rware/small-4ag-hard": (4, 66, 5, 500),
+    "rware/tiny-2ag": (2, 66, 5, 500),
+    "rware/tiny-2ag-hard": (2, 66, 5, 500),
+    "rware/tiny-4ag": (4, 66, 5, 500),
+    "rware/tiny-4ag-hard": (4, 66, 5, 500),
+    "rware/xlarge-4ag": (4, 66, 5, 500),
+    "rware/xlarge-4ag-hard": (4, 66, 5, 500),
+}
+# grid (height, width), shelves, requested shelves
+WAREHOUSES = {
+    "rware/tiny-2ag": ((11, 10), 32, 2),
+    "rware/tiny-2ag-hard": ((11, 10), 32, 1),
+    "rware/tiny-4ag": ((11, 10), 32, 4),
+    "rware/tiny-4ag-hard": ((11, 10), 32, 2),
+    "rware/small-4ag": ((20, 10), 80, 4),
+    "rware/small-4ag-hard": ((20, 10), 80, 2),
+    "rware/medium-4ag": ((20, 16), 144, 4),
+    "rware/medium-4ag-hard": ((20, 16), 144, 2),
+    "rware/medium-6ag": ((20, 16), 144, 6),
+    "rware/large-4ag": ((29, 16), 224, 4),
+    "rware/large-4ag-hard": ((29, 16), 224, 2),
+    "rware/large-8ag": ((29, 16), 224, 8),
+    "rware/large-8ag-hard": ((29, 16), 224, 4),
+    "rware/xlarge-4ag": ((38, 16), 304, 4),
+    "rware/xlarge-4ag-hard": ((38, 16), 304, 2),
+}
+# grid, field of view, food, forced cooperation
+BOARDS = {
+    "lbf/8x8-2p-2f-coop": (8, 8, 2, True),
+    "lbf/2s-8x8-2p-2f-coop": (8, 2, 2, True),
+    "lbf/10x10-3p-3f": (10, 10, 3, False),
+    "lbf/2s-10x10-3p-3f": (10, 2, 3, False),
+    "lbf/15x15-3p-5f": (15, 15, 5, False),
+    "lbf/15x15-4p-3f": (15, 15, 3, False),
+    "lbf/15x15-4p-5f": (15, 15, 5, False),
+}
+
+
+@cache
+def made(task):
+    return envs.make(task)
+
+
+def test_tasks_are_the_paper_s():
+    assert sorted(envs.tasks()) == sorted(TASKS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_its_sizes(task):
+    num_agents, num_features, num_actions, time_limit = TASKS[task]
+    env = made(task)
+    spec = env.observation_spec
+    assert (env.name, env.num_agents, env.time_limit) == (task, num_agents, time_limit)
+    assert (env.action_dim, env.action_kind) == (num_actions, "discrete")
+    assert env.action_spec.shape == (num_agents,)
+    assert spec.agents_view.shape == (num_agents, num_agents + num_features)
+    assert spec.action_mask.shape == (num_agents, num_actions)
+    assert spec.global_state is None
+    assert env.truncates == task.startswith("lbf/")
+    assert env.headline == "episode_return"
+
+
+@pytest.mark.parametrize("task", WAREHOUSES)
+def test_warehouses(task):
+    simulator = made(task).simulator
+    built = simulator.grid_size, len(simulator.shelf_ids), simulator.request_queue_size
+    assert built == WAREHOUSES[task]
+
+
+@pytest.mark.parametrize("task", BOARDS)
+def test_boards(task):
+    simulator = made(task).simulator
+    generator = simulator._generator
+    assert (generator.grid_size, generator.fov, generator.num_food) == BOARDS[task][:3]
+    assert generator.force_coop is BOARDS[task][3]
+    assert (generator.max_agent_level, simulator.normalize_reward, simulator.penalty) == (
+        2,
+        True,
+        0,
+    )
+
+
+def test_options_are_the_file_s_and_overrides_replace_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the files are found from anywhere
+    assert envs.options("coordsum/3x10-30") == {
+        "num_agents": 3,
+        "num_actions": 10,
+        "max_target": 30,
+        "time_limit": 100,
+        "opponent_history": "per_target",
+        "observation": "raw",
+    }
+    env = envs.make("coordsum/3x10-30", num_agents=5, time_limit=7)
+    assert (env.num_agents, env.time_limit, env.max_target) == (5, 7, 30)
+
+
+def test_the_same_task_is_an_equal_environment():
+    """So that jit does not compile again for a second object."""
+    first, second = envs.make("lbf/10x10-3p-3f"), envs.make("lbf/10x10-3p-3f")
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != envs.make("lbf/10x10-3p-3f", fov=3)
+
+
+def test_the_global_state_is_on_request():
+    spec = envs.make("rware/tiny-4ag", global_state=True).observation_spec
+    assert spec.global_state.shape == (4 * 66,)
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides", "parts"),
+    [
+        ("rwar/tiny-4ag", {}, ["'rwar/tiny-4ag'", "did you mean 'rware/tiny-4ag'", "lbf/..."]),
+        ("rware/tiny-4a", {}, ["did you mean 'rware/tiny-4ag'", "rware/xlarge-4ag-hard"]),
+        ("coordsum", {}, ["'coordsum'", "coordsum/3x10-30"]),
+        ("../env/rware/tiny-4ag", {}, ["unknown task"]),
+        ("rware/tiny-4ag", {"num_agent": 3}, ["'num_agent'", "'num_agents'", "time_limit"]),
+        ("rware/tiny-4ag", {"num_agents": 0}, ["rware/tiny-4ag: num_agents", "least 1", "not 0"]),
+        ("rware/tiny-4ag", {"num_agents": "4"}, ["num_agents must be of type int, not '4'"]),
+        ("rware/tiny-4ag", {"num_agents": 2.0}, ["num_agents must be of type int, not 2.0"]),
+        ("rware/tiny-4ag", {"num_agents": True}, ["num_agents must be of type int, not True"]),
+        ("rware/tiny-4ag", {"num_agents": 111}, ["num_agents must be at most 110"]),
+        ("rware/tiny-4ag", {"shelf_columns": 2}, ["shelf_columns must be odd, not 2"]),
+        ("rware/tiny-4ag", {"request_queue_size": 32}, ["request_queue_size must be at most 31"]),
+        ("rware/tiny-4ag", {"sensor_range": 0}, ["sensor_range must be at least 1"]),
+        ("coordsum/3x10-30", {"opponent_history": "release"}, ["did you mean 'released'"]),
+        ("coordsum/3x10-30", {"observation": "grid"}, ["observation", "raw, scaled, one_hot"]),
+        ("coordsum/3x10-30", {"max_target": 0}, ["max_target must be at least 1, not 0"]),
+        ("coordsum/3x10-30", {"time_limit": 0}, ["time_limit must be at least 1, not 0"]),
+        ("lbf/8x8-2p-2f-coop", {"grid_size": 4}, ["grid_size must be at least 5"]),
+        ("lbf/8x8-2p-2f-coop", {"fov": 9}, ["fov must be at most 8, not 9"]),
+        ("lbf/8x8-2p-2f-coop", {"num_food": 7}, ["num_food must be at most 6, not 7"]),
+        ("lbf/8x8-2p-2f-coop", {"grid_size": 5, "fov": 5}, ["num_food must be at most 1, not 2"]),
+        ("lbf/8x8-2p-2f-coop", {"penalty": -0.1}, ["penalty must be at least 0, not -0.1"]),
+        ("lbf/8x8-2p-2f-coop", {"penalty": float("nan")}, ["penalty must be at least 0"]),
+    ],
+)
+def test_bad_requests_are_one_clear_line(task, overrides, parts):
+    with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
+        envs.make(task, **overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_an_integer_will_do_for_a_real_number():
+    assert envs.make("lbf/8x8-2p-2f-coop", penalty=1).penalty == 1
+
+
+def test_only_the_chosen_suite_s_library_is_imported():
+    code = "import sys; from magpo import envs; envs.make('coordsum/3x10-30'); print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert "magpo.envs.coordsum" in modules.stdout.split()
+    assert "jumanji" not in modules.stdout.split()

@@ -1,0 +1,65 @@
+"""Policies against closed forms; masks, also in gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magpo.networks.heads import Categorical, PolicyHead, TanhNormal, executed_action
+
+KEY = jax.random.key(0)
+
+
+def test_illegal_actions_have_no_probability_entropy_kl_or_gradient():
+    head = PolicyHead(action_dim=5, action_kind="discrete")
+    features = jax.random.normal(KEY, (7, 3))
+    mask = jnp.array([True, False, True, False, False])
+    params = head.init(KEY, features, mask)
+    params = jax.tree.map(lambda x: x * 100, params)  # away from uniform
+
+    policy = head.apply(params, features, mask)
+    two = jax.nn.log_softmax((features @ params["params"]["Dense_0"]["kernel"])[:, (0, 2)])
+    np.testing.assert_allclose(policy.log_probs[:, (0, 2)], two, atol=1e-5)
+    assert (jnp.exp(policy.log_probs)[:, (1, 3, 4)] == 0).all()
+    np.testing.assert_allclose(policy.entropy(KEY), -(jnp.exp(two) * two).sum(-1), atol=1e-5)
+    samples = jax.vmap(policy.sample)(jax.random.split(KEY, 200))
+    assert set(np.unique(samples)) == {0, 2}
+
+    def of_everything(params):
+        policy = head.apply(params, features, mask)
+        other = head.apply(jax.tree.map(lambda x: -x, params), features, mask)
+        return (policy.entropy(KEY) + policy.kl(other) + policy.log_prob(jnp.zeros(7, int))).sum()
+
+    gradient = jax.grad(of_everything)(params)["params"]["Dense_0"]["kernel"]
+    assert np.isfinite(gradient).all()
+    assert (gradient[:, (1, 3, 4)] == 0).all() and (gradient[:, (0, 2)] != 0).all()
+
+
+def test_categorical_kl_is_the_sum_over_actions():
+    p, q = (Categorical(jax.nn.log_softmax(x)) for x in jax.random.normal(KEY, (2, 4, 6)))
+    a, b = np.exp(p.log_probs), np.exp(q.log_probs)
+    np.testing.assert_allclose(p.kl(q), (a * np.log(a / b)).sum(-1), atol=1e-6)
+    np.testing.assert_allclose(p.kl(p), 0, atol=1e-7)
+
+
+def test_tanh_normal_integrates_to_one_and_pads_nothing():
+    mean, std = jnp.array([0.3, 5.0]), jnp.array([0.7, 0.1])
+    policy = TanhNormal(mean, std, jnp.array([True, False]))
+    action = np.linspace(-1 + 1e-6, 1 - 1e-6, 200_001)
+    raw = jnp.stack([jnp.arctanh(jnp.asarray(action)), jnp.full(action.shape, 9.0)], axis=-1)
+    density = np.exp(policy.log_prob(raw))
+    assert abs(np.trapezoid(density, action) - 1) < 1e-3
+    # At saturation the log-prob stays finite, and its ratio to itself is exactly 1.
+    far = jnp.array([[40.0, 0.0]])
+    assert np.isfinite(policy.log_prob(far)).all()
+    assert jnp.exp(policy.log_prob(far) - policy.log_prob(far)) == 1
+    assert executed_action(far, "continuous")[0, 0] == 1
+
+
+def test_tanh_normal_kl_and_entropy():
+    p = TanhNormal(jnp.array([0.2]), jnp.array([0.5]), jnp.array([True]))
+    q = TanhNormal(jnp.array([-0.4]), jnp.array([0.9]), jnp.array([True]))
+    samples = jax.vmap(p.sample)(jax.random.split(KEY, 40_000))
+    estimate = (p.log_prob(samples) - q.log_prob(samples)).mean()  # the tanh terms cancel
+    np.testing.assert_allclose(p.kl(q), estimate, atol=0.02)
+    entropies = jax.vmap(p.entropy)(jax.random.split(jax.random.key(1), 40_000))
+    np.testing.assert_allclose(entropies.mean(), -p.log_prob(samples).mean(), atol=0.02)

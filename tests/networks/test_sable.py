@@ -1,0 +1,160 @@
+"""Retention against a slow NumPy model; acting token by token = training chunk by chunk."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magpo.networks.retention import Retention, chunk_weights, decays
+from magpo.networks.sable import Sable, SableCarry
+from magpo.types import Observation
+
+B, T, N, H, D, O, A = 5, 6, 3, 2, 4, 7, 4
+RESETS = np.zeros((B, T), bool)
+RESETS[0, 0] = RESETS[1, 3] = RESETS[2, (1, 2)] = RESETS[3, 5] = True  # row 4: none
+
+
+def slow_retention(query, key, value, state, kappa, causal):
+    """Per token: the state decays once a timestep, every token adds its outer product."""
+    out = np.zeros_like(query)
+    for b, h in np.ndindex(B, H):
+        s = state[b, h].copy()
+        for t in range(T):
+            s = kappa[h] * (np.zeros_like(s) if RESETS[b, t] else s)
+            for n in range(N):
+                s += np.outer(key[b, t, n, h], value[b, t, n, h])
+                out[b, t, n, h] = query[b, t, n, h] @ s
+            if not causal:
+                for n in range(N):
+                    out[b, t, n, h] = query[b, t, n, h] @ s
+    return out
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("causal", [True, False])
+def test_chunkwise_retention_is_the_slow_one(chunk_size, causal):
+    layer = Retention(embed_dim=H * D, n_head=H)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x_query, x_key = jax.random.normal(keys[0], (2, B, T, N, H * D))
+    state = jax.random.normal(keys[1], (B, H, D, D))
+    kappa = decays(H, 0.8)
+    weights = chunk_weights(jnp.asarray(RESETS), N, chunk_size, kappa)
+    arguments = x_query, x_key, state, weights, causal
+    params = layer.init(keys[2], *arguments, method="chunkwise")
+    params = jax.tree.map(lambda x: x * 8, params)  # so that the state matters
+
+    (query, key, value), gate = layer.apply(params, x_query, x_key, method="project")
+    slow = slow_retention(*map(np.asarray, (query, key, value, state)), kappa, causal)
+    finished = layer.apply(params, jnp.asarray(slow), gate, method="finish")
+    ours = layer.apply(params, *arguments, method="chunkwise")
+    np.testing.assert_allclose(ours, finished, atol=2e-4)
+
+
+def test_decays_span_the_published_range():
+    np.testing.assert_allclose(decays(3, 0.5), 0.5 * (1 - 1 / np.array([32, 128, 512])))
+    assert len(decays(1, 1.0)) == 1
+
+
+def sable(chunk_size: int, action_kind: str = "discrete", **changes) -> Sable:
+    options = {
+        "num_agents": N,
+        "action_dim": A,
+        "action_kind": action_kind,
+        "embed_dim": H * D,
+        "n_head": H,
+        "n_block": 2,
+        "decay_scaling_factor": 0.8,
+        "chunk_size": chunk_size,
+    }
+    return Sable(**(options | changes))
+
+
+@pytest.fixture(scope="module", params=["discrete", "continuous"])
+def acted(request):
+    """A trajectory with episode ends in it, acted out timestep by timestep."""
+    model = sable(3, request.param)
+    keys = jax.random.split(jax.random.key(0), 5)
+    mask = jax.random.bernoulli(keys[0], 0.7, (B, T, N, A)).at[..., 1].set(True)
+    since = [[t - max([s for s in range(t + 1) if r[s]], default=0) for t in range(T)] for r in RESETS]
+    observation = Observation(
+        agents_view=jax.random.normal(keys[1], (B, T, N, O)),
+        action_mask=mask if request.param == "discrete" else jnp.ones((B, T, N, A), bool),
+        step_count=jnp.asarray(since, jnp.int32),
+    )
+    carry = SableCarry(*jax.random.normal(keys[2], (3, B, 2, H, D, D)))
+    shape = (B, T, N) if request.param == "discrete" else (B, T, N, A)
+    action = jnp.zeros(shape, int if request.param == "discrete" else float)
+    params = model.init(keys[3], carry, observation, action, jnp.asarray(RESETS))
+    params = jax.tree.map(lambda x: x * 1.7, params)  # away from a uniform policy
+
+    def step(carry, inputs):
+        observation, reset_before, key = inputs
+        out = model.apply(params, carry, observation, reset_before, key, method="act")
+        value = model.apply(params, carry, observation, reset_before, method="value")
+        return out.carry, (out.action, out.log_prob, out.value, value)
+
+    by_time = jax.tree.map(lambda x: x.swapaxes(0, 1), (observation, jnp.asarray(RESETS)))
+    inputs = (*by_time, jax.random.split(keys[4], T))
+    _, out = jax.jit(lambda carry: jax.lax.scan(step, carry, inputs))(carry)
+    return request.param, params, carry, observation, [x.swapaxes(0, 1) for x in out]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 6])
+def test_acting_is_training(acted, chunk_size):
+    kind, params, carry, observation, (action, log_prob, value, value_alone) = acted
+    model = sable(chunk_size, kind)
+    apply = jax.jit(model.apply)
+    values, policy = apply(params, carry, observation, action, jnp.asarray(RESETS))
+    np.testing.assert_allclose(policy.log_prob(action), log_prob, atol=5e-4)
+    np.testing.assert_allclose(values, value, atol=1e-4)
+    np.testing.assert_allclose(value_alone, value, atol=1e-4)
+
+
+def test_nothing_leaks_from_later_agents_later_steps_or_other_episodes(acted):
+    kind, params, carry, observation, (action, *_) = acted
+    model = sable(3, kind)
+
+    @jax.jit
+    def outputs(view, action):
+        changed = observation._replace(agents_view=view)
+        value, policy = model.apply(params, carry, changed, action, jnp.asarray(RESETS))
+        return value, jax.tree.leaves(policy)[0]
+
+    view = observation.agents_view
+    value, policy = outputs(view, action)
+
+    # Row 1: its second episode begins at step 3. Agent 1 acts otherwise at step 4.
+    _, other = outputs(view, action.at[1, 4, 1].set(1 - action[1, 4, 1]))
+    same = np.isclose(other, policy, atol=1e-6).all(-1)
+    assert same[1, :4].all() and same[1, 4, :2].all() and not same[1, 4, 2]
+    assert not same[1, 5].all() and same[(0, 2, 3, 4), :].all()
+
+    # What agent 2 sees at step 2 of the first episode reaches that step's values, and no later one.
+    other_value, other = outputs(view.at[1, 2, 2].add(1.0), action)
+    same = np.isclose(other_value, value, atol=1e-6)
+    assert same[1, :2].all() and not same[1, 2].any() and same[1, 3:].all()
+
+
+def test_feed_forward_layers_train_or_are_absent():
+    observation = Observation(
+        jax.random.normal(jax.random.key(0), (B, T, N, O)),
+        jnp.ones((B, T, N, A), bool),
+        jnp.zeros((B, T), int),
+    )
+    action = jnp.zeros((B, T, N), int)
+    model = sable(3)
+    carry = model.initial_carry(B)
+    params = model.init(jax.random.key(1), carry, observation, action, jnp.asarray(RESETS))
+
+    def loss(params):
+        value, policy = model.apply(params, carry, observation, action, jnp.asarray(RESETS))
+        return (value**2).sum() + policy.log_prob(action).sum()
+
+    gradients = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
+    of_ffn = [g for path, g in gradients if "feed_forward" in jax.tree_util.keystr(path)]
+    assert len(of_ffn) == 8 and all((g != 0).any() for g in of_ffn)
+
+    without = jax.eval_shape(
+        sable(3, ffn=False).init, jax.random.key(1), carry, observation, action, jnp.asarray(RESETS)
+    )
+    assert "feed_forward" not in str(jax.tree_util.tree_structure(without))

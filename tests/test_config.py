@@ -1,0 +1,485 @@
+"""Composition, the typed door, and bad input: one line, the nearest match, exit code 2."""
+
+import csv
+import dataclasses
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from magpo import config, envs, paths
+from magpo.config import ConfigError, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, load
+
+TINY = "env=rware/tiny-4ag"
+TUNED = sorted((paths.configs() / "tuned" / "magpo").rglob("*.yaml"))
+
+
+@dataclasses.dataclass(frozen=True)
+class SystemConfig:
+    lr: PositiveFloat
+    num_minibatches: PositiveInt
+    ent_coef: NonNegativeFloat
+    gamma: Fraction
+    kind: Literal["left", "right"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+    width: PositiveInt
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    learner: LearnerConfig
+    relu: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    num_envs: PositiveInt
+    rollout_length: PositiveInt
+    updates_per_chunk: PositiveInt
+    system: SystemConfig
+    network: NetworkConfig
+
+    def __post_init__(self):
+        if self.num_envs % self.system.num_minibatches:
+            raise ValueError(
+                f"system.num_minibatches must divide num_envs={self.num_envs}, "
+                f"not {self.system.num_minibatches}"
+            )
+
+
+YAML = """
+defaults:
+  - experiment
+  - _self_
+  - env: ???
+  - budget: paper
+  - logger: default
+  - optional tuned: mine/${env}
+rollout_length: 128
+num_envs: 3  # the budget's wins
+system: {lr: 0.1, num_minibatches: 2, ent_coef: 0, gamma: 0.9, kind: left}
+network:
+  learner: {width: 7}
+  relu: true
+"""
+TUNED_YAML = """
+# @package _global_
+num_envs: 32
+system: {lr: 0.5, gamma: 0.8}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path) -> types.ModuleType:
+    """A user's own system: a module, its YAML and a tuned task in one folder."""
+    module = types.ModuleType("mine")
+    module.__file__ = str(tmp_path / "mine.py")
+    module.Config = Config
+    (tmp_path / "mine.yaml").write_text(YAML)
+    (tmp_path / "tuned/mine/rware").mkdir(parents=True)
+    (tmp_path / "tuned/mine/rware/tiny-4ag.yaml").write_text(TUNED_YAML)
+    return module
+
+
+def command_line(monkeypatch, system: Any, *arguments: str) -> list[config.RunConfig]:
+    runs: list[config.RunConfig] = []
+    monkeypatch.setattr(sys, "argv", ["mine.py", *arguments])
+    config.hydra_main(system, runs.append)
+    return runs
+
+
+# Composition
+
+
+def test_later_wins(mine):
+    run = load(mine, [TINY, "system.gamma=0.7"])
+    assert run.num_envs == 32  # tuned, over 128 of the budget, over 3 of the system
+    assert run.algorithm.system.lr == 0.5  # tuned, over the system's
+    assert run.algorithm.system.gamma == 0.7  # the command line, over tuned
+    assert run.algorithm.system.kind == "left"  # the system's
+    assert run.eval_episodes == 32  # experiment.yaml's
+
+
+def test_tuned_values_can_be_turned_off(mine):
+    assert load(mine, [TINY]).tuned
+    assert load(mine, [TINY, "tuned=true"]).tuned
+    run = load(mine, [TINY, "tuned=false"])
+    assert not run.tuned
+    assert run.algorithm.system.lr == 0.1
+    assert run.num_envs == 128
+
+
+def test_task_without_tuned_values(mine):
+    run = load(mine, ["env=rware/tiny-2ag"])
+    assert not run.tuned
+    assert run.algorithm.system.lr == 0.1
+
+
+@pytest.mark.parametrize("task", envs.tasks())
+def test_env_options_are_the_tasks(mine, task):
+    run = load(mine, [f"env={task}"])
+    assert run.env == config.EnvConfig(task, envs.options(task))
+
+
+def test_env_option_is_overridden(mine):
+    assert load(mine, [TINY, "env.time_limit=7"]).env.options["time_limit"] == 7
+
+
+def test_budgets(mine):
+    paper = load(mine, [TINY, "tuned=false"])
+    assert (paper.budget, paper.num_updates, paper.trained_steps) == ("paper", 1220, 19_988_480)
+    assert (paper.num_evaluations, paper.updates_per_chunk) == (122, 10)
+    quick = load(mine, [TINY, "tuned=false", "budget=quick"])
+    assert quick.budget == "quick"
+    assert quick.trained_steps == quick.total_steps < paper.total_steps
+
+
+def test_steps_are_rounded_down_to_whole_chunks(mine):
+    sizes = ["num_envs=6", "rollout_length=5", "num_evaluations=4"]
+    run = load(mine, [TINY, *sizes, "total_steps=599"])
+    assert (run.steps_per_update, run.updates_per_chunk, run.steps_per_chunk) == (30, 4, 120)
+    assert (run.num_updates, run.trained_steps, run.total_steps) == (16, 480, 599)
+    assert run.algorithm.updates_per_chunk == 4
+    assert (run.algorithm.num_envs, run.algorithm.rollout_length) == (6, 5)
+
+
+def test_whole_numbers_may_be_written_with_an_exponent(mine):
+    assert load(mine, [TINY, "total_steps=2e7"]).total_steps == 20_000_000
+
+
+def test_does_not_depend_on_the_working_directory(mine, monkeypatch, tmp_path):
+    here = load(mine, [TINY])
+    monkeypatch.chdir(tmp_path)
+    assert load(mine, [TINY]) == here
+
+
+def test_own_folder_may_hold_other_files(mine, tmp_path):
+    (tmp_path / "budget").mkdir()
+    (tmp_path / "budget/tiny.yaml").write_text(
+        "# @package _global_\ntotal_steps: 4096\nnum_envs: 8\nnum_evaluations: 2\n"
+    )
+    assert load(mine, [TINY, "tuned=false", "budget=tiny"]).trained_steps == 4096
+
+
+def test_own_folder_without_a_system(tmp_path):
+    (tmp_path / "logger").mkdir()
+    (tmp_path / "logger/silent.yaml").write_text("console: false\nplot: false\n")
+    run = load("magpo", [TINY, "logger=silent"], tmp_path)
+    assert run.logger == config.LoggerConfig(console=False, plot=False)
+
+
+def test_no_dataclass_here_has_a_value():
+    for cls in (config.RunConfig, config.EnvConfig, config.LoggerConfig):
+        for field in dataclasses.fields(cls):
+            assert field.default is field.default_factory is dataclasses.MISSING, field.name
+
+
+# The library's own files
+
+
+@pytest.mark.parametrize("system", config.systems())
+@pytest.mark.parametrize("task", envs.tasks())
+def test_every_system_composes_with_every_task(system, task):
+    run = load(system, [f"env={task}", "budget=quick"])
+    assert (run.system, run.env.name, run.budget) == (system, task, "quick")
+    assert run.tuned == (paths.configs() / "tuned" / system / f"{task}.yaml").is_file()
+
+
+@pytest.mark.parametrize("system", config.systems())
+def test_every_system_can_have_the_papers_budget(system):
+    assert load(system, ["env=rware/tiny-4ag"]).num_updates == 1220
+
+
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key in node for k, v in leaves(node[key], f"{prefix}.{key}").items()}
+
+
+@pytest.mark.parametrize("path", TUNED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_tuned_values_are_legal(path):
+    tuned = yaml.safe_load(path.read_text())
+    system = yaml.safe_load((paths.configs() / "magpo.yaml").read_text())
+    assert path.read_text().startswith("# @package _global_\n")
+    assert leaves(tuned).keys() <= leaves(system).keys()
+    if "magpo" in config.systems():  # on some task: the file's own may be a suite yet to come
+        values = [f"{key[1:]}={value}" for key, value in leaves(tuned).items()]
+        run = load("magpo", ["env=coordsum/3x10-30", "tuned=false", *values])
+        used = leaves(dataclasses.asdict(run.algorithm))
+        assert {key: used[key] for key in leaves(tuned)} == leaves(tuned)
+
+
+def test_there_are_tuned_values_for_the_papers_tasks():
+    with (Path(__file__).parents[1] / "scripts/published/magpo_table1.csv").open() as file:
+        published = {(row["suite"], row["task"]) for row in csv.DictReader(file)}
+    assert {(path.parent.name, path.stem) for path in TUNED} == published
+    assert len(TUNED) == 43
+
+
+def test_tuned_values_spot_checks():
+    root = paths.configs() / "tuned/magpo"
+    rware = yaml.safe_load((root / "rware/tiny-4ag.yaml").read_text())
+    assert rware["system"]["rl_coef"] == 8
+    assert rware["network"]["guider"]["n_block"] == 3
+    smax = yaml.safe_load((root / "smax/6h_vs_8z.yaml").read_text())
+    assert smax["system"] == {
+        "actor_lr": 0.001,
+        "ppo_epochs": 10,
+        "num_minibatches": 1,
+        "clip_eps": 0.1,
+        "ent_coef": 0.001,
+        "max_grad_norm": 0.5,
+        "delta": 1.5,
+        "rl_coef": 4,
+    }
+
+
+@pytest.mark.parametrize("name", ["experiment", "magpo", "budget/paper", "logger/default"])
+def test_every_value_has_a_comment(name):
+    for line in (paths.configs() / f"{name}.yaml").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if (value.split("#")[0].strip() and not key.startswith((" ", "#"))) or ": " in line.strip():
+            assert "#" in line or line.startswith("  - "), line
+
+
+# Bad input
+
+BAD = {
+    "no_task": ([], "env=<suite>/<task>"),
+    "unknown_task": (["env=rware/tiny4ag"], "rware/tiny-4ag"),
+    "unknown_suite": (["env=smac/3m"], "coordsum/"),
+    "task_without_suite": (["env=tiny-4ag"], "rware/tiny-4ag"),
+    "task_is_no_name": (["env=3"], "coordsum/"),
+    "unknown_budget": ([TINY, "budget=quik"], "'quick'"),
+    "unknown_logger": ([TINY, "logger=defalt"], "'default'"),
+    "misspelt_key": ([TINY, "system.gama=0.5"], "'system.gamma'"),
+    "misspelt_group": ([TINY, "systm.lr=0.5"], "'system.lr'"),
+    "forgotten_group": ([TINY, "width=3"], "'network.learner.width'"),
+    "misspelt_top_level_key": ([TINY, "num_env=8"], "'num_envs'"),
+    "misspelt_choice": ([TINY, "budgett=quick"], "'budget'"),
+    "misspelt_env_option": ([TINY, "env.timelimit=9"], "'env.time_limit'"),
+    "added_env_option": ([TINY, "+env.timelimit=9"], "'time_limit'"),
+    "added_key": ([TINY, "+system.lrr=0.5"], "'system.lr'"),
+    "added_top_level_key": ([TINY, "+num_env=0.5"], "'num_envs'"),
+    "removed_key": ([TINY, "~system.lr"], "system.lr is missing"),
+    "removed_misspelt_key": ([TINY, "~system.lrr"], "'system.lr'"),
+    "word_for_a_number": ([TINY, "system.lr=high"], "system.lr must be a valid number"),
+    "text_for_a_number": ([TINY, "system.lr='0.1'"], "system.lr must be a valid number"),
+    "fraction_for_a_whole_number": ([TINY, "num_envs=2.5"], "num_envs must be a valid integer"),
+    "bool_for_a_whole_number": ([TINY, "num_envs=true"], "num_envs must be a valid integer"),
+    "number_for_a_bool": ([TINY, "network.relu=1"], "network.relu must be a valid boolean"),
+    "nothing_for_a_number": ([TINY, "system.lr=null"], "system.lr must be a valid number"),
+    "value_for_a_group": ([TINY, "network.learner=3"], "network.learner must be a group"),
+    "other_word": ([TINY, "system.kind=lef"], "'left'"),
+    "other_precision": ([TINY, "precision=float64"], "'bfloat16'"),
+    "other_platform": ([TINY, "platform=cuda"], "'gpu'"),
+    "not_positive": ([TINY, "system.lr=0"], "greater than 0"),
+    "negative": ([TINY, "system.ent_coef=-0.1"], "greater than or equal to 0"),
+    "above_one": ([TINY, "system.gamma=1.01"], "less than or equal to 1"),
+    "nan": ([TINY, "system.lr=nan"], "finite"),
+    "infinite": ([TINY, "system.lr=inf"], "finite"),
+    "does_not_divide": ([TINY, "num_envs=9"], "must divide num_envs=9, not 2"),
+    "one_seed_without_brackets": ([TINY, "seeds=3"], "seeds must be a list"),
+    "no_seed": ([TINY, "seeds=[]"], "seeds must be one or more"),
+    "seed_twice": ([TINY, "seeds=[4,5,4]"], "different"),
+    "negative_seed": ([TINY, "seeds=[4,-1]"], "seeds.1 must be greater"),
+    "seed_too_large": ([TINY, "seeds=[4294967296]"], "less than 4294967296"),
+    "too_few_steps": ([TINY, "total_steps=90000"], "at least 499712 or num_evaluations at most 21"),
+    "no_update": ([TINY, "total_steps=4095"], "at least 499712, not 4095"),
+    "unfinished_list": ([TINY, "seeds=[0"], "key=[0,1]"),
+    "no_value": ([TINY, "seeds"], "write key=value"),
+    "sweep": ([TINY, "system.lr=0.1,0.2"], "--multirun"),
+    "unknown_interpolation": ([TINY, "results_dir=${nowhere}"], "nowhere"),
+    "tuned_is_no_bool": ([TINY, "tuned=maybe"], "true or false"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(mine, name, monkeypatch, capsys):
+    overrides, expected = BAD[name]
+    with pytest.raises(SystemExit) as stop:
+        command_line(monkeypatch, mine, *overrides)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_unknown_system():
+    with pytest.raises(ConfigError, match="unknown system 'nobody'"):
+        load("nobody", [TINY])
+
+
+def test_system_without_a_yaml(mine, tmp_path):
+    (tmp_path / "mine.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"no mine\.yaml in"):
+        load(mine, [TINY])
+
+
+def test_an_error_of_the_run_ends_it_too(mine, monkeypatch, capsys):
+    def run(_):
+        raise ConfigError("results_dir=/proc: cannot write there")
+
+    monkeypatch.setattr(sys, "argv", ["mine.py", TINY])
+    with pytest.raises(SystemExit) as stop:
+        config.hydra_main(mine, run)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: results_dir=/proc: cannot write there\n"
+
+
+def test_other_errors_keep_their_traceback(mine, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mine.py", TINY])
+    with pytest.raises(ZeroDivisionError):
+        config.hydra_main(mine, lambda _: 1 // 0)
+
+
+# The command line
+
+
+def test_help(mine, monkeypatch, capsys):
+    command_line(monkeypatch, mine, "--help")
+    out = capsys.readouterr().out
+    for expected in (
+        "env=<suite>/<task>",
+        "tiny-4ag",
+        "budget: paper | quick",
+        "eval_episodes: 32",
+    ):
+        assert expected in out
+    assert "defaults:" not in out
+    assert "@package" not in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--cfg", "job"], ["--multirun"]])
+def test_leaves_nothing_behind_but_the_record_of_a_sweep(mine, flags, monkeypatch, tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    command_line(monkeypatch, mine, *flags, TINY)
+    left = [path.relative_to(folder).parts for path in folder.rglob("*") if path.is_file()]
+    if "--multirun" in flags:
+        assert [(parts[:2], parts[3:]) for parts in left] == [
+            (("results", "sweeps"), ("multirun.yaml",))
+        ]
+    else:
+        assert left == []
+    assert Path.cwd() == folder
+
+
+def test_cfg_prints_the_composed_configuration(mine, monkeypatch, capsys):
+    command_line(monkeypatch, mine, "--cfg", "job", TINY, "tuned=false")
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert printed.system.lr == 0.1
+    assert printed.env == envs.options("rware/tiny-4ag")
+
+
+def test_multirun(mine, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "-m",
+        "env=rware/tiny-4ag,lbf/8x8-2p-2f-coop",
+        "system.gamma=0.1,0.2",
+        "tuned=false",
+    ]
+    runs = command_line(monkeypatch, mine, *arguments)
+    assert [(run.env.name.split("/")[0], run.algorithm.system.gamma) for run in runs] == [
+        ("rware", 0.1),
+        ("rware", 0.2),
+        ("lbf", 0.1),
+        ("lbf", 0.2),
+    ]
+    assert not any(run.tuned for run in runs)
+    assert runs[1] == load(mine, [TINY, "system.gamma=0.2", "tuned=false"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--multirun", TINY, "system.gamma=0.1,1.2"], "less than or equal to 1, not 1.2"),
+        (["--multirun", TINY, "system.gama=0.1,0.2"], "'system.gamma'"),
+        (["--multirun", TINY, "system.gamma=interval(0,1)"], "sweep"),
+        (["--multirun", TINY, "tuned=true,false"], "true or false"),
+        (["--cfg", "job", "env=rware/tiny4ag"], "rware/tiny-4ag"),
+        (["--config-name", "other", TINY], "--help"),
+        (["--multirn", TINY], "'--multirn'"),
+    ],
+)
+def test_bad_input_with_flags(mine, arguments, expected, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command_line(monkeypatch, mine, *arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == ""  # the first, good job of a sweep has not started
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+SCRIPT = """
+import sys
+from dataclasses import dataclass
+from magpo import config
+
+@dataclass(frozen=True)
+class Part:
+    {fields}
+
+@dataclass(frozen=True)
+class Config:
+    num_envs: config.PositiveInt
+    rollout_length: config.PositiveInt
+    updates_per_chunk: config.PositiveInt
+    system: Part
+    network: Part
+
+def report(run):
+    print(run.system, run.algorithm.system.a)
+
+if __name__ == "__main__":
+    config.hydra_main(sys.modules["__main__"], report)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "out", "err"),
+    [
+        ([TINY], 0, "own 3\n", ""),
+        ([TINY, "system.a=0"], 2, "", "error: system.a must be greater than 0, not 0\n"),
+        (["-m", TINY, "system.b=1"], 2, "", "error: unknown key 'system.b'"),
+    ],
+)
+def test_own_system_as_a_script(arguments, code, out, err, tmp_path):
+    (tmp_path / "own.py").write_text(SCRIPT.format(fields="a: config.PositiveInt"))
+    system = YAML[: YAML.index("system:")] + "system: {a: 3}\nnetwork: {a: 5}\n"
+    (tmp_path / "own.yaml").write_text(system)
+    done = subprocess.run(
+        [sys.executable, "own.py", *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(config.__file__).parents[1]), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (code, out)
+    assert done.stderr.startswith(err)
+    assert done.stderr.count("\n") == (1 if err else 0)
+
+
+def test_wheel_finds_its_own_files(monkeypatch, tmp_path):
+    package = tmp_path / "magpo"
+    (package / "configs").mkdir(parents=True)
+    monkeypatch.setattr(paths, "__file__", str(package / "paths.py"))
+    assert paths.configs() == (package / "configs").resolve()
+    (package / "configs").rmdir()
+    assert paths.configs() == (tmp_path / "configs").resolve()

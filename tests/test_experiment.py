@@ -1,0 +1,425 @@
+"""The experiment loop, driven by a system whose parameters count its updates."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from magpo import experiment, loggers
+from magpo.config import ConfigError, EnvConfig, LoggerConfig, RunConfig
+from magpo.console import Console
+from magpo.types import Observation, StepType, TimeStep, restart
+
+N, LENGTH, U, K = 3, 2, 2, 5  # agents, steps of an episode, updates per chunk, evaluations
+SEEDS = (3, 11, 4)
+
+
+class Count:
+    """The reward is the action: what is returned tells which parameters acted."""
+
+    name, num_agents, action_dim, action_kind = "test/count", N, 4, "discrete"
+    time_limit, truncates, headline = LENGTH, False, "episode_return"
+
+    def reset(self, key):
+        return jnp.int32(0), restart(N, self._observe(0), {})
+
+    def step(self, state, action):
+        step_type = jnp.where(state + 1 == LENGTH, StepType.LAST, StepType.MID).astype(jnp.int8)
+        reward = action.astype(jnp.float32)
+        return state + 1, TimeStep(step_type, reward, jnp.float32(1), self._observe(state + 1), {})
+
+    def _observe(self, state):
+        return Observation(jnp.zeros((N, 1)), jnp.ones((N, 4), bool), jnp.int32(state))
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    nan: str = ""  # what becomes NaN at the update that a seed's peak names
+
+
+class State(NamedTuple):
+    params: dict  # updates: how many were made; peak: the count with the highest return
+
+
+def init(system, key):
+    peak = jax.random.randint(key, (), 1, U * K).astype(jnp.float32)
+    return State({"updates": jnp.float32(0), "peak": peak})
+
+
+def train_chunk(system, state):
+    number = state.params["updates"] + 1 + jnp.arange(U)
+    bad = jnp.where(number == state.params["peak"], jnp.nan, 0.0)
+    updates = state.params["updates"] + U + (bad.sum() if system.nan == "parameters" else 0)
+    metrics = {
+        "loss/policy": number + (bad if system.nan == "loss/policy" else 0),
+        "rollout/episode_return": jnp.where(number % 2 == 0, number, jnp.nan),
+        "rollout/episodes": (number % 2 == 0).astype(jnp.float32),
+    }
+    return State(state.params | {"updates": updates}), metrics
+
+
+def act(system, params, carry, observation, key, greedy):
+    score = -jnp.abs(params["updates"] - params["peak"])
+    return jnp.full((*observation.step_count.shape, N), score, jnp.int32), carry
+
+
+SYSTEM = SimpleNamespace(
+    make=lambda config, env: config,
+    init=init,
+    train_chunk=train_chunk,
+    policy_params=lambda state: state.params,  # the very buffers that the next chunk takes
+    initial_carry=lambda system, batch_shape: (),
+    act=act,
+)
+
+
+@pytest.fixture(autouse=True)
+def _leave_jax_as_it_is(tmp_path, monkeypatch):
+    names = [
+        "jax_compilation_cache_dir",
+        "jax_default_matmul_precision",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_platforms",
+    ]
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return RunConfig(
+        system="fake",
+        env=EnvConfig("test/count", {"walls": 2}),
+        algorithm=Algorithm(),
+        seeds=SEEDS,
+        total_steps=U * K * 12 + 7,
+        num_envs=4,
+        rollout_length=3,
+        num_evaluations=K,
+        eval_episodes=3,
+        absolute_metric=True,
+        budget="paper",
+        tuned=False,
+        precision="float32",
+        platform="auto",
+        logger=LoggerConfig(console=True, plot=True),
+        results_dir=str(tmp_path / "results"),
+    )
+
+
+def run(config, **changes):
+    return experiment.run(SYSTEM, dataclasses.replace(config, **changes), Count())
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def expected_returns(peak):
+    """The true return after every chunk, for a seed with this peak."""
+    return np.array([-LENGTH * abs(chunk * U - peak) for chunk in range(K + 1)])
+
+
+def test_evaluated_parameters_are_those_of_the_logged_step(config):
+    result = run(config)
+    peaks = np.asarray(result.params["peak"])
+    assert len(set(peaks)) > 1
+    logged = [r for r in records(result.folder) if r["name"] == "eval/episode_return"]
+    assert len(logged) == len(SEEDS) * (K + 1)
+    for record in logged:
+        updates = record["env_steps"] / config.steps_per_update
+        peak = peaks[SEEDS.index(record["seed"])]
+        assert record["value"] == -LENGTH * abs(updates - peak)
+
+
+def test_best_is_the_latest_highest_score_with_its_parameters(config):
+    result = run(config)
+    peaks = np.asarray(result.params["peak"])
+    assert any(peak % U for peak in peaks)  # a peak between two evaluations: they tie
+    for s, peak in enumerate(peaks):
+        returns = expected_returns(peak)
+        chunk = max(np.flatnonzero(returns == returns.max()))
+        assert result.best.chunk[s] == chunk
+        assert result.best.score[s] == returns.max()
+        assert result.best.params["updates"][s] == chunk * U
+        assert result.best.params["peak"][s] == peak
+        absolute = result.absolute.evaluation["episode_return"][s]
+        np.testing.assert_array_equal(absolute, np.full(30, returns.max()))
+        assert result.absolute.env_steps[s] == chunk * U * config.steps_per_update
+
+
+def test_a_nan_return_is_never_best(config):
+    programs = experiment.build_programs(SYSTEM, Algorithm(), Count(), config)
+    old = experiment.Best(np.float32([1, 1, 1]), np.int32([4, 4, 4]), np.int32([40, 50, 60]))
+    returns = np.float32([[np.nan, 9, 9], [1, 1, 1], [0, 0, 1]])
+    best = programs.keep_best(old, np.int32([41, 51, 61]), returns, np.int32(5))
+    np.testing.assert_array_equal(best.chunk, [4, 5, 4])
+    np.testing.assert_array_equal(best.params, [40, 51, 60])
+
+
+def test_snapshot_outlives_the_donated_state(config):
+    programs = experiment.build_programs(SYSTEM, Algorithm(), Count(), config)
+    state = programs.init(experiment.seed_keys(config)[0])
+    params, finite = programs.snapshot(state)
+    following, _ = programs.train_chunk(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    np.testing.assert_array_equal(params["updates"], [0, 0, 0])
+    np.testing.assert_array_equal(following.params["updates"], [U, U, U])
+    assert finite.all()
+
+
+def test_next_chunk_is_dispatched_before_figures_are_read(config, monkeypatch):
+    events = []
+    compile_programs, record = experiment.compile_programs, experiment._Recorder.record
+
+    def spy_compile(*args):
+        programs = compile_programs(*args)
+
+        def train_chunk(state):
+            events.append("train")
+            return programs.train_chunk(state)
+
+        return programs._replace(train_chunk=train_chunk)
+
+    def spy_record(self, index, *args):
+        events.append(index)
+        record(self, index, *args)
+
+    monkeypatch.setattr(experiment, "compile_programs", spy_compile)
+    monkeypatch.setattr(experiment._Recorder, "record", spy_record)
+    run(config)
+    assert events == [event for index in range(K) for event in ("train", index)] + [K]
+
+
+def test_a_seed_alone_is_the_same_run(config):
+    together, alone = run(config), run(config, seeds=(SEEDS[1],))
+    assert together.params["peak"][1] == alone.params["peak"][0]
+    for a, b in zip(together.measurements, alone.measurements, strict=True):
+        np.testing.assert_array_equal(
+            a.evaluation["episode_return"][1], b.evaluation["episode_return"][0]
+        )
+
+
+def test_evaluation_is_traced_once_for_the_absolute_metric_too(config, monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(1)
+        return act(*args)
+
+    monkeypatch.setattr(SYSTEM, "act", counted)
+    run(config, absolute_metric=False)
+    without = len(calls)
+    run(config)
+    assert len(calls) == 2 * without
+
+
+def test_every_evaluation_has_keys_of_its_own(config, monkeypatch):
+    def random(system, params, carry, observation, key, greedy):
+        return jax.random.randint(key, (*observation.step_count.shape, N), 0, 1000), carry
+
+    monkeypatch.setattr(SYSTEM, "act", random)
+    result = run(config)
+    returns = [m.evaluation["episode_return"] for m in result.measurements]
+    returns += np.split(result.absolute.evaluation["episode_return"], 10, axis=1)
+    rows = np.concatenate(returns)  # one for each evaluation and seed
+    assert len(np.unique(rows, axis=0)) == len(rows) == (K + 1 + 10) * len(SEEDS)
+
+
+def test_metrics_are_complete_and_in_order(config):
+    result = run(config)
+    lines = records(result.folder)
+    first = lines[0]
+    assert first["run"] == result.folder.name
+    assert (first["system"], first["env"], first["task"]) == ("fake", "test", "count")
+    logged = [line for line in lines if not line["name"].startswith("absolute/")]
+    steps = [line["env_steps"] for line in logged]
+    assert steps == sorted(steps)
+    assert steps[-1] == config.trained_steps == U * K * 12
+    for seed in SEEDS:
+        mine = [line for line in logged if line["seed"] == seed]
+        loss = [(r["env_steps"], r["value"]) for r in mine if r["name"] == "loss/policy"]
+        assert loss == [(12 * u, u) for u in range(1, U * K + 1)]
+        # every other update of this system finishes no episode: no mean, but a count
+        means = [r["value"] for r in mine if r["name"] == "rollout/episode_return"]
+        assert means == [u for u in range(1, U * K + 1) if u % 2 == 0]
+        assert sum(r["name"] == "rollout/episodes" for r in mine) == U * K
+        assert sum(r["name"] == "time/steps_per_s" for r in mine) == K
+    walls = [line["wall_s"] for line in lines]
+    assert walls == sorted(walls)
+
+
+def test_marl_eval_has_every_episode(config):
+    result = run(config)
+    data = json.loads((result.folder / "marl_eval.json").read_text())
+    seeds = data["test"]["count"]["fake"]
+    assert list(seeds) == [f"seed_{seed}" for seed in SEEDS]
+    for s, seed in enumerate(seeds.values()):
+        assert list(seed) == [f"step_{i}" for i in range(K + 1)] + ["absolute_metrics"]
+        for i in range(K + 1):
+            step = seed[f"step_{i}"]
+            assert step["step_count"] == i * config.steps_per_chunk
+            assert step["elapsed_time"] >= 0
+            expected = expected_returns(result.params["peak"][s])[i]
+            assert step["episode_return"] == [expected] * 3
+            assert step["episode_length"] == [LENGTH] * 3
+        assert len(seed["absolute_metrics"]["episode_return"]) == 30
+
+
+def test_config_is_saved_whole_and_plain(config):
+    result = run(config)
+    saved = OmegaConf.to_container(OmegaConf.load(result.folder / "config.yaml"))
+    assert saved == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert result.folder.parent == result.folder.parents[3] / "fake" / "test" / "count"
+
+
+def test_runs_of_one_second_get_folders_of_their_own(config):
+    folders = [loggers.create_folder(config, "test", "count") for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert folders == sorted(folders)
+
+
+def test_first_nan_is_the_one_named(config):
+    recorder = experiment._Recorder(config, None, None)
+    nan = np.nan
+    figures = {
+        "loss/a": np.array([[1, nan], [nan, nan], [1, nan]]),
+        "loss/b": np.array([[1, nan], [1, nan], [1, 1]]),
+        "rollout/episode_return": np.array([[nan, 1], [1, 1], [1, 1]]),
+        "rollout/episodes": np.array([[0, 1], [1, 1], [1, 1]]),
+    }
+    with pytest.raises(experiment.DivergenceError, match=r"update 5 of 10, seed 11: loss/a not"):
+        recorder._check(3, np.ones(3, bool), figures)
+    figures["loss/a"][1, 0] = 1
+    with pytest.raises(experiment.DivergenceError, match=r"update 6 .*, seed 3: loss/a, loss/b "):
+        recorder._check(3, np.ones(3, bool), figures)
+
+
+@pytest.mark.parametrize("what", ["loss/policy", "parameters"])
+def test_nan_stops_the_run_and_is_named(config, what, capsys):
+    peaks = np.asarray(run(config).params["peak"]).astype(int)
+    chunks = -(-peaks // U)
+    if what == "parameters":  # these are seen at the end of a chunk
+        seed, update = SEEDS[chunks.argmin()], chunks.min() * U
+    else:
+        seed, update = SEEDS[peaks.argmin()], peaks.min()
+    with pytest.raises(experiment.DivergenceError) as error:
+        run(config, algorithm=Algorithm(nan=what))
+    assert f"update {update} of {U * K}, seed {seed}: {what} " in str(error.value)
+    lines = records(Path(capsys.readouterr().out.rsplit("here is in ", 1)[1].strip()))
+    assert max(line["env_steps"] for line in lines) == chunks.min() * config.steps_per_chunk
+    if what == "loss/policy":
+        nulls = [line for line in lines if line["value"] is None]
+        assert nulls[0]["seed"] == seed
+        assert nulls[0]["env_steps"] == update * config.steps_per_update
+
+
+def test_interruption_leaves_complete_files(config, monkeypatch, capsys):
+    update = Console.update
+
+    def interrupted(self, measurement):
+        update(self, measurement)
+        if measurement.chunk == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Console, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    folder = Path(capsys.readouterr().out.rsplit("here is in ", 1)[1].strip())
+    assert max(line["env_steps"] for line in records(folder)) == 2 * config.steps_per_chunk
+    data = json.loads((folder / "marl_eval.json").read_text())
+    assert list(data["test"]["count"]["fake"]["seed_3"]) == ["step_0", "step_1", "step_2"]
+    png = (folder / "learning_curve.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert png.endswith(b"IEND\xaeB`\x82")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml",
+        "learning_curve.png",
+        "marl_eval.json",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_failing_writer_stops_the_run(config, monkeypatch):
+    def full(self, measurement):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loggers.JsonLines, "write", full)
+    with pytest.raises(loggers.LoggingError, match="No space left on device"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (experiment.DivergenceError("update 3"), 1, "error: update 3\n"),
+        (loggers.LoggingError("disk full"), 1, "error: disk full\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(config, monkeypatch, capsys, error, code, line):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(experiment, "run", fail)
+    monkeypatch.setattr(experiment.os, "_exit", sys.exit)
+    monkeypatch.setattr(experiment.signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit) as stop:
+        experiment._command(SYSTEM, config)
+    assert stop.value.code == code
+    assert capsys.readouterr().err == line
+
+
+def test_unwritable_results_are_refused_before_compiling(config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(experiment, "build_programs", None)
+    with pytest.raises(ConfigError, match=r"results_dir=.*: cannot write there: Not a directory"):
+        run(config, results_dir=str(tmp_path / "file"))
+
+
+def test_an_environment_that_refuses_its_options_is_bad_input(config):
+    bad = dataclasses.replace(config, env=EnvConfig("coordsum/3x10-30", {"walls": 2}))
+    with pytest.raises(ConfigError, match="walls"):
+        experiment.run(SYSTEM, bad)
+
+
+def test_console_has_one_line_per_evaluation_and_the_end(config, capsys):
+    result = run(config)
+    out = capsys.readouterr().out
+    assert sum(" of 120 steps" in line for line in out.splitlines()) == K + 1
+    assert "120 per seed, 127 rounded down to whole chunks" in out
+    assert "Rewards are sparse" not in out
+    assert out.rstrip().endswith(f"results: {result.folder}")
+
+
+def test_console_can_be_turned_off(config, capsys):
+    run(config, logger=LoggerConfig(console=False, plot=False))
+    assert capsys.readouterr().out == ""
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_missing_platform_is_bad_input(config):
+    missing = "tpu" if jax.default_backend() != "tpu" else "gpu"
+    with pytest.raises(ConfigError, match=f"platform={missing}: .* allowed: auto, "):
+        run(config, platform=missing)
+
+
+def test_precision_and_cache_are_set(config, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", None)
+    experiment.set_up_jax(dataclasses.replace(config, precision="bfloat16"))
+    assert jax.config.jax_default_matmul_precision == "bfloat16"
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "magpo" / "xla")
+    jax.config.update("jax_compilation_cache_dir", "elsewhere")
+    experiment.set_up_jax(config)
+    assert jax.config.jax_compilation_cache_dir == "elsewhere"

@@ -1,0 +1,280 @@
+"""The writer thread, the files it writes, the console's figures and the learning curve."""
+
+import csv
+import json
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from magpo import console as console_module
+from magpo import plotting
+from magpo.config import EnvConfig, LoggerConfig, RunConfig
+from magpo.console import Console, short, spread
+from magpo.loggers import (
+    JsonLines,
+    LearningCurve,
+    LoggingError,
+    MarlEval,
+    Measurement,
+    Run,
+    Writer,
+    write_aside,
+)
+
+
+def make_run(folder, seeds=(5, 2), headline="episode_return"):
+    return Run(folder, "magpo", "lbf", "8x8-2p-2f-coop", tuple(seeds), headline, 64)
+
+
+def measure(chunk, num_seeds=2, **metrics):
+    """A measurement with these metrics, (S,) each, the same in two episodes."""
+    metrics = metrics or {"episode_return": np.arange(num_seeds) + (chunk or 0)}
+    evaluation = {k: np.float32([[x, x] for x in v]) for k, v in metrics.items()}
+    steps = (128 * (chunk or 0),) * num_seeds
+    return Measurement(chunk, steps, 1.5, evaluation, {}, {"evaluation_s": 1.0, "training_s": 4.0})
+
+
+class Recorded:
+    def __init__(self, fail_on=()):
+        self.written, self.saves, self.fail_on = [], 0, fail_on
+
+    def write(self, measurement):
+        if measurement.chunk in self.fail_on:
+            raise ValueError(f"no chunk {measurement.chunk}")
+        self.written.append(measurement.chunk)
+
+    def save(self):
+        self.saves += 1
+
+
+def test_writer_keeps_the_order_and_saves_at_the_end():
+    sink = Recorded()
+    with Writer([sink], queue_size=2) as writer:
+        for chunk in range(20):
+            writer.put(measure(chunk))
+    assert sink.written == list(range(20))
+    assert sink.saves == 1
+
+
+def test_writer_error_surfaces_and_neither_blocks_nor_keeps_others_from_saving():
+    broken, sound = Recorded(fail_on=(3,)), Recorded()
+
+    def work():
+        with Writer([broken, sound], queue_size=2) as writer:
+            for chunk in range(1000):
+                writer.put(measure(chunk))
+
+    with pytest.raises(LoggingError, match="no chunk 3"):
+        work()
+    assert sound.written == [0, 1, 2, 3]
+    assert sound.saves == 1
+
+
+def test_writer_error_at_the_last_measurement_surfaces_on_leaving():
+    with (
+        pytest.raises(LoggingError, match="no chunk 0"),
+        Writer([Recorded(fail_on=(0,))]) as writer,
+    ):
+        writer.put(measure(0))
+
+
+def test_writer_that_fails_behind_a_full_queue_blocks_nobody():
+    gate = threading.Event()
+
+    class Stuck(Recorded):
+        def write(self, measurement):
+            gate.wait()
+            raise ValueError
+
+    def work():
+        with pytest.raises(LoggingError), Writer([Stuck()], queue_size=2) as writer:  # noqa: PT012
+            for chunk in range(9):
+                writer.put(measure(chunk))
+        done.set()
+
+    done = threading.Event()
+    threading.Thread(target=work, daemon=True).start()
+    assert not done.wait(0.2)  # the queue is full by now
+    gate.set()
+    assert done.wait(5)
+
+
+def test_writer_does_not_hide_the_error_that_ended_the_run():
+    with pytest.raises(KeyboardInterrupt), Writer([Recorded(fail_on=(0,))]) as writer:  # noqa: PT012
+        writer.put(measure(0))
+        raise KeyboardInterrupt
+
+
+def test_writer_queue_is_bounded():
+    gate = threading.Event()
+    sink = Recorded()
+    sink.write = lambda measurement: gate.wait()
+    with Writer([sink], queue_size=2) as writer:
+        producer = threading.Thread(target=lambda: [writer.put(measure(i)) for i in range(9)])
+        producer.start()
+        producer.join(0.2)
+        assert producer.is_alive()
+        gate.set()
+        producer.join()
+
+
+def test_write_aside_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "file"
+    write_aside(path, lambda aside: aside.write_text("old"))
+
+    def fail(aside):
+        aside.write_text("ne")
+        raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011
+        write_aside(path, fail)
+    assert path.read_text() == "old"
+
+
+def test_json_lines_are_exact_and_valid(tmp_path):
+    sink = JsonLines(make_run(tmp_path))
+    values = [0.1, np.inf]
+    sink.write(measure(1, episode_return=values))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line["value"] for line in lines if line["name"] == "eval/episode_return"] == [0.1, None]
+
+
+def test_marl_eval_keeps_absolute_metrics_apart(tmp_path):
+    sink = MarlEval(make_run(tmp_path))
+    sink.write(measure(0))
+    sink.write(measure(None, episode_return=[7, 8]))
+    sink.save()
+    data = json.loads((tmp_path / "marl_eval.json").read_text())
+    seed = data["lbf"]["8x8-2p-2f-coop"]["magpo"]["seed_2"]
+    assert seed["absolute_metrics"] == {"episode_return": [8, 8]}
+    assert seed["step_0"] == {"step_count": 0, "elapsed_time": 1.5, "episode_return": [1, 1]}
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3, 6])
+def test_learning_curve_is_drawn_for_any_number_of_seeds(tmp_path, num_seeds):
+    run = make_run(tmp_path, range(num_seeds), "win_rate")
+    sink = LearningCurve(run)
+    sink.save()  # nothing measured yet: no picture
+    assert not list(tmp_path.iterdir())
+    for chunk in (0, 1, 2, None):
+        figures = np.arange(num_seeds) + (chunk or 0)
+        sink.write(measure(chunk, num_seeds, episode_return=figures, win_rate=figures))
+        sink.save()
+        assert [path.name for path in tmp_path.iterdir()] == ["learning_curve.png"]
+
+
+def test_band_of_few_seeds_is_their_range_of_many_an_interval():
+    few = np.array([[1.0, 3.0, 2.0]])
+    low, high, _ = plotting.band(few)
+    assert (low[0], high[0]) == (1, 3)
+    many = np.linspace(0, 1, 10)[None]
+    low, high, label = plotting.band(many)
+    error = many.std() / np.sqrt(10)
+    np.testing.assert_allclose([low[0], high[0]], 0.5 + np.array([-1.96, 1.96]) * error, atol=0.03)
+    assert "95 %" in label
+
+
+def test_published_result_is_looked_up(tmp_path, monkeypatch):
+    table = tmp_path / "table.csv"
+    monkeypatch.setattr(plotting, "PUBLISHED", table)
+    assert plotting.published("magpo", "lbf", "a") is None
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["suite", "task", "system", "mean", "std"])
+        writer.writerow(["lbf", "a", "mappo", "0.5", "0.1"])
+        writer.writerow(["lbf", "a", "magpo", "0.9", "0.2"])
+    assert plotting.published("magpo", "lbf", "a") == (0.9, 0.2)
+    assert plotting.published("magpo", "lbf", "b") is None
+
+
+def make_console(folder, suite="lbf", budget="quick", headline="episode_return"):
+    config = RunConfig(
+        system="magpo",
+        env=EnvConfig(f"{suite}/task", {}),
+        algorithm=None,
+        seeds=(5, 2),
+        total_steps=1024,
+        num_envs=8,
+        rollout_length=16,
+        num_evaluations=8,
+        eval_episodes=2,
+        absolute_metric=True,
+        budget=budget,
+        tuned=True,
+        precision="float32",
+        platform="auto",
+        logger=LoggerConfig(console=True, plot=True),
+        results_dir="results",
+    )
+    return Console(make_run(folder, headline=headline)._replace(suite=suite), config, 10)
+
+
+def test_time_left_counts_chunks_evaluations_and_the_absolute_metric(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(console_module.time, "perf_counter", lambda: now)
+    console = make_console(tmp_path)
+    console.update(measure(0)._replace(timing={"evaluation_s": 1.0}))
+    assert console.time_left() is None  # nothing trained yet: no pace
+    for chunk in (1, 2, 3):
+        slow = measure(chunk)._replace(timing={"evaluation_s": 1.0, "training_s": 40.0})
+        console.update(slow if chunk == 2 else measure(chunk))
+    assert console.time_left() == 5 * (4 + 1) + 10  # one slow chunk does not move the median
+    now += 3
+    assert console.time_left() == 5 * (4 + 1) + 10 - 3
+
+
+def test_console_line_has_pace_and_spread(tmp_path, capsys):
+    console = make_console(tmp_path, headline="win_rate")
+    console.update(measure(2, episode_return=[1, 3], win_rate=[0, 1]))
+    console.update(measure(3, episode_return=[0, 4], win_rate=[0, 1]))
+    line = capsys.readouterr().out.splitlines()[-1]
+    for part in (
+        "384 of 1.02k steps",
+        "64 steps/s",  # 2 seeds x 128 steps in 4 s
+        "return 2.00 ± 2.00",
+        "win_rate 0.50 ± 0.50",
+        "best return 2.50 ± 1.50",
+    ):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(950, "950"), (1024, "1.02k"), (999_960, "1.00M"), (19_988_480, "20.0M")]
+)
+def test_short_numbers(number, text):
+    assert short(number) == text
+
+
+def test_spread_of_one_seed_is_its_value():
+    assert spread(np.array([1.234])) == "1.23"
+    assert spread(np.array([150.0, 152.0])) == "151.0 ± 1.0"
+
+
+@pytest.mark.parametrize(
+    ("suite", "budget", "hint"),
+    [("rware", "quick", True), ("rware", "paper", False), ("lbf", "quick", False)],
+)
+def test_header_counts_parameters_and_hints_where_little_will_move(
+    tmp_path, capsys, suite, budget, hint
+):
+    env = SimpleNamespace(name=f"{suite}/task", num_agents=3, action_dim=5, action_kind="discrete")
+    policy = {"kernel": np.zeros((2, 30, 40)), "bias": np.zeros((2, 40))}
+    make_console(tmp_path, suite, budget).header(env, policy, [policy, policy])
+    out = capsys.readouterr().out
+    assert "1,240 in the policy, 2,480 in training" in out
+    assert "tuned for this task" in out
+    assert ("make demo" in out) == hint
+
+
+def test_final_table_has_every_seed_and_their_mean(tmp_path, capsys):
+    last = measure(8, episode_return=[1, 2])
+    best = measure(6, episode_return=[3, 2])._replace(env_steps=(768, 640))
+    absolute = measure(None, episode_return=[2.5, 1.5])
+    make_console(tmp_path).finished(last, best, absolute)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["5", "1.000", "3.000", "2.500", "768"] in rows
+    assert ["2", "2.000", "2.000", "1.500", "640"] in rows
+    mean = next(row for row in rows if row and row[0] == "mean")
+    assert mean[1:] == ["1.50", "±", "0.50", "2.50", "±", "0.50", "2.00", "±", "0.50"]
