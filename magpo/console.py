@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from statistics import median
@@ -99,20 +99,19 @@ class Console:
         self.terminal.print(Text(text, style), soft_wrap=True)
 
     @contextmanager
-    def compiling(self, seconds: dict[str, float], programs: list[str]) -> Iterator[None]:
-        """Show what still compiles; `seconds`, per program, is filled meanwhile."""
-        start = time.perf_counter()
+    def compiling(self, programs: Sequence[str]) -> Iterator[list[str]]:
+        """Show which of `programs` are not yet in the list that this yields."""
+        start, done = time.perf_counter(), list[str]()
 
         def status() -> Text:
-            missing = ", ".join(name for name in programs if name not in seconds)
+            missing = ", ".join(name for name in programs if name not in done)
             return Text(f"compiling {missing} … {time.perf_counter() - start:.0f} s")
 
         if not self.terminal.is_terminal:
-            self.line(f"compiling {', '.join(programs)} …")
+            self.line("compiling …")
         with self._live(status):
-            yield
-        parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in programs)
-        self.line(f"compiled in {time.perf_counter() - start:.1f} s, side by side: {parts}")
+            yield done
+        self.line(f"compiled in {time.perf_counter() - start:.1f} s")
 
     def training(self) -> AbstractContextManager[object]:
         """The live display, around the training loop."""
@@ -121,9 +120,9 @@ class Console:
     def update(self, measurement: Measurement) -> None:
         self.latest, self.latest_at = measurement, time.perf_counter()
         self.best = np.fmax(self.best, measurement.evaluation["episode_return"].mean(-1))
-        self.evaluation_s.append(measurement.timing["evaluation_s"])
-        if "training_s" in measurement.timing:
+        if measurement.timing:
             self.training_s.append(measurement.timing["training_s"])
+            self.evaluation_s.append(measurement.timing["evaluation_s"])
         if not self.terminal.is_terminal:
             self.line(", ".join(self._pace() + self._scores()))
 
@@ -179,8 +178,10 @@ class Console:
         steps = max(self.latest.env_steps) if self.latest else 0
         parts = [f"{short(steps)} of {short(self.config.trained_steps)} steps"]
         if self.training_s:
-            chunk_steps = self.config.steps_per_chunk * len(self.run.seeds)
-            parts.append(f"{short(chunk_steps / median(self.training_s))} steps/s")
+            num_seeds = len(self.run.seeds)
+            rate = num_seeds * self.config.steps_per_chunk / median(self.training_s)
+            over = f" over {num_seeds} seeds" if num_seeds > 1 else ""
+            parts.append(f"{short(rate)} steps/s{over}")
         left = self.time_left()
         if left is not None:
             parts.append(f"{timedelta(seconds=round(left))} left")

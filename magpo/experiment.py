@@ -6,10 +6,12 @@ chunk before the host reads the last one's figures, and the state is donated to 
 evaluated or kept as best is therefore a copy, made on the device before that (`snapshot`).
 """
 
+import ctypes
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +43,6 @@ from magpo.loggers import (
 from magpo.types import Array, Environment
 
 ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
-SPARSE_SUITES = ("rware",)  # their reward hides learning for millions of steps
 
 
 class DivergenceError(RuntimeError):
@@ -79,19 +80,18 @@ class Result:
 
 def main(system_module: ModuleType) -> None:
     """The command line of a system. Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C."""
-    configuration.hydra_main(system_module, partial(_command, system_module))
-
-
-def _command(system_module: ModuleType, config: RunConfig) -> None:
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        run(system_module, config)
+        configuration.hydra_main(system_module, partial(run, system_module))
+        return
     except (DivergenceError, LoggingError) as error:
         print("error:", error, file=sys.stderr)
-        sys.exit(1)
+        code = 1
     except KeyboardInterrupt:
-        sys.stdout.flush()
-        os._exit(130)  # an orderly exit would first wait for the chunk that is under way
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an orderly exit would first wait for the chunk that is under way
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -128,9 +128,8 @@ def run(system_module: ModuleType, config: RunConfig, env: Environment | None = 
             state = programs.init.eval_shape(seed_keys(config)[0])
             policy, _ = programs.snapshot.eval_shape(state)
             console.header(env, policy, state.params)
-            seconds: dict[str, float] = {}
-            with console.compiling(seconds, list(Programs._fields)):
-                programs = compile_programs(programs, config, seconds)
+            with console.compiling(programs._fields) as done:
+                programs = compile_programs(programs, config, done.append)
             with console.training():
                 result = _train(programs, config, _Recorder(config, writer, console), folder)
     except (KeyboardInterrupt, DivergenceError):
@@ -146,6 +145,9 @@ def set_up_jax(config: RunConfig) -> None:
     By itself JAX takes a TPU or a GPU where there is one: only the CPU has to be asked for. Raises
     ConfigError for a platform that this machine, or this process, does not have.
     """
+    # XLA's CPU backend calls LAPACK (orthogonal initialisers) from threads of its own. On a busy
+    # machine, OpenBLAS's threads below those turn milliseconds into seconds.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     settings: Any = jax.config
     if config.platform == "cpu":
         settings.update("jax_platforms", "cpu")
@@ -156,8 +158,9 @@ def set_up_jax(config: RunConfig) -> None:
         settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         present = jax.default_backend()
-    except RuntimeError as error:  # JAX_PLATFORMS names one that is missing
-        raise ConfigError(f"JAX cannot start: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError) as error:  # the environment names one that is missing
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise ConfigError(f"JAX cannot start with JAX_PLATFORMS={platforms}: {error}") from error
     if config.platform not in ("auto", present):
         raise ConfigError(
             f"platform={config.platform}: JAX finds none here; allowed: auto, {present}"
@@ -184,7 +187,9 @@ def build_programs(
         return Best(*(jax.tree.map(partial(jnp.where, better), new, best)))
 
     return Programs(
-        init=jax.jit(jax.vmap(partial(system_module.init, system))),
+        # One seed after the other: batches of QR decompositions (orthogonal initialisers) that run
+        # side by side wait for each other's threads for ever in XLA's CPU backend on few cores.
+        init=jax.jit(partial(jax.lax.map, partial(system_module.init, system))),
         train_chunk=jax.jit(jax.vmap(partial(system_module.train_chunk, system)), donate_argnums=0),
         snapshot=jax.jit(jax.vmap(snapshot)),
         evaluate=jax.jit(jax.vmap(evaluate_seed, in_axes=(0, 0, None))),
@@ -193,10 +198,13 @@ def build_programs(
 
 
 def compile_programs(
-    programs: Programs, config: RunConfig, seconds: dict[str, float] | None = None
+    programs: Programs, config: RunConfig, done: Callable[[str], None] = lambda name: None
 ) -> Programs:
-    """Compile all programs, side by side; `seconds` receives when each was done."""
-    start = time.perf_counter()
+    """Compile all programs and tell `done` the name of each that is compiled.
+
+    While one compiles, the next is traced. Compiling side by side as well would save no time, for
+    XLA uses all cores by itself, but take half as much memory again.
+    """
     keys, index = seed_keys(config)[0], np.int32(0)
     state = programs.init.eval_shape(keys)
     params, _ = programs.snapshot.eval_shape(state)
@@ -209,13 +217,21 @@ def compile_programs(
         "keep_best": (_no_best(config, params), params, returns, index),
     }
 
+    # What runs once is not worth optimising: that takes most of its compilation. And XLA's default
+    # order on a CPU keeps a quarter more memory alive, for no speed.
+    options: dict[str, dict[str, Any]] = {"init": {"xla_backend_optimization_level": 0}}
+    if jax.default_backend() == "cpu":
+        memory_first = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+        options["train_chunk"] = {"xla_cpu_scheduler_type": memory_first}
+
     def finish(name: str, lowered: Any) -> Any:
-        compiled = lowered.compile()
-        if seconds is not None:
-            seconds[name] = time.perf_counter() - start
+        compiled = lowered.compile(options.get(name))
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # the compiler's memory, hundreds of MB, back to the system
+        done(name)
         return compiled
 
-    pool = ThreadPoolExecutor(len(arguments))
+    pool = ThreadPoolExecutor(1)
     futures = {
         name: pool.submit(finish, name, getattr(programs, name).lower(*shapes))
         for name, shapes in arguments.items()
@@ -252,9 +268,10 @@ class _Recorder:
         trained = time.perf_counter()
         scores = jax.device_get(evaluation)
         now = time.perf_counter()
-        timing = {"evaluation_s": now - trained}
-        if index > 0:
+        timing = {}
+        if index > 0:  # the first evaluation shares its time with what starts up
             timing["training_s"] = trained - self.last
+            timing["evaluation_s"] = now - trained
             timing["steps_per_s"] = self.config.steps_per_chunk / timing["training_s"]
         self.last = now
         steps = (index * self.config.steps_per_chunk,) * len(self.config.seeds)

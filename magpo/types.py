@@ -31,7 +31,7 @@ class Observation(NamedTuple):
 
 
 class TimeStep(NamedTuple):
-    """One transition's outcome. Under auto-reset `observation` already belongs to the next episode."""
+    """One transition's outcome; under auto-reset `observation` is already the next episode's."""
 
     step_type: Array  # () int8
     reward: Array  # (N,) float32

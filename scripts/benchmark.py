@@ -1,7 +1,7 @@
 """Measure a system on a task: start-up, steps per second, FLOPs, memory.
 
     python scripts/benchmark.py magpo env=coordsum/3x10-30 num_envs=64
-    python scripts/benchmark.py magpo env=rware/tiny-4ag num_envs=64 system.ppo_epochs=1 --json out.json
+    python scripts/benchmark.py magpo env=rware/tiny-4ag seeds=[0,1,2] --json figures.json
 
 Overrides are those of `python -m magpo.systems.<system>`. One process, the programs of a real run:
 start-up counts from the start of the process, and a chunk is one update. FLOPs are XLA's count of
@@ -37,16 +37,17 @@ from magpo.envs.wrappers import AutoReset  # noqa: E402
 from magpo.types import Array, Environment  # noqa: E402
 
 IMPORTED = time.perf_counter()
+wait: Any = jax.block_until_ready
 REPEATS = 5  # of everything timed; the median is reported
 
 
 def median_seconds(function: Callable[[], Any]) -> float:
     """Of a call's work on the device, after one call to compile and warm up."""
-    jax.block_until_ready(function())
+    wait(function())
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        jax.block_until_ready(function())
+        wait(function())
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -75,8 +76,8 @@ def flops(closed_jaxpr: Any) -> tuple[float, float]:
 
 def matmul_rate(size: int = 2048) -> float:
     """FLOP/s of a large float32 matmul: this machine's practical peak."""
-    a = jnp.ones((size, size))
-    return 2 * size**3 / median_seconds(lambda f=jax.jit(jnp.matmul): f(a, a))
+    matmul, a = jax.jit(jnp.matmul), jnp.ones((size, size))
+    return 2 * size**3 / median_seconds(lambda: matmul(a, a))
 
 
 def random_steps_per_s(env: Environment, num_envs: int, length: int) -> float:
@@ -116,9 +117,9 @@ def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
 
     update_s = []
     for _ in range(1 + REPEATS):
-        jax.block_until_ready(state)
+        wait(state)
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled.train_chunk(state))
+        state, _ = wait(compiled.train_chunk(state))
         update_s.append(time.perf_counter() - start)
     unit = 1 if sys.platform == "darwin" else 1024
     peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -147,6 +148,7 @@ def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
 
 
 def main() -> None:
+    """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,6 +178,20 @@ def test_snapshot_outlives_the_donated_state(config):
     np.testing.assert_array_equal(params["updates"], [0, 0, 0])
     np.testing.assert_array_equal(following.params["updates"], [U, U, U])
     assert finite.all()
+
+
+def test_seeds_are_initialised_one_after_the_other(config):
+    """Batches of QR decompositions side by side deadlock XLA's CPU backend (JAX 0.10)."""
+
+    def orthogonal(system, key):
+        return jax.nn.initializers.orthogonal()(key, (4, 3))
+
+    system = SimpleNamespace(**vars(SYSTEM) | {"init": orthogonal})
+    programs = experiment.build_programs(system, None, Count(), config)
+    program = str(jax.make_jaxpr(programs.init)(experiment.seed_keys(config)[0]))
+    decompositions = [line for line in program.splitlines() if " = qr[" in line]
+    assert len(decompositions) == 1
+    assert "f32[4,3]" in decompositions[0]
 
 
 def test_next_chunk_is_dispatched_before_figures_are_read(config, monkeypatch):
@@ -373,10 +388,11 @@ def test_exit_codes(config, monkeypatch, capsys, error, code, line):
         raise error
 
     monkeypatch.setattr(experiment, "run", fail)
+    monkeypatch.setattr(experiment.configuration, "hydra_main", lambda system, run: run(config))
     monkeypatch.setattr(experiment.os, "_exit", sys.exit)
     monkeypatch.setattr(experiment.signal, "signal", lambda *args: None)
     with pytest.raises(SystemExit) as stop:
-        experiment._command(SYSTEM, config)
+        experiment.main(SYSTEM)
     assert stop.value.code == code
     assert capsys.readouterr().err == line
 
@@ -406,7 +422,6 @@ def test_console_has_one_line_per_evaluation_and_the_end(config, capsys):
 def test_console_can_be_turned_off(config, capsys):
     run(config, logger=LoggerConfig(console=False, plot=False))
     assert capsys.readouterr().out == ""
-    assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_a_missing_platform_is_bad_input(config):
@@ -423,3 +438,12 @@ def test_precision_and_cache_are_set(config, tmp_path):
     jax.config.update("jax_compilation_cache_dir", "elsewhere")
     experiment.set_up_jax(config)
     assert jax.config.jax_compilation_cache_dir == "elsewhere"
+
+
+def test_import_is_light():
+    """What is slow to import, and may not be needed, waits."""
+    program = "import sys, magpo.experiment; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not {"matplotlib", "jumanji", "scipy"} & set(run.stdout.split())

@@ -215,7 +215,7 @@ def test_time_left_counts_chunks_evaluations_and_the_absolute_metric(tmp_path, m
     now = 100.0
     monkeypatch.setattr(console_module.time, "perf_counter", lambda: now)
     console = make_console(tmp_path)
-    console.update(measure(0)._replace(timing={"evaluation_s": 1.0}))
+    console.update(measure(0)._replace(timing={}))
     assert console.time_left() is None  # nothing trained yet: no pace
     for chunk in (1, 2, 3):
         slow = measure(chunk)._replace(timing={"evaluation_s": 1.0, "training_s": 40.0})

@@ -1,1 +1,1 @@
-"""Networks that several systems share: flax.linen modules, no batch axis assumed beyond the last."""
+"""Networks that several systems share, as flax.linen modules."""

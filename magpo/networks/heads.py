@@ -1,10 +1,10 @@
 """Policy heads: features to a distribution over one agent's action.
 
-A distribution's `sample`, `mode` and `log_prob` speak of *raw* actions: those of a squashed Gaussian
-before tanh, which makes its log-prob exact also where tanh saturates.
+A distribution's `sample`, `mode` and `log_prob` speak of *raw* actions: a squashed Gaussian's are
+those before tanh, which makes its log-prob exact also where tanh saturates.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,20 @@ class TanhNormal(NamedTuple):
         return jnp.sum(jnp.where(self.mask, kl, 0.0), axis=-1)
 
 
-Policy = Categorical | TanhNormal
+class Policy(Protocol):
+    """What both have in common."""
+
+    def sample(self, key: Array) -> Array: ...
+
+    def mode(self) -> Array: ...
+
+    def log_prob(self, action: Array) -> Array: ...
+
+    def entropy(self, key: Array) -> Array: ...
+
+    def kl(self, other: Any) -> Array: ...
+
+
 ActionKind = Literal["discrete", "continuous"]
 
 

@@ -27,7 +27,7 @@ def decays(n_head: int, scaling_factor: float) -> np.ndarray:
 
 
 class ChunkWeights(NamedTuple):
-    """Decay and episode boundaries of chunkwise retention, the same for every block of a network."""
+    """Decay and episode boundaries of chunkwise retention, the same for all blocks."""
 
     within: Array  # (B, K, H, C*N, C*N) token j's weight at token i of the same chunk
     causal: Array  # the same, 0 where j is a later agent of i's timestep
@@ -87,7 +87,7 @@ class Retention(nn.Module):
         self.output = Dense(self.embed_dim, use_bias=False, kernel_init=init)
 
     def project(self, x_query: Array, x_key: Array) -> tuple["Projections", Array]:
-        """(..., F) inputs to queries, keys and values (..., H, D), and the gate's input (..., F)."""
+        """(..., F) inputs to queries, keys, values (..., H, D) and the gate's input (..., F)."""
         key, value, gate = jnp.split(self.key_value_gate(x_key), 3, axis=-1)
         heads = (*x_key.shape[:-1], self.n_head, self.embed_dim // self.n_head)
         query = self.query(x_query)

@@ -43,7 +43,8 @@ class _EncoderBlock(nn.Module):
     def setup(self) -> None:
         self.retention = Retention(self.embed_dim, self.n_head)
         self.norms = [nn.RMSNorm() for _ in range(1 + self.ffn)]
-        self.feed_forward = SwiGLU() if self.ffn else None
+        if self.ffn:
+            self.feed_forward = SwiGLU()
 
     def finish(self, x: Array, retained: Array) -> Array:
         x = self.norms[0](x + retained)
@@ -67,7 +68,8 @@ class _DecoderBlock(nn.Module):
         self.self_retention = Retention(self.embed_dim, self.n_head)
         self.cross_retention = Retention(self.embed_dim, self.n_head)
         self.norms = [nn.RMSNorm() for _ in range(2 + self.ffn)]
-        self.feed_forward = SwiGLU() if self.ffn else None
+        if self.ffn:
+            self.feed_forward = SwiGLU()
 
     def finish(self, encoded: Array, retained: Array) -> Array:
         x = self.norms[1](encoded + retained)
@@ -130,12 +132,15 @@ class Sable(nn.Module):
         block = (self.embed_dim, self.n_head, self.ffn)
         self.embed_observation = nn.Sequential([nn.RMSNorm(), dense(False), nn.gelu])
         self.encoder_norm = nn.RMSNorm()  # one for all encoder blocks
-        self.encoder = [_EncoderBlock(*block) for _ in range(self.n_block)]
+        # Blocks are computed again in the reverse pass: less memory, and on a CPU also less time.
+        encoder_block = nn.remat(_EncoderBlock, methods=["chunkwise"])
+        decoder_block = nn.remat(_DecoderBlock, methods=["chunkwise"])
+        self.encoder = [encoder_block(*block) for _ in range(self.n_block)]
         self.value_torso = nn.Sequential([dense(True), nn.gelu, nn.RMSNorm()])
         self.value_head = Dense(1, kernel_init=orthogonal(0.01))
         self.embed_action = nn.Sequential([dense(False), nn.gelu])
         self.decoder_norm = nn.RMSNorm()
-        self.decoder = [_DecoderBlock(*block) for _ in range(self.n_block)]
+        self.decoder = [decoder_block(*block) for _ in range(self.n_block)]
         self.policy_torso = nn.Sequential([dense(True), nn.gelu, nn.RMSNorm()])
         self.policy_head = PolicyHead(self.action_dim, self.action_kind)
 

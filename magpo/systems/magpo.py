@@ -1,10 +1,10 @@
 """MAGPO: multi-agent guided policy optimisation.
 
 A centralised *guider*, autoregressive over the agents (Sable), collects the experience and is
-trained by PPO. Decentralised *learners*, one recurrent policy shared by all agents, imitate it, each
-from its own observations. The guider is clipped to, and where it left pulled back into, a ratio
-`delta` of the learners, so that it never finds coordination that they cannot follow. Only the
-learners are evaluated and deployed.
+trained by PPO. Decentralised *learners*, one recurrent policy shared by all agents, imitate it,
+each from its own observations. The guider is clipped to a ratio `delta` of the learners, and pulled
+back where it left it, so that it finds no coordination that they cannot follow. Only the learners
+are evaluated and deployed.
 
 Source: "Multi-Agent Guided Policy Optimization". In its symbols, mu_phi is `guider`, pi_theta is
 `learner`, mu_old is the guider that collected the rollout:
@@ -180,6 +180,7 @@ class System:
 
 
 def make(config: Config, env: Environment) -> System:
+    """Assemble networks and optimiser for an environment."""
     guider, learner = config.network.guider, config.network.learner
     return System(
         config=config,
@@ -402,6 +403,7 @@ class Learning(NamedTuple):
 def update_minibatch(
     system: System, learning: Learning, batch: Batch, key: Array
 ) -> tuple[Learning, dict[str, Array]]:
+    """One gradient step of each network, on advantages normalised over the minibatch."""
     advantage = batch.advantage
     normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     batch = batch._replace(advantage=normalised)

@@ -75,7 +75,9 @@ def acted(request):
     model = sable(3, request.param)
     keys = jax.random.split(jax.random.key(0), 5)
     mask = jax.random.bernoulli(keys[0], 0.7, (B, T, N, A)).at[..., 1].set(True)
-    since = [[t - max([s for s in range(t + 1) if r[s]], default=0) for t in range(T)] for r in RESETS]
+    since = [
+        [t - max([s for s in range(t + 1) if r[s]], default=0) for t in range(T)] for r in RESETS
+    ]
     observation = Observation(
         agents_view=jax.random.normal(keys[1], (B, T, N, O)),
         action_mask=mask if request.param == "discrete" else jnp.ones((B, T, N, A), bool),

@@ -1,0 +1,85 @@
+"""Probe environments: games so small that a system which fails one has a fault of a known kind.
+
+One environment of one shape; which game it plays, its `kind`, may be a traced number, so that all
+games are trained side by side in one program.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from magpo.envs.wrappers import observation_spec, observe
+from magpo.types import Array, StepType, TimeStep, restart
+
+LENGTH = 3  # steps of an episode
+
+
+class Kind(IntEnum):
+    CONSTANT = 0  # 1 a step, whatever happens
+    OBSERVED = 1  # at the end what the agents see at every step, whatever they do
+    DELAYED = 2  # 1 at the end, nothing to see
+    ACTED = 3  # the share of agents that choose action 1
+    COPIED = 4  # 1 where all agents choose what they see
+    COORDINATED = 5  # 1 where the agents choose the same
+    REMEMBERED = 6  # 1 where all agents choose at the end what they saw at the beginning
+    TRUNCATED = 7  # CONSTANT, but the end is a cut: worth 1 / (1 - gamma)
+
+
+class State(NamedTuple):
+    bit: Array  # ()
+    step_count: Array  # ()
+
+
+@dataclass(frozen=True)
+class Probe:
+    kind: int | Array
+
+    name: ClassVar = "probe/probe"
+    num_agents: ClassVar = 2
+    action_dim: ClassVar = 2
+    action_kind: ClassVar = "discrete"
+    time_limit: ClassVar = LENGTH
+    truncates: ClassVar = True
+    headline: ClassVar = "episode_return"
+    observation_spec: ClassVar = observation_spec(2, 2, 2, False)
+    action_spec: ClassVar = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def reset(self, key: Array) -> tuple[State, TimeStep]:
+        state = State(jax.random.bernoulli(key).astype(jnp.int32), jnp.int32(0))
+        return state, restart(2, self._observation(state), {})
+
+    def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
+        bit, step_count = state
+        end = step_count == LENGTH - 1
+        copied = (action == bit).all()
+        rewards = {
+            Kind.CONSTANT: 1.0,
+            Kind.OBSERVED: end * bit,
+            Kind.DELAYED: end,
+            Kind.ACTED: action.mean(),
+            Kind.COPIED: copied,
+            Kind.COORDINATED: action[0] == action[1],
+            Kind.REMEMBERED: end & copied,
+            Kind.TRUNCATED: 1.0,
+        }
+        reward = jnp.stack([jnp.float32(rewards[kind]) for kind in Kind])[self.kind]
+        state = State(bit, step_count + 1)
+        return state, TimeStep(
+            step_type=jnp.where(end, StepType.LAST, StepType.MID).astype(jnp.int8),
+            reward=jnp.full(2, reward),
+            discount=jnp.where(end & (self.kind != Kind.TRUNCATED), 0.0, 1.0),
+            observation=self._observation(state),
+            metrics={},
+        )
+
+    def _observation(self, state: State):
+        beginning = state.step_count == 0
+        seen = jnp.isin(self.kind, jnp.array([Kind.OBSERVED, Kind.COPIED]))
+        seen |= beginning & (self.kind == Kind.REMEMBERED)
+        features = jnp.stack([jnp.where(seen, 2.0 * state.bit - 1.0, 0.0), beginning])
+        return observe(
+            jnp.tile(features, (2, 1)), jnp.ones((2, 2), bool), state.step_count, global_state=False
+        )
