@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,8 @@ from magpo.loggers import (
 from magpo.types import Array, Environment
 
 ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
+
+_interrupted = threading.Event()
 
 
 class DivergenceError(RuntimeError):
@@ -96,7 +99,14 @@ def main(system_module: ModuleType) -> None:
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C kills
+    _interrupted.set()
     raise KeyboardInterrupt
+
+
+def _check_interrupted() -> None:
+    """Raise a KeyboardInterrupt that Python lost, having raised it inside a garbage collection."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def run(system_module: ModuleType, config: RunConfig, env: Environment | None = None) -> Result:
@@ -159,8 +169,8 @@ def set_up_jax(config: RunConfig) -> None:
     try:
         present = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the environment names one that is missing
-        platforms = os.environ.get("JAX_PLATFORMS", "")
-        raise ConfigError(f"JAX cannot start with JAX_PLATFORMS={platforms}: {error}") from error
+        reason = str(error).partition("\n")[0] or "no such device here"
+        raise ConfigError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {reason}") from error
     if config.platform not in ("auto", present):
         raise ConfigError(
             f"platform={config.platform}: JAX finds none here; allowed: auto, {present}"
@@ -231,11 +241,10 @@ def compile_programs(
         done(name)
         return compiled
 
-    pool = ThreadPoolExecutor(1)
-    futures = {
-        name: pool.submit(finish, name, getattr(programs, name).lower(*shapes))
-        for name, shapes in arguments.items()
-    }
+    pool, futures = ThreadPoolExecutor(1), {}
+    for name, shapes in arguments.items():
+        _check_interrupted()
+        futures[name] = pool.submit(finish, name, getattr(programs, name).lower(*shapes))
     pool.shutdown(wait=False)  # waiting here could not be interrupted
     return Programs(**{name: future.result() for name, future in futures.items()})
 
@@ -264,6 +273,7 @@ class _Recorder:
         self, index: int, finite: Array, evaluation: dict[str, Array], training: dict[str, Array]
     ) -> None:
         """Wait for a chunk and the evaluation after it. Raises DivergenceError."""
+        _check_interrupted()
         figures = jax.device_get(training)
         trained = time.perf_counter()
         scores = jax.device_get(evaluation)

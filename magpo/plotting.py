@@ -26,10 +26,10 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)  # inches: the last tick label's room
     figure = Figure(figsize=(6.4, 4.0), layout=layout)
     axes = figure.add_subplot()
-    if meaning:
-        axes.fill_between(steps, low, high, color=BLUE, alpha=0.16, linewidth=0, label=meaning)
-        axes.plot(steps, values, color=BLUE, alpha=0.35, linewidth=0.7)
     num_seeds = values.shape[1]
+    if meaning:
+        axes.fill_between(steps, low, high, color=BLUE, alpha=0.2, linewidth=0, label=meaning)
+        axes.plot(steps, values, color=BLUE, alpha=min(0.35, 1.5 / num_seeds), linewidth=0.7)
     label = f"mean of {num_seeds} seeds" if num_seeds > 1 else f"seed {run.seeds[0]}"
     marker = "o" if len(steps) < 3 else None
     axes.plot(steps, values.mean(1), color=BLUE, linewidth=2, marker=marker, label=label)

@@ -8,6 +8,6 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Set what JAX reads when it is first imported; what the user has set stays."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if config.cache is not None:  # `-p no:cacheprovider`
+    if getattr(config, "cache", None):  # absent under `-p no:cacheprovider`
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -1,9 +1,12 @@
 """The experiment loop, driven by a system whose parameters count its updates."""
 
+import contextlib
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -364,6 +367,21 @@ def test_interruption_leaves_complete_files(config, monkeypatch, capsys):
         "marl_eval.json",
         "metrics.jsonl",
     ]
+
+
+def test_an_interrupt_lost_in_a_garbage_collection_is_not_lost(config, monkeypatch):
+    monkeypatch.setattr(experiment, "_interrupted", threading.Event())
+    monkeypatch.setattr(experiment.signal, "signal", lambda *args: None)
+    update = Console.update
+
+    def interrupted(self, measurement):
+        update(self, measurement)
+        with contextlib.suppress(KeyboardInterrupt):
+            experiment._interrupt(signal.SIGINT, None)
+
+    monkeypatch.setattr(Console, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
 
 
 def test_a_failing_writer_stops_the_run(config, monkeypatch):

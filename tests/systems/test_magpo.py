@@ -260,3 +260,16 @@ def test_training_keeps_its_shapes_and_calls_nobody(system):
     short, long = program(8), program(32)
     assert "callback" not in short
     assert short.count(" = ") == long.count(" = ")
+
+
+def test_a_seed_trains_the_same_alone_and_among_others(system):
+    def train(key):
+        state, metrics = magpo.train_chunk(system, magpo.init(system, key))
+        return state.params, metrics
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    among = jax.jit(jax.vmap(train))(keys)
+    alone = jax.jit(train)(keys[1])
+    for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(among), strict=True):
+        np.testing.assert_allclose(x, y[1], atol=2e-4)
+    assert not np.allclose(among[1]["loss/guider"][0], among[1]["loss/guider"][1])

@@ -1,0 +1,75 @@
+"""The house style's limits: what CONTRIBUTING.md says and no linter does."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "magpo").rglob("*.py"))
+SYSTEMS = [f for f in FILES if f.parent.name == "systems" and f.stem != "__init__"]
+SEVEN = {"make", "init", "train_chunk", "policy_params", "initial_carry", "act", "main"}
+# Who may import whom: a package's modules, and the magpo modules that they may use.
+IMPORTS = {
+    "networks": {"networks", "types"},
+    "envs": {"envs", "paths", "types"},
+    "systems": {"config", "envs", "experiment", "networks", "types"},
+}
+
+
+def functions(tree):
+    return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def nesting(node, depth=0):
+    deeper = depth + isinstance(node, ast.FunctionDef | ast.Lambda)
+    inner = (nesting(child, deeper) for child in ast.iter_child_nodes(node))
+    return max(inner, default=deeper)
+
+
+def code_lines(node, source):
+    """Lines of a function or module, docstrings and blank lines not counted."""
+    body = set(range(node.lineno, node.end_lineno + 1) if hasattr(node, "lineno") else [])
+    body = body or set(range(1, source.count("\n") + 1))
+    for owner in ast.walk(node):
+        if isinstance(owner, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            owner, clean=False
+        ):
+            text = owner.body[0]
+            body -= set(range(text.lineno, text.end_lineno + 1))
+    lines = source.splitlines()
+    return sum(bool(lines[i - 1].strip()) for i in body)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_functions_are_short_and_flat(file):
+    source = file.read_text()
+    tree = ast.parse(source)
+    assert nesting(tree) <= 3  # a function, one inside it, a lambda
+    for function in functions(tree):
+        assert code_lines(function, source) <= 60, function.name
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    assert not names & {"eval", "exec", "pickle"}
+
+
+@pytest.mark.parametrize("file", SYSTEMS, ids=lambda f: f.stem)
+def test_a_system_is_one_readable_file(file):
+    source = file.read_text()
+    tree = ast.parse(source)
+    assert code_lines(tree, source) <= 450
+    top = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert top >= SEVEN
+    assert "DictConfig" not in source and "shard" not in source
+
+
+@pytest.mark.parametrize("package", IMPORTS)
+def test_dependencies_point_one_way(package):
+    for file in (ROOT / "magpo" / package).glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("magpo"):
+                names = (
+                    [a.name for a in node.names]
+                    if node.module == "magpo"
+                    else [node.module.split(".")[1]]
+                )
+                assert set(names) <= IMPORTS[package], f"{file.name} imports {names}"
