@@ -2,7 +2,7 @@
 
 An encoder reads the observations of all agents over all timesteps and gives each agent's value; a
 decoder gives each agent's policy from the encoding and the actions of the agents before it. Axis
-letters beyond `magpo.types`: B sequences, K blocks, H heads, D features of a head, F = H * D.
+letters beyond `magpo.types`: B sequences, H heads, D features of a head, F = H * D.
 """
 
 from typing import NamedTuple
@@ -19,11 +19,11 @@ from magpo.types import Array, Observation
 
 
 class SableCarry(NamedTuple):
-    """The retention states, each (B, K, H, D, D)."""
+    """The retention states, (B, H, D, D) for each block."""
 
-    encoder: Array
-    decoder_self: Array
-    decoder_cross: Array
+    encoder: tuple[Array, ...]
+    decoder_self: tuple[Array, ...]
+    decoder_cross: tuple[Array, ...]
 
 
 class SableAct(NamedTuple):
@@ -146,8 +146,8 @@ class Sable(nn.Module):
 
     def initial_carry(self, batch_size: int) -> SableCarry:
         head_dim = self.embed_dim // self.n_head
-        state = jnp.zeros((batch_size, self.n_block, self.n_head, head_dim, head_dim))
-        return SableCarry(state, state, state)
+        state = jnp.zeros((batch_size, self.n_head, head_dim, head_dim))
+        return SableCarry(*[(state,) * self.n_block] * 3)
 
     def __call__(
         self, carry: SableCarry, observation: Observation, action: Array, reset_before: Array
@@ -163,11 +163,11 @@ class Sable(nn.Module):
         position = self._position(observation)
         x = self.embed_observation(observation.agents_view)
         for i, block in enumerate(self.encoder):
-            x = block.chunkwise(self.encoder_norm(x), position, carry.encoder[:, i], weights)
+            x = block.chunkwise(self.encoder_norm(x), position, carry.encoder[i], weights)
         encoded, value = x, self._value(x)
         x = self.decoder_norm(self.embed_action(self._shifted(action)))
         for i, block in enumerate(self.decoder):
-            states = carry.decoder_self[:, i], carry.decoder_cross[:, i]
+            states = carry.decoder_self[i], carry.decoder_cross[i]
             x = block.chunkwise(x, encoded, position, *states, weights)
         return value, self.policy_head(self.policy_torso(x), observation.action_mask)
 
@@ -195,7 +195,7 @@ class Sable(nn.Module):
             x = self.decoder_norm(self.embed_action(decoding.previous))
             caches = []
             for i, block in enumerate(self.decoder):
-                states = carry.decoder_self[:, i], carry.decoder_cross[:, i]
+                states = carry.decoder_self[i], carry.decoder_cross[i]
                 x, cache = block.token(x, encoded, position, *states, decoding.caches[i], agent)
                 caches.append(cache)
             policy = self.policy_head(self.policy_torso(x), action_mask)
@@ -217,26 +217,26 @@ class Sable(nn.Module):
         own, cross = zip(*final.caches, strict=True)
         carry = SableCarry(
             encoder_state,
-            self._absorb(carry.decoder_self, own),
-            self._absorb(carry.decoder_cross, cross),
+            tuple(map(Cache.into, own, carry.decoder_self)),
+            tuple(map(Cache.into, cross, carry.decoder_cross)),
         )
         return SableAct(carry, action.swapaxes(0, 1), log_prob.swapaxes(0, 1), value)
 
-    def _absorb(self, state: Array, caches: tuple[Cache, ...]) -> Array:
-        return jnp.stack([cache.into(state[:, i]) for i, cache in enumerate(caches)], axis=1)
-
     def _decayed(self, carry: SableCarry, reset_before: Array) -> SableCarry:
         keep = jnp.where(reset_before[:, None], 0.0, jnp.asarray(self.kappa, jnp.float32))
-        return jax.tree.map(lambda state: state * keep[:, None, :, None, None], carry)
+        return jax.tree.map(lambda state: state * keep[..., None, None], carry)
 
-    def _encode(self, carry: SableCarry, observation: Observation) -> tuple[Array, Array, Array]:
+    def _encode(
+        self, carry: SableCarry, observation: Observation
+    ) -> tuple[Array, Array, tuple[Array, ...]]:
+        """The encoding (B, N, F), the values (B, N) and the encoder's states after the timestep."""
         position = self._position(observation)
         x = self.embed_observation(observation.agents_view)  # (B, N, F)
         states = []
         for i, block in enumerate(self.encoder):
-            x, state = block.timestep(self.encoder_norm(x), position, carry.encoder[:, i])
+            x, state = block.timestep(self.encoder_norm(x), position, carry.encoder[i])
             states.append(state)
-        return x, self._value(x), jnp.stack(states, axis=1)
+        return x, self._value(x), tuple(states)
 
     def _value(self, encoded: Array) -> Array:
         return self.value_head(self.value_torso(encoded))[..., 0]

@@ -83,7 +83,7 @@ def acted(request):
         action_mask=mask if request.param == "discrete" else jnp.ones((B, T, N, A), bool),
         step_count=jnp.asarray(since, jnp.int32),
     )
-    carry = SableCarry(*jax.random.normal(keys[2], (3, B, 2, H, D, D)))
+    carry = SableCarry(*map(tuple, jax.random.normal(keys[2], (3, 2, B, H, D, D))))
     shape = (B, T, N) if request.param == "discrete" else (B, T, N, A)
     action = jnp.zeros(shape, int if request.param == "discrete" else float)
     params = model.init(keys[3], carry, observation, action, jnp.asarray(RESETS))
