@@ -43,8 +43,7 @@ def chunk_weights(
     """From episode starts, (B, T) bool, to the weights; `chunk_size` in timesteps divides T."""
     num_chunks = reset_before.shape[1] // chunk_size
     episode = jnp.cumsum(reset_before, axis=1).reshape(-1, num_chunks, chunk_size)  # (B, K, C)
-    # The episode that a chunk's incoming state belongs to: the last one of the chunk before.
-    incoming = jnp.pad(episode[:, :-1, -1], ((0, 0), (1, 0)))  # (B, K)
+    first, last = episode[..., 0], episode[..., -1]  # (B, K)
 
     def same(left: Array, right: Array) -> Array:
         return (left[..., :, None] == right[..., None, :]).astype(jnp.float32)
@@ -60,16 +59,16 @@ def chunk_weights(
     step, chunk = np.arange(chunk_size), np.arange(num_chunks)
     within = same(episode, episode)[:, :, None] * powers(step[:, None] - step)  # (B, K, H, C, C)
     within = jnp.repeat(jnp.repeat(within, num_agents, axis=3), num_agents, axis=4)
-    enters = (episode == incoming[..., None])[..., None] * powers(step + 1).T
-    leaves = (episode == episode[..., -1:])[..., None] * powers(chunk_size - 1 - step).T
+    enters = (episode == first[..., None])[..., None] * powers(step + 1).T
+    leaves = (episode == last[..., None])[..., None] * powers(chunk_size - 1 - step).T
     chunk_powers = powers(chunk_size * (chunk[:, None] - chunk - 1))
     return ChunkWeights(
         within=within,
         causal=jnp.tril(within),
         entering=per_token(enters),
         leaving=per_token(leaves),
-        between=same(incoming, episode[..., -1])[:, None] * chunk_powers,
-        initial=((incoming == 0)[..., None] * powers(chunk_size * chunk).T)[..., None, None],
+        between=same(first, last)[:, None] * chunk_powers,
+        initial=((first == 0)[..., None] * powers(chunk_size * chunk).T)[..., None, None],
     )
 
 

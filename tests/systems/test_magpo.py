@@ -80,21 +80,37 @@ def test_before_an_update_the_ratio_is_one(system, collected):
 
 
 def test_the_learner_in_training_is_the_learner_that_acts(system, collected):
-    """Its memory along the rollout, and the actions of `act`, agent by agent."""
+    """Its memory along the rollout, its KL in the loss, and `act`, one agent and step at a time."""
     before, after, out = collected
     params = before.params.learner
     transitions = out.transitions
-    hidden = np.asarray(before.memory.learner)
+
+    def policy_of_one(hidden, view, mask):
+        never = jnp.zeros((1, 1), bool)
+        return system.learner.apply(params, hidden[None], view[None, None], mask[None, None], never)
+
+    policy_of_all = jax.jit(jax.vmap(jax.vmap(policy_of_one)))
     act = jax.jit(magpo.act, static_argnums=(0, 5))
+    hidden, log_probs = np.asarray(before.memory.learner), []
     for t in range(system.config.rollout_length):
         observation = jax.tree.map(lambda x, t=t: x[t], transitions.observation)
         hidden = np.where(transitions.reset_before[t][:, None, None], 0, hidden)
-        action, hidden = act(system, params, hidden, observation, jax.random.key(t), False)
-        legal = np.take_along_axis(
-            np.asarray(observation.action_mask), np.asarray(action)[..., None], -1
-        )
-        assert legal.all()
+        _, policy = policy_of_all(hidden, observation.agents_view, observation.action_mask)
+        log_probs.append(policy.log_probs[:, :, 0, 0])
+        action, hidden = act(system, params, hidden, observation, jax.random.key(t), True)
+        np.testing.assert_array_equal(action, log_probs[-1].argmax(-1))
     np.testing.assert_allclose(hidden, after.memory.learner, atol=1e-5)
+
+    batch = batch_of(system, before, out)
+    _, guider = system.guider.apply(
+        before.params.guider, before.memory.guider, batch.observation, batch.action,
+        batch.reset_before,
+    )  # fmt: skip
+    expected = guider.kl(Categorical(jnp.stack(log_probs, axis=1))).mean()
+    _, metrics = jax.jit(magpo.losses, static_argnums=1)(
+        before.params, system, batch, jax.random.key(0)
+    )
+    np.testing.assert_allclose(metrics["policy/kl_guider_to_learner"], expected, rtol=1e-4)
 
 
 def slow_advantages(t, last_value, gamma, gae_lambda):
