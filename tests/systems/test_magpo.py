@@ -36,8 +36,10 @@ def system():
 
 @pytest.fixture(scope="module")
 def collected(system):
-    """The second rollout: it starts in the middle of episodes."""
+    """The second rollout: it starts in the middle of episodes, which end at different steps."""
     state = jax.jit(magpo.init, static_argnums=0)(system, jax.random.key(0))
+    staggered = state.env_state.env.replace(step_count=jnp.arange(6, dtype=jnp.int32) % 5)
+    state = state._replace(env_state=state.env_state._replace(env=staggered))
     # A policy that is not uniform, or a wrong mask could hide.
     state = state._replace(params=jax.tree.map(lambda x: x * 2.0, state.params))
     rollout = jax.jit(magpo.rollout, static_argnums=0)
@@ -63,7 +65,8 @@ def batch_of(system, before, out):
 
 def test_before_an_update_the_ratio_is_one(system, collected):
     before, _, out = collected
-    assert out.transitions.reset_before[1:].any() and before.memory.learner.any()
+    resets = out.transitions.reset_before
+    assert (resets[:, 0] != resets[:, 1]).any() and before.memory.learner.any()
     batch = batch_of(system, before, out)
     value, policy = jax.jit(system.guider.apply)(
         before.params.guider, before.memory.guider, batch.observation, batch.action,
