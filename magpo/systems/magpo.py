@@ -19,7 +19,7 @@ the guider's feed-forward layers train (`network.guider.ffn`).
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -181,23 +181,13 @@ class System:
 
 def make(config: Config, env: Environment) -> System:
     """Assemble networks and optimiser for an environment."""
-    guider, learner = config.network.guider, config.network.learner
+    of_env = {"action_dim": env.action_dim, "action_kind": env.action_kind}
     return System(
         config=config,
         env=env,
         envs=AutoReset(env, config.num_envs),
-        guider=Sable(
-            num_agents=env.num_agents,
-            action_dim=env.action_dim,
-            action_kind=env.action_kind,
-            embed_dim=guider.embed_dim,
-            n_head=guider.n_head,
-            n_block=guider.n_block,
-            decay_scaling_factor=guider.decay_scaling_factor,
-            chunk_size=guider.chunk_size,
-            ffn=guider.ffn,
-        ),
-        learner=RecurrentActor(env.action_dim, env.action_kind, learner.hidden_dim),
+        guider=Sable(num_agents=env.num_agents, **of_env, **asdict(config.network.guider)),
+        learner=RecurrentActor(**of_env, **asdict(config.network.learner)),
         optimiser=optax.flatten(  # one vector: a kernel for each step of Adam, not for each leaf
             optax.chain(
                 optax.clip_by_global_norm(config.system.max_grad_norm),
