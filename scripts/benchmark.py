@@ -6,7 +6,8 @@
 Overrides are those of `python -m magpo.systems.<system>`. One process, the programs of a real run:
 start-up counts from the start of the process, and a chunk is one update. FLOPs are XLA's count of
 the unoptimised update, each loop's body as often as it runs; the share is of the rate of a large
-float32 matmul on the same machine. Memory is the process's peak before that matmul.
+float32 matmul on the same machine. Memory is the process's peak before that matmul. The last shares
+are of the time that XLA's operations of an update took, on all threads together.
 """
 
 import time
@@ -15,9 +16,12 @@ STARTED = time.perf_counter()
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import re  # noqa: E402
 import resource  # noqa: E402
 import statistics  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
+from collections import Counter  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from importlib import import_module  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -78,6 +82,33 @@ def matmul_rate(size: int = 2048) -> float:
     """FLOP/s of a large float32 matmul: this machine's practical peak."""
     matmul, a = jax.jit(jnp.matmul), jnp.ones((size, size))
     return 2 * size**3 / median_seconds(lambda: matmul(a, a))
+
+
+def shares(compiled: Any, run: Callable[[], Any]) -> dict[str, float]:
+    """Where a program's time goes: the share of each kind of operation, loops left out."""
+    kinds = {}
+    for line in compiled.as_text().splitlines():
+        match = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\(", line)
+        if match:
+            scope = re.search(r'op_name="([^"]*)"', line)
+            kinds[match[1]] = match[2], scope[1].rpartition("/")[2] if scope else ""
+    spent: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            wait(run())
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            for event in (event for line in plane.lines for event in line.events):
+                opcode, origin = kinds.get(event.name, ("", ""))
+                if opcode in ("", "while", "call", "conditional"):
+                    continue
+                if "reduce" in origin or "reduce" in event.name:
+                    spent["reductions"] += event.duration_ns
+                elif opcode == "dot" or "dot" in origin or "->" in origin or "ynn" in event.name:
+                    spent["matmuls"] += event.duration_ns
+                else:
+                    spent["elementwise"] += event.duration_ns
+    return {f"share_of_{kind}": time_ns / spent.total() for kind, time_ns in spent.items()}
 
 
 def random_steps_per_s(env: Environment, num_envs: int, length: int) -> float:
@@ -144,7 +175,8 @@ def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
         "share_of_matmul_rate": total_flops / median_update_s / peak_rate,
         "peak_memory_gb": peak / 1e9,
     }
-    return figures | ({"peak_device_memory_gb": device / 1e9} if device else {})
+    figures |= {"peak_device_memory_gb": device / 1e9} if device else {}
+    return figures | shares(compiled.train_chunk, lambda: compiled.train_chunk(state))
 
 
 def main() -> None:
