@@ -11,9 +11,9 @@ Source: "Multi-Agent Guided Policy Optimization". In its symbols, mu_phi is `gui
     `guider_loss`   Eq. 9, double clipping Eq. 10, KL mask m
     `learner_loss`  Eq. 11 and 12; the paper's lambda is `rl_coef`
     `advantages`    generalised advantage estimation from the guider's values
-Beyond the paper, as its released code: value loss and entropy bonus in the guider's loss, and KL(mu
-|| pi) where Eq. 11 prints KL(pi || mu) (`learner_kl`). Unlike it: truncated episodes bootstrap, and
-the guider's feed-forward layers train (`network.guider.ffn`).
+Beyond the paper, as its released code: value loss and entropy bonus in the guider's loss. Unlike
+that code: KL(pi || mu) as Eq. 11 prints it (`learner_kl`), truncated episodes bootstrap, and the
+guider's feed-forward layers train (`network.guider.ffn`).
 
     python -m magpo.systems.magpo env=rware/tiny-4ag
 """
