@@ -188,6 +188,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="env=<suite>/<task> key=value ...")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     with configuration.exit_on_config_error():
         config = configuration.load(arguments.system, arguments.overrides)
         one_update = [f"total_steps={config.steps_per_update}", "num_evaluations=1"]

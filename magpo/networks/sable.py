@@ -5,7 +5,9 @@ decoder gives each agent's policy from the encoding and the actions of the agent
 letters beyond `magpo.types`: B sequences, H heads, D features of a head, F = H * D.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -132,15 +134,12 @@ class Sable(nn.Module):
         block = (self.embed_dim, self.n_head, self.ffn)
         self.embed_observation = nn.Sequential([nn.RMSNorm(), dense(False), nn.gelu])
         self.encoder_norm = nn.RMSNorm()  # one for all encoder blocks
-        # Blocks are computed again in the reverse pass: less memory, and on a CPU also less time.
-        encoder_block = nn.remat(_EncoderBlock, methods=["chunkwise"])
-        decoder_block = nn.remat(_DecoderBlock, methods=["chunkwise"])
-        self.encoder = [encoder_block(*block) for _ in range(self.n_block)]
+        self.encoder = [_EncoderBlock(*block) for _ in range(self.n_block)]
         self.value_torso = nn.Sequential([dense(True), nn.gelu, nn.RMSNorm()])
         self.value_head = Dense(1, kernel_init=orthogonal(0.01))
         self.embed_action = nn.Sequential([dense(False), nn.gelu])
         self.decoder_norm = nn.RMSNorm()
-        self.decoder = [decoder_block(*block) for _ in range(self.n_block)]
+        self.decoder = [_DecoderBlock(*block) for _ in range(self.n_block)]
         self.policy_torso = nn.Sequential([dense(True), nn.gelu, nn.RMSNorm()])
         self.policy_head = PolicyHead(self.action_dim, self.action_kind)
 
@@ -162,14 +161,12 @@ class Sable(nn.Module):
         weights = chunk_weights(reset_before, self.num_agents, self.chunk_size, self.kappa)
         position = self._position(observation)
         x = self.embed_observation(observation.agents_view)
-        for i, block in enumerate(self.encoder):
-            x = block.chunkwise(self.encoder_norm(x), position, carry.encoder[i], weights)
-        encoded, value = x, self._value(x)
+        encoded = self._scan_blocks("encoder", x, carry.encoder, position, weights)
         x = self.decoder_norm(self.embed_action(self._shifted(action)))
-        for i, block in enumerate(self.decoder):
-            states = carry.decoder_self[i], carry.decoder_cross[i]
-            x = block.chunkwise(x, encoded, position, *states, weights)
-        return value, self.policy_head(self.policy_torso(x), observation.action_mask)
+        states = list(zip(carry.decoder_self, carry.decoder_cross, strict=True))
+        x = self._scan_blocks("decoder", x, states, encoded, position, weights)
+        policy = self.policy_head(self.policy_torso(x), observation.action_mask)
+        return self._value(encoded), policy
 
     def value(self, carry: SableCarry, observation: Observation, reset_before: Array) -> Array:
         """(B, N) values of one timestep; observation and reset_before have a leading axis B."""
@@ -221,6 +218,43 @@ class Sable(nn.Module):
             tuple(map(Cache.into, cross, carry.decoder_cross)),
         )
         return SableAct(carry, action.swapaxes(0, 1), log_prob.swapaxes(0, 1), value)
+
+    def encoder_block(
+        self, i: int, x: Array, state: Array, position: Array, weights: ChunkWeights
+    ) -> Array:
+        return self.encoder[i].chunkwise(self.encoder_norm(x), position, state, weights)
+
+    def decoder_block(
+        self,
+        i: int,
+        x: Array,
+        states: tuple[Array, Array],
+        encoded: Array,
+        position: Array,
+        weights: ChunkWeights,
+    ) -> Array:
+        return self.decoder[i].chunkwise(x, encoded, position, *states, weights)
+
+    def _scan_blocks(self, stack: str, x: Array, states: Sequence, *inputs) -> Array:
+        """`x` through a stack's blocks, computed again in the reverse pass.
+
+        In a loop: outside of one, XLA's CPU backend merges a recomputation with the original.
+        """
+        method = f"{stack}_block"
+        if self.is_initializing():
+            for i, state in enumerate(states):
+                getattr(self, method)(i, x, state, *inputs)
+        module, variables = self.unbind()
+        params = variables["params"]
+        blocks = [(params[f"{stack}_{i}"], state) for i, state in enumerate(states)]
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def step(x: Array, block: tuple[Any, Any]) -> tuple[Array, None]:
+            block_params, state = block
+            variables = {"params": {**params, f"{stack}_0": block_params}}
+            return module.apply(variables, 0, x, state, *inputs, method=method), None
+
+        return jax.lax.scan(step, x, jax.tree.map(lambda *each: jnp.stack(each), *blocks))[0]
 
     def _decayed(self, carry: SableCarry, reset_before: Array) -> SableCarry:
         keep = jnp.where(reset_before[:, None], 0.0, jnp.asarray(self.kappa, jnp.float32))
