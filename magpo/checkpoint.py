@@ -1,0 +1,207 @@
+"""Checkpoints: everything a run needs to go on, on disk at every moment or not at all.
+
+    checkpoints/00000012/state/         arrays, by Orbax, one folder for each part
+                         record/
+                         meta.json      of which run they are, and their names, shapes and dtypes
+                         manifest.json  the SHA-256 of every file above
+
+A checkpoint is written under a hidden name and renamed when all of it is on disk. What is read back
+is first held against the manifest, and then against what the reader expects: a checkpoint is used
+whole, or refused with one line that says why. Nothing in it is executed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+FORMAT = 1
+META, MANIFEST = "meta.json", "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line and names it."""
+
+
+def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
+    """Write the pytrees `parts` and the JSON values `meta` as root/<chunk>.
+
+    Of several processes all have to call it, each with its shards of the arrays. Raises OSError.
+    """
+    import orbax.checkpoint as ocp  # a second: not while a run starts
+
+    first = jax.process_index() == 0
+    final = root / f"{chunk:08d}"
+    aside = root / f".{final.name}.tmp"
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    _wait(f"made {chunk}")
+    named = {part: _named(tree) for part, tree in parts.items()}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        for part, arrays in named.items():
+            checkpointer.save(aside / part, {k: _stored(v) for k, v in arrays.items()})
+    _wait(f"wrote {chunk}")
+    if first:
+        about = {"format": FORMAT, "chunk": chunk, **meta}
+        about["arrays"] = {
+            part: {name: _describe(leaf) for name, leaf in arrays.items()}
+            for part, arrays in named.items()
+        }
+        _write(aside / META, about)
+        _write(aside / MANIFEST, {name: _sha256(aside / name) for name in _files(aside)})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+    _wait(f"renamed {chunk}")
+    return final
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, and what was never finished."""
+    for folder in [*checkpoints(root)[keep:], *root.glob(".*.tmp")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The finished ones, newest first; whether they are whole is not looked at."""
+    folders = root.iterdir() if root.is_dir() else []
+    return sorted((f for f in folders if re.fullmatch(r"\d{8}", f.name)), reverse=True)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The checkpoint's meta.json, if every file is as it was written. Raises CheckpointError."""
+    try:
+        manifest, files = json.loads((folder / MANIFEST).read_bytes()), _files(folder)
+        if not isinstance(manifest, dict) or set(manifest) != set(files):
+            missing = sorted(set(manifest) ^ set(files))
+            raise CheckpointError(f"{folder}: {missing[0]} is missing, or was not there before")
+        for name in files:
+            if _sha256(folder / name) != manifest[name]:
+                raise CheckpointError(f"{folder}: {name} is damaged")
+        meta = json.loads((folder / META).read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        raise CheckpointError(f"{folder}: has format {found!r}, this version reads {FORMAT}")
+    if meta.get("chunk") != int(folder.name):
+        raise CheckpointError(f"{folder}: is the checkpoint of chunk {meta.get('chunk')!r}")
+    return meta
+
+
+def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any:
+    """One part of a checkpoint as a pytree like `template`, whose leaves have shape and dtype.
+
+    A leaf with a sharding comes back as an array with that sharding, any other as a NumPy array.
+    Raises CheckpointError where names, shapes or dtypes differ.
+    """
+    expected = {name: _describe(leaf) for name, leaf in _named(template).items()}
+    found = meta["arrays"].get(part, {})
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{folder}: {part} has {found.get(name, 'no')} {name}, "
+                f"this run {expected.get(name, 'none')}"
+            )
+    restored = _restore(folder / part, _named(template))
+    leaves, structure = jax.tree.flatten(template)
+    arrays = [_unstored(restored[name], leaf) for name, leaf in zip(expected, leaves, strict=True)]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def load_named(folder: Path, meta: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
+    """One part of a checkpoint, without random keys, as NumPy arrays by name."""
+    template = {
+        name: np.broadcast_to(np.zeros((), dtype), shape)
+        for name, (dtype, shape) in meta["arrays"][part].items()
+    }
+    restored = _restore(folder / part, template)
+    return {name: np.asarray(restored[name]) for name in template}
+
+
+def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    def argument(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.ArrayRestoreArgs(sharding=sharding)
+
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored: dict[str, Any] = checkpointer.restore(
+                folder, restore_args={name: argument(leaf) for name, leaf in template.items()}
+            )
+    except Exception as error:  # intact by its checksums, and still nothing that Orbax reads
+        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
+    for name, leaf in template.items():
+        shape = _stored_shape(leaf)
+        if name not in restored or np.shape(restored[name]) != shape:
+            raise CheckpointError(f"{folder}: {name} is not of shape {shape}")
+    return restored
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, in the tree's order."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _stored(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _stored_shape(leaf: Any) -> tuple[int, ...]:
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return tuple(leaf.shape)
+
+
+def _unstored(array: Any, leaf: Any) -> Any:
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(array)
+    return array
+
+
+def _describe(leaf: Any) -> list[Any]:
+    """[dtype, shape], as JSON gives it back."""
+    return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _files(folder: Path) -> list[str]:
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in paths if name != MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, value: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _wait(step: str) -> None:
+    """For the other processes, where there are some."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"magpo checkpoint: {step}")
