@@ -37,8 +37,6 @@ def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, An
 
     Of several processes all have to call it, each with its shards of the arrays. Raises OSError.
     """
-    import orbax.checkpoint as ocp  # a second: not while a run starts
-
     first = jax.process_index() == 0
     final = root / f"{chunk:08d}"
     aside = root / f".{final.name}.tmp"
@@ -46,23 +44,34 @@ def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, An
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     _wait(f"made {chunk}")
+    try:
+        _fill(aside, chunk, parts, meta)
+        if first:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _wait(f"renamed {chunk}")
+    return final
+
+
+def _fill(folder: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    import orbax.checkpoint as ocp  # a second: not while a run starts
+
     named = {part: _named(tree) for part, tree in parts.items()}
     with ocp.PyTreeCheckpointer() as checkpointer:
         for part, arrays in named.items():
-            checkpointer.save(aside / part, {k: _stored(v) for k, v in arrays.items()})
+            checkpointer.save(folder / part, {k: _stored(v) for k, v in arrays.items()})
     _wait(f"wrote {chunk}")
-    if first:
+    if jax.process_index() == 0:
         about = {"format": FORMAT, "chunk": chunk, **meta}
         about["arrays"] = {
             part: {name: _describe(leaf) for name, leaf in arrays.items()}
             for part, arrays in named.items()
         }
-        _write(aside / META, about)
-        _write(aside / MANIFEST, {name: _sha256(aside / name) for name in _files(aside)})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-    _wait(f"renamed {chunk}")
-    return final
+        _write(folder / META, about)
+        _write(folder / MANIFEST, {name: _sha256(folder / name) for name in _files(folder)})
 
 
 def prune(root: Path, keep: int) -> None:
@@ -111,8 +120,8 @@ def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             raise CheckpointError(
-                f"{folder}: {part} has {found.get(name, 'no')} {name}, "
-                f"this run {expected.get(name, 'none')}"
+                f"{folder}: {part} has {_text(found.get(name))} {name}, "
+                f"this run {_text(expected.get(name))}"
             )
     restored = _restore(folder / part, _named(template))
     leaves, structure = jax.tree.flatten(template)
@@ -182,6 +191,10 @@ def _unstored(array: Any, leaf: Any) -> Any:
 def _describe(leaf: Any) -> list[Any]:
     """[dtype, shape], as JSON gives it back."""
     return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _text(described: list[Any] | None) -> str:
+    return "{}{}".format(*described) if described else "no"
 
 
 def _files(folder: Path) -> list[str]:

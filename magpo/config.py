@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import hydra
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -95,6 +96,9 @@ class RunConfig:
     platform: Literal["auto", "cpu", "gpu", "tpu"]
     logger: LoggerConfig
     results_dir: str
+    keep: NonNegativeInt  # checkpoints; 0: none are written
+    resume: str | None  # a run's folder, or "auto"
+    allow_changes: tuple[str, ...]  # keys that may differ from those of the run that is resumed
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -148,7 +152,94 @@ def load(
     tuned/ files too. Raises ConfigError.
     """
     name, folders = _locate(system, config_dir)
+    resumed = [text for text in overrides if re.match(r"resume=(?!auto$|null$)", text)]
+    if resumed:
+        return _resumed(system, name, folders, Path(_parsed(resumed[-1]).value()), overrides)
     return _build(system, name, folders, *_compose(name, overrides, folders))
+
+
+def dump(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain values under the names of the command line: config.yaml."""
+    values = asdict(config)
+    algorithm = values.pop("algorithm")
+    values["run"] = {key: values.pop(key) for key in ("system", "budget", "tuned")}
+    values["run"]["env"], values["env"] = values["env"].values()
+    values |= {part: algorithm[part] for part in ("system", "network") if part in algorithm}
+    for key in ("resume", "allow_changes"):
+        del values[key]
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return {"run": plain.pop("run"), **plain}
+
+
+def read(system: str | ModuleType, file: Path) -> RunConfig:
+    """A run's config.yaml, checked like a new one. Raises ConfigError."""
+    name, _ = _locate(system, None)
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        run = values["run"]
+        if run["system"] != name:
+            raise ConfigError(f"{file}: a run of {run['system']}, not of {name}")
+        return _check(system, name, values)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read ({type(error).__name__})") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: not the configuration of a run") from error
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """What differs between two dumps, by key, as "old value, now new value".
+
+    Where results go and how they are shown makes no difference.
+    """
+    flat_old, flat_new = _flat(old), _flat(new)
+    return {
+        key: f"{flat_old.get(key, 'none')}, now {flat_new.get(key, 'none')}"
+        for key in {**flat_old, **flat_new}
+        if flat_old.get(key) != flat_new.get(key)
+        and key.partition(".")[0] not in ("logger", "results_dir", "keep")
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _resumed(
+    system: str | ModuleType,
+    name: str,
+    folders: Sequence[Path],
+    folder: Path,
+    overrides: Sequence[str],
+) -> RunConfig:
+    """The configuration of the run in `folder`, with the overrides applied to it."""
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"resume={folder}: no run there (it has no config.yaml); or resume=auto")
+    values = dump(read(system, folder / "config.yaml"))
+    values |= {"resume": str(folder), "allow_changes": []}
+    for text in _checked(overrides, folders):
+        override = _parsed(text)
+        key, value = override.key_or_group, override.value()
+        if key in ("env", "budget", "tuned"):
+            values["run"][key] = value == "true" if key == "tuned" else value
+        elif key == "logger":
+            (file,) = (f for at in folders if (f := at / "logger" / f"{value}.yaml").is_file())
+            values["logger"] = yaml.safe_load(file.read_text())
+        elif key != "resume":
+            *parents, last = key.split(".")
+            group = values
+            for parent in parents:
+                group = group.get(parent, {})
+            if last not in group or override.is_add() or override.is_delete():
+                raise ConfigError(_unknown_key(key, list(_keys(values))))
+            group[last] = value
+    return _check(system, name, values)
 
 
 def hydra_main(
@@ -217,24 +308,31 @@ def _build(
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).partition("\n")[0]) from error
-    algorithm = {part: values.pop(part, {}) for part in ("system", "network")}
-    task = choices["env"]
-    known = registry.options(task)
-    for option in values["env"]:
-        if option not in known:
-            raise ConfigError(registry.unknown(f"option of {task}", option, list(known)))
-    values |= {
+    values["run"] = {
         "system": name,
-        "env": {"name": task, "options": values["env"]},
+        "env": choices["env"],
         "budget": choices.get("budget", "none"),
         "tuned": choices.get("tuned") in _options(folders, "tuned"),
-        "algorithm": None,
     }
-    run = _validate(RunConfig, values)
+    return _check(system, name, values)
+
+
+def _check(system: str | ModuleType, name: str, values: dict[str, Any]) -> RunConfig:
+    """From values under the names of `dump` to the dataclasses. Raises ConfigError."""
+    values = {"resume": None, "allow_changes": [], **values}
+    algorithm = {part: values.pop(part, {}) for part in ("system", "network")}
+    run = values.pop("run")
+    task, options = run["env"], values["env"]
+    known = registry.options(task)
+    for option in options:
+        if option not in known:
+            raise ConfigError(registry.unknown(f"option of {task}", option, list(known)))
+    values |= {**run, "env": {"name": task, "options": options}, "algorithm": None}
+    config = _validate(RunConfig, values)
     module = system if isinstance(system, ModuleType) else import_module(f"magpo.systems.{name}")
     for number in ("num_envs", "rollout_length", "updates_per_chunk"):
-        algorithm[number] = getattr(run, number)
-    return replace(run, algorithm=_validate(module.Config, algorithm))
+        algorithm[number] = getattr(config, number)
+    return replace(config, algorithm=_validate(module.Config, algorithm))
 
 
 def _compose(

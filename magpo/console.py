@@ -117,9 +117,17 @@ class Console:
         """The live display, around the training loop."""
         return self._live(self._progress)
 
-    def update(self, measurement: Measurement) -> None:
+    def warn(self, text: str) -> None:
+        """A line that is seen whatever else is shown."""
+        self.line(f"warning: {text}", "yellow")
+
+    def resume(self, measurement: Measurement) -> None:
+        """Take a measurement over, shown already."""
         self.latest, self.latest_at = measurement, time.perf_counter()
         self.best = np.fmax(self.best, measurement.evaluation["episode_return"].mean(-1))
+
+    def update(self, measurement: Measurement) -> None:
+        self.resume(measurement)
         if measurement.timing:
             self.training_s.append(measurement.timing["training_s"])
             self.evaluation_s.append(measurement.timing["evaluation_s"])

@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magpo import __version__, checkpoint, envs, runs
 from magpo import config as configuration
-from magpo import envs
+from magpo.checkpoint import CheckpointError
 from magpo.config import ConfigError, RunConfig
 from magpo.console import Console
 from magpo.evaluate import evaluate
@@ -38,14 +39,17 @@ from magpo.loggers import (
     Run,
     Sink,
     Writer,
-    create_folder,
     defined,
 )
 from magpo.types import Array, Environment
 
 ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
 
-_interrupted = threading.Event()
+CHECKPOINT_SHARE = 0.02  # of a run's time, at most, goes into writing checkpoints
+
+CHECKPOINTS = "checkpoints"  # in a run's folder
+
+_signals: list[int] = []  # that asked this process to stop
 
 
 class DivergenceError(RuntimeError):
@@ -66,6 +70,7 @@ class Programs(NamedTuple):
     init: Any  # keys -> state
     train_chunk: Any  # state, donated -> state, metrics (S, U)
     snapshot: Any  # state -> a copy of the policy's parameters, whether all parameters are finite
+    copy: Any  # state -> a copy, for a checkpoint
     evaluate: Any  # policy parameters, keys, index -> metrics (S, eval_episodes)
     keep_best: Any  # best, policy parameters, episode returns (S, eval_episodes), index -> best
 
@@ -81,9 +86,22 @@ class Result:
     params: Any  # (S, ...) the policy at the end
 
 
+class Resumed(NamedTuple):
+    """Where an earlier process left a run."""
+
+    chunk: int  # trained and evaluated
+    log_bytes: int  # of metrics.jsonl, written by then
+    folder: Path  # of the checkpoint
+    meta: dict[str, Any]
+
+
 def main(system_module: ModuleType) -> None:
-    """The command line of a system. Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C."""
-    signal.signal(signal.SIGINT, _interrupt)
+    """The command line of a system.
+
+    Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    """
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         configuration.hydra_main(system_module, partial(run, system_module))
         return
@@ -91,21 +109,21 @@ def main(system_module: ModuleType) -> None:
         print("error:", error, file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        code = 130
+        code = 128 + (_signals or [signal.SIGINT])[0]
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # an orderly exit would first wait for the chunk that is under way
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C kills
-    _interrupted.set()
+def _stop(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # a second one kills
+    _signals.append(signum)
     raise KeyboardInterrupt
 
 
 def _check_interrupted() -> None:
     """Raise a KeyboardInterrupt that Python lost, having raised it inside a garbage collection."""
-    if _interrupted.is_set():
+    if _signals:
         raise KeyboardInterrupt
 
 
@@ -123,25 +141,101 @@ def run(system_module: ModuleType, config: RunConfig, env: Environment | None = 
         except ValueError as error:
             raise ConfigError(str(error)) from error
     system = system_module.make(config.algorithm, env)
+    folder = _folder(config)
+    with runs.working(folder):
+        resumed = _resumed(folder, config) if config.resume else None
+        with runs.recorded(folder):
+            return _run(system_module, system, env, config, folder, resumed)
+
+
+def _folder(config: RunConfig) -> Path:
+    """The run's: a new one, or that of the run to be resumed."""
+    if config.resume not in (None, "auto"):
+        return Path(str(config.resume))
+    found = runs.newest_unfinished(config) if config.resume else None
+    return found or runs.create(config)
+
+
+def _resumed(folder: Path, config: RunConfig) -> Resumed | None:
+    """The newest checkpoint that can be used; None where the run has none yet.
+
+    Raises ConfigError where it has some and none is usable, or where the configuration changed.
+    """
+    refused = []
+    for path in checkpoint.checkpoints(folder / CHECKPOINTS):
+        try:
+            meta = checkpoint.read_meta(path)
+            if meta["run"] != runs.identity(folder):
+                raise CheckpointError(f"{path}: belongs to another run")
+        except CheckpointError as error:
+            print(f"warning: {error}: trying the one before", file=sys.stderr)
+            refused.append(str(error))
+            continue
+        changed = configuration.differences(
+            meta["config"] | {"with": meta["with"]}, configuration.dump(config) | {"with": _with()}
+        )
+        new = {key: text for key, text in changed.items() if key not in config.allow_changes}
+        if new:
+            listed = "; ".join(f"{key}: {text}" for key, text in new.items())
+            raise ConfigError(
+                f"resume={folder}: not as it was: {listed}. To go on all the same: "
+                f"allow_changes=[{','.join(changed)}]"
+            )
+        if meta["steps_per_chunk"] != config.steps_per_chunk:
+            raise ConfigError(
+                f"resume={folder}: the steps between two evaluations must stay "
+                f"{meta['steps_per_chunk']}, not {config.steps_per_chunk}"
+            )
+        if meta["chunk"] > config.num_evaluations:
+            raise ConfigError(
+                f"resume={folder}: has {meta['chunk']} chunks, num_evaluations asks for fewer"
+            )
+        runs.write_config(folder, config)
+        return Resumed(meta["chunk"], meta["log_bytes"], path, meta)
+    if refused:
+        raise ConfigError(f"resume={folder}: no checkpoint can be used: {refused[0]}")
+    return None
+
+
+def _with() -> dict[str, str]:
+    """What besides the configuration decides every bit of a run."""
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"magpo": __version__, "jax": jax.__version__, "devices": devices}
+
+
+def _run(
+    system_module: ModuleType,
+    system: Any,
+    env: Environment,
+    config: RunConfig,
+    folder: Path,
+    resumed: Resumed | None,
+) -> Result:
     suite, _, task = env.name.partition("/")
-    folder = create_folder(config, suite, task)
     info = Run(
         folder, config.system, suite, task, config.seeds, env.headline, config.steps_per_update
     )
-    sinks: list[Sink] = [JsonLines(info), MarlEval(info)]
+    log = JsonLines(info, resumed.log_bytes if resumed else 0)
+    sinks: list[Sink] = [log, MarlEval(info)]
     sinks += [LearningCurve(info)] if config.logger.plot else []
     absolute = ABSOLUTE_EVALUATIONS if config.absolute_metric else 0
     console = Console(info, config, absolute)
     try:
-        with Writer(sinks) as writer:
+        with Writer(sinks, console.warn) as writer:
             programs = build_programs(system_module, system, env, config)
             state = programs.init.eval_shape(seed_keys(config)[0])
             policy, _ = programs.snapshot.eval_shape(state)
             console.header(env, policy, state.params)
+            recorder = _Recorder(config, writer, console)
+            start = _load(resumed, state, _no_best(config, policy), recorder) if resumed else None
+            for measurement in recorder.measurements:
+                for sink in sinks[1:]:
+                    sink.write(measurement)
             with console.compiling(programs._fields) as done:
                 programs = compile_programs(programs, config, done.append)
+            saver = _Saver(config, folder, writer, log)
             with console.training():
-                result = _train(programs, config, _Recorder(config, writer, console), folder)
+                result = _train(programs, config, recorder, saver, start)
     except (KeyboardInterrupt, DivergenceError):
         console.line(f"stopped; everything up to here is in {folder}", "yellow")
         raise
@@ -202,6 +296,7 @@ def build_programs(
         init=jax.jit(partial(jax.lax.map, partial(system_module.init, system))),
         train_chunk=jax.jit(jax.vmap(partial(system_module.train_chunk, system)), donate_argnums=0),
         snapshot=jax.jit(jax.vmap(snapshot)),
+        copy=jax.jit(partial(jax.tree.map, jnp.copy)),
         evaluate=jax.jit(jax.vmap(evaluate_seed, in_axes=(0, 0, None))),
         keep_best=jax.jit(jax.vmap(keep_best, in_axes=(0, 0, 0, None))),
     )
@@ -224,6 +319,7 @@ def compile_programs(
         "evaluate": (params, keys, index),
         "init": (keys,),
         "snapshot": (state,),
+        "copy": (state,),
         "keep_best": (_no_best(config, params), params, returns, index),
     }
 
@@ -273,10 +369,9 @@ class _Recorder:
         self, index: int, finite: Array, evaluation: dict[str, Array], training: dict[str, Array]
     ) -> None:
         """Wait for a chunk and the evaluation after it. Raises DivergenceError."""
-        _check_interrupted()
-        figures = jax.device_get(training)
+        figures = _get(training)
         trained = time.perf_counter()
-        scores = jax.device_get(evaluation)
+        scores = _get(evaluation)
         now = time.perf_counter()
         timing = {}
         if index > 0:  # the first evaluation shares its time with what starts up
@@ -291,8 +386,14 @@ class _Recorder:
         self.measurements.append(measurement._replace(training={}))
         self._check(index, np.asarray(finite), figures)
 
+    def resume(self, measurement: Measurement) -> None:
+        """Take over what an earlier process measured and wrote."""
+        self.measurements.append(measurement)
+        self.began = time.perf_counter() - measurement.wall_s
+        self.console.resume(measurement)
+
     def record_absolute(self, best: Best, parts: list[dict[str, Array]]) -> Measurement:
-        scores = jax.device_get(parts)
+        scores = _get(parts)
         whole = {name: np.concatenate([part[name] for part in scores], 1) for name in scores[0]}
         steps = tuple(int(i) * self.config.steps_per_chunk for i in np.asarray(best.chunk))
         wall_s = time.perf_counter() - self.began
@@ -318,28 +419,123 @@ class _Recorder:
         )
 
 
-def _train(programs: Programs, config: RunConfig, recorder: _Recorder, folder: Path) -> Result:
+def _get(tree: Any) -> Any:
+    """The arrays' values, once they are computed; a signal is answered while waiting."""
+    pause = 1e-4
+    while not all(array.is_ready() for array in jax.tree.leaves(tree)):
+        _check_interrupted()
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+    _check_interrupted()
+    return jax.device_get(tree)
+
+
+class Start(NamedTuple):
+    """What a resumed run goes on from; all (S, ...)."""
+
+    chunk: int
+    state: Any
+    best: Best
+
+
+class _Saver:
+    """Has the writer thread save the run, as often as CHECKPOINT_SHARE of the time allows."""
+
+    def __init__(self, config: RunConfig, folder: Path, writer: Writer, log: JsonLines) -> None:
+        self.config, self.writer, self.log = config, writer, log
+        self.root = folder / CHECKPOINTS
+        self.run_id = runs.identity(folder)
+        self.next = 0.0
+        self.waiting = threading.Event()
+
+    def due(self, chunk: int) -> bool:
+        """Always after the last chunk, never before the first, nor while one is being written."""
+        if chunk == 0 or self.config.keep == 0:
+            return False
+        ready = not self.waiting.is_set() and time.monotonic() >= self.next
+        return ready or chunk == self.config.num_evaluations
+
+    def put(self, chunk: int, state: Any, best: Best, measurements: list[Measurement]) -> None:
+        self.waiting.set()
+        self.writer.put(partial(self._save, chunk, state, best, list(measurements)))
+
+    def _save(self, chunk: int, state: Any, best: Best, measurements: list[Measurement]) -> None:
+        start = time.monotonic()
+        try:
+            self.log.save()
+            evaluations = [m.evaluation for m in measurements]
+            history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}
+            history["wall_s"] = np.array([m.wall_s for m in measurements])
+            meta = {
+                "run": self.run_id,
+                "config": configuration.dump(self.config),
+                "with": _with(),
+                "steps_per_chunk": self.config.steps_per_chunk,
+                "log_bytes": self.log.size,
+            }
+            parts = {"state": state, "record": {"best": best, "history": history}}
+            checkpoint.save(self.root, chunk, parts, meta)
+            checkpoint.prune(self.root, self.config.keep)
+        finally:
+            now = time.monotonic()
+            self.next = now + (now - start) / CHECKPOINT_SHARE
+            self.waiting.clear()
+
+
+def _load(resumed: Resumed, state: Any, best: Best, recorder: _Recorder) -> Start:
+    """Read a checkpoint, and give its measurements to the recorder. Raises ConfigError.
+
+    `state` and `best` say of what shapes the run's are.
+    """
+    config, folder, meta = recorder.config, resumed.folder, resumed.meta
+    shape = resumed.chunk + 1, len(config.seeds), config.eval_episodes
+    names = [name.removeprefix("history.") for name in meta["arrays"]["record"]]
+    history: dict[str, Any] = {n: np.zeros(shape, np.float32) for n in names if "." not in n}
+    history["wall_s"] = np.zeros(shape[:1])
+    try:
+        state = checkpoint.load(folder, meta, "state", state)
+        record = checkpoint.load(folder, meta, "record", {"best": best, "history": history})
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    history = record["history"]
+    wall_s = history.pop("wall_s")
+    for chunk in range(resumed.chunk + 1):
+        steps = (chunk * config.steps_per_chunk,) * len(config.seeds)
+        evaluation = {name: values[chunk] for name, values in history.items()}
+        recorder.resume(Measurement(chunk, steps, float(wall_s[chunk]), evaluation, {}, {}))
+    return Start(resumed.chunk, state, record["best"])
+
+
+def _train(
+    programs: Programs, config: RunConfig, recorder: _Recorder, saver: _Saver, start: Start | None
+) -> Result:
     """The loop over chunks. `programs` are compiled."""
     train_keys, evaluation_keys = seed_keys(config)
-    state = programs.init(train_keys)
-    best: Best | None = None
+    state = start.state if start else programs.init(train_keys)
+    best = start.best if start else None
+    recorded = start.chunk if start else -1
     training: dict[str, Array] = {}
-    for index in range(config.num_evaluations + 1):
+    for index in range(max(recorded, 0), config.num_evaluations + 1):
         params, finite = programs.snapshot(state)
-        evaluation = programs.evaluate(params, evaluation_keys, np.int32(index))
-        best = best or _no_best(config, params)
-        best = programs.keep_best(best, params, evaluation["episode_return"], np.int32(index))
-        measured = (finite, evaluation, training)
+        if index > recorded:
+            evaluation = programs.evaluate(params, evaluation_keys, np.int32(index))
+            best = best or _no_best(config, params)
+            best = programs.keep_best(best, params, evaluation["episode_return"], np.int32(index))
+            measured = (finite, evaluation, training)
+        saved = programs.copy(state) if index > recorded and saver.due(index) else None
         if index < config.num_evaluations:
             state, training = programs.train_chunk(state)  # before the host waits for `measured`
-        recorder.record(index, *measured)
+        if index > recorded:
+            recorder.record(index, *measured)
+        if saved is not None and best is not None:
+            saver.put(index, saved, best, recorder.measurements)
     assert best is not None
     absolute = None
     if config.absolute_metric:
         indices = range(index + 1, index + 1 + ABSOLUTE_EVALUATIONS)
         parts = [programs.evaluate(best.params, evaluation_keys, np.int32(i)) for i in indices]
         absolute = recorder.record_absolute(best, parts)
-    return Result(folder, recorder.measurements, absolute, best, params)
+    return Result(saver.root.parent, recorder.measurements, absolute, best, params)
 
 
 def _of_best(result: Result) -> Measurement:

@@ -1,30 +1,27 @@
 """Where a run's figures go: metrics.jsonl, marl_eval.json, learning_curve.png.
 
-A sink has `write(measurement)`, called for every evaluation in order, and `save()`, which brings
-its file up to date. One thread, `Writer`, drives them all, so that no disk ever holds up training.
+A sink has `write(measurement)`, called for every evaluation in order, which raises only if that is
+lost, and `save()`, which brings its file up to date, with all that an earlier one left undone. One
+thread, `Writer`, drives them all, so that no disk ever holds up training.
 """
 
+import contextlib
 import json
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from datetime import datetime
-from itertools import count
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from omegaconf import OmegaConf
-
-from magpo.config import ConfigError, RunConfig
 
 
 class LoggingError(RuntimeError):
-    """The writer thread failed: what is measured from here on would be lost."""
+    """Figures, or checkpoints, could not be written, up to the end; the message says which."""
 
 
 class Run(NamedTuple):
@@ -48,27 +45,6 @@ class Measurement(NamedTuple):
     evaluation: dict[str, np.ndarray]  # (S, K) each
     training: dict[str, np.ndarray]  # (S, U) each; empty where nothing was trained
     timing: dict[str, float]
-
-
-def create_folder(config: RunConfig, suite: str, task: str) -> Path:
-    """Make the run's own new folder, config.yaml in it; ConfigError where it cannot be written."""
-    parent = Path(config.results_dir, config.system, suite, task)
-    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for attempt in count(1):
-            folder = parent / (name if attempt == 1 else f"{name}_{attempt}")
-            try:
-                folder.mkdir()
-                break
-            except FileExistsError:  # another run began in this second
-                continue
-        OmegaConf.save(OmegaConf.create(asdict(config)), folder / "config.yaml")
-    except OSError as error:
-        raise ConfigError(
-            f"results_dir={config.results_dir}: cannot write there: {error.strerror}"
-        ) from error
-    return folder
 
 
 class Sink(Protocol):
@@ -102,9 +78,13 @@ class JsonLines:
     `eval/*` and `absolute/*` are means over episodes. `time/steps_per_s` is each seed's own.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, keep_bytes: int = 0) -> None:
+        """Goes on after the first `keep_bytes` of the file, which a resumed run still stands by."""
         self.run = run
-        self.file = (run.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.path = run.folder / "metrics.jsonl"
+        self.file = self.path.open("a+b", buffering=0)
+        self.size = min(keep_bytes, self.path.stat().st_size)  # bytes that are surely on file
+        self.unwritten = bytearray()
 
     def write(self, measurement: Measurement) -> None:
         m, training = measurement, measurement.training
@@ -122,7 +102,22 @@ class JsonLines:
                 self._line(s, steps, m.wall_s, f"{kind}/{name}", _plain(value[s].mean()))
             for name, seconds in m.timing.items():
                 self._line(s, steps, m.wall_s, f"time/{name}", round(seconds, 4))
-        self.file.flush()
+        with contextlib.suppress(OSError):  # a full disk: tried again, and raised, by `save`
+            self._append()
+
+    def _append(self) -> None:
+        """Also what an earlier attempt, on a full disk, left unwritten."""
+        if not self.path.exists():  # removed; the open file still has it all
+            self.file.seek(0)
+            self.unwritten[:0] = self.file.read(self.size)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file.close()
+            self.file, self.size = self.path.open("a+b", buffering=0), 0
+        self.file.truncate(self.size)
+        while self.unwritten:
+            written = self.file.write(self.unwritten)
+            del self.unwritten[:written]
+            self.size += written
 
     def _line(self, s: int, env_steps: int, wall_s: float, name: str, value: float | None) -> None:
         record = {
@@ -136,9 +131,10 @@ class JsonLines:
             "name": name,
             "value": value,
         }
-        self.file.write(json.dumps(record) + "\n")
+        self.unwritten += json.dumps(record).encode() + b"\n"
 
     def save(self) -> None:
+        self._append()
         os.fsync(self.file.fileno())
 
 
@@ -188,19 +184,28 @@ class Writer:
     """The thread that does all file I/O, behind a bounded queue.
 
     Files that are rewritten whole are saved again while training runs, but for at most about 1 %
-    of its time; and once more at the end. An error of a sink is raised by the next `put`, or by
-    leaving the context, as LoggingError; the other sinks are still saved.
+    of its time; and once more at the end. What fails never stops the run: `warn` is told once, it
+    is tried again, and what then is still missing is raised as LoggingError on leaving the context.
     """
 
-    def __init__(self, sinks: Sequence[Sink], queue_size: int = 16) -> None:
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        warn: Callable[[str], None] = lambda text: None,
+        queue_size: int = 16,
+    ) -> None:
         self.sinks = sinks
-        self._queue: queue.Queue[Measurement | None] = queue.Queue(queue_size)
-        self._error: Exception | None = None
+        self.warn = warn
+        self._queue: queue.Queue[Measurement | Callable[[], object] | None]
+        self._queue = queue.Queue(queue_size)
+        self._lost: dict[str, Exception] = {}  # measurements, by sink
+        self._unsaved: dict[str, Exception] = {}  # files, by sink, until a later attempt succeeds
+        self._warned: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="magpo-writer", daemon=True)
 
-    def put(self, measurement: Measurement) -> None:
-        self._raise()
-        self._queue.put(measurement)
+    def put(self, item: Measurement | Callable[[], object]) -> None:
+        """Have a measurement written, or a job done after all that was put before."""
+        self._queue.put(item)
 
     def __enter__(self) -> "Writer":
         self._thread.start()
@@ -214,20 +219,18 @@ class Writer:
     ) -> None:
         self._queue.put(None)
         self._thread.join()
-        if kind is None:
-            self._raise()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise LoggingError(f"writing the results failed: {self._error!r}") from self._error
+        if kind is None and (errors := self._unsaved | self._lost):
+            lost = "; ".join(f"{name}: {error}" for name, error in errors.items())
+            raise LoggingError(f"not everything could be written: {lost}")
 
     def _work(self) -> None:
         due = time.monotonic() + 10
-        while (measurement := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # keeps emptying the queue: the main thread must not block on it
-            for sink in self.sinks:
-                self._try(sink.write, measurement)
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, Measurement):
+                for sink in self.sinks:
+                    self._try(self._lost, type(sink).__name__, partial(sink.write, item))
+            else:
+                self._try(self._unsaved, "checkpoint", item)
             if time.monotonic() >= due:
                 due = time.monotonic() + 100 * self._save()
         self._save()
@@ -236,11 +239,16 @@ class Writer:
         """Save all; return the seconds it took."""
         start = time.monotonic()
         for sink in self.sinks:
-            self._try(sink.save)
+            self._try(self._unsaved, type(sink).__name__, sink.save)
         return time.monotonic() - start
 
-    def _try(self, function: Callable[..., None], *args: Any) -> None:
+    def _try(self, errors: dict[str, Exception], name: str, attempt: Callable[[], object]) -> None:
         try:
-            function(*args)
+            attempt()
+            if errors is self._unsaved:
+                errors.pop(name, None)
         except Exception as error:
-            self._error = self._error or error
+            errors[name] = error
+            if name not in self._warned:
+                self._warned.add(name)
+                self.warn(f"{name}: {error}; training goes on")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -36,6 +37,11 @@ def measure(chunk, num_seeds=2, **metrics):
     return Measurement(chunk, steps, 1.5, evaluation, {}, {"evaluation_s": 1.0, "training_s": 4.0})
 
 
+def logged_returns(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["value"] for record in records if record["name"] == "eval/episode_return"]
+
+
 class Recorded:
     def __init__(self, fail_on=()):
         self.written, self.saves, self.fail_on = [], 0, fail_on
@@ -58,18 +64,42 @@ def test_writer_keeps_the_order_and_saves_at_the_end():
     assert sink.saves == 1
 
 
-def test_writer_error_surfaces_and_neither_blocks_nor_keeps_others_from_saving():
-    broken, sound = Recorded(fail_on=(3,)), Recorded()
+def test_writer_error_is_told_once_stops_nobody_and_is_raised_at_the_end():
+    broken, sound, told = Recorded(fail_on=(3, 5)), Recorded(), []
 
     def work():
-        with Writer([broken, sound], queue_size=2) as writer:
-            for chunk in range(1000):
+        with Writer([broken, sound], told.append, queue_size=2) as writer:
+            for chunk in range(9):
                 writer.put(measure(chunk))
 
-    with pytest.raises(LoggingError, match="no chunk 3"):
+    with pytest.raises(LoggingError, match="Recorded: no chunk 5"):
         work()
-    assert sound.written == [0, 1, 2, 3]
+    assert told == ["Recorded: no chunk 3; training goes on"]
+    assert broken.written == [0, 1, 2, 4, 6, 7, 8]
+    assert sound.written == list(range(9))
     assert sound.saves == 1
+
+
+def test_writer_forgets_a_failed_save_that_a_later_one_made_up_for():
+    failures = [OSError(28, "No space left on device"), None]
+
+    def save():
+        if error := failures.pop(0):
+            raise error
+
+    with Writer([], queue_size=2) as writer:
+        writer.put(save)
+        writer.put(save)
+    assert not failures
+
+
+def test_jobs_run_after_what_was_put_before(tmp_path):
+    sink = Recorded()
+    with Writer([sink]) as writer:
+        writer.put(measure(0))
+        writer.put(lambda: sink.written.append("job"))
+        writer.put(measure(1))
+    assert sink.written == [0, "job", 1]
 
 
 def test_writer_error_at_the_last_measurement_surfaces_on_leaving():
@@ -141,6 +171,53 @@ def test_json_lines_are_exact_and_valid(tmp_path):
     assert [line["value"] for line in lines if line["name"] == "eval/episode_return"] == [0.1, None]
 
 
+def test_json_lines_make_up_for_a_full_disk(tmp_path):
+    sink = JsonLines(make_run(tmp_path))
+    file = sink.file
+
+    class Full:
+        def __init__(self, free):
+            self.free = free
+
+        def write(self, data):
+            if not self.free:
+                raise OSError(28, "No space left on device")
+            written, self.free = file.write(data[: self.free]), 0
+            return written
+
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+    sink.write(measure(0, episode_return=[1, 2]))
+    sink.file = Full(free=40)
+    sink.write(measure(1, episode_return=[3, 4]))
+    with pytest.raises(OSError, match="No space"):
+        sink.save()
+    sink.file = file
+    sink.write(measure(2, episode_return=[5, 6]))
+    assert logged_returns(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_json_lines_survive_the_removal_of_their_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    sink = JsonLines(make_run(folder))
+    sink.write(measure(0, episode_return=[1, 2]))
+    shutil.rmtree(folder)
+    sink.write(measure(1, episode_return=[3, 4]))
+    assert logged_returns(folder) == [1, 2, 3, 4]
+
+
+def test_json_lines_go_on_where_a_checkpoint_stood(tmp_path):
+    sink = JsonLines(make_run(tmp_path))
+    sink.write(measure(0, episode_return=[1, 2]))
+    size = sink.size
+    sink.write(measure(1, episode_return=[3, 4]))
+    again = JsonLines(make_run(tmp_path), size)
+    again.write(measure(1, episode_return=[5, 6]))
+    assert logged_returns(tmp_path) == [1, 2, 5, 6]
+
+
 def test_marl_eval_keeps_absolute_metrics_apart(tmp_path):
     sink = MarlEval(make_run(tmp_path))
     sink.write(measure(0))
@@ -207,6 +284,9 @@ def make_console(folder, suite="lbf", budget="quick", headline="episode_return")
         platform="auto",
         logger=LoggerConfig(console=True, plot=True),
         results_dir="results",
+        keep=2,
+        resume=None,
+        allow_changes=(),
     )
     return Console(make_run(folder, headline=headline)._replace(suite=suite), config, 10)
 

@@ -1,0 +1,185 @@
+"""Resuming a run: the same bits, the same logs; or one line that says why not."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from experiment.counting import SEEDS, K, records, run
+from magpo import checkpoint, experiment, runs
+from magpo.config import ConfigError
+from magpo.console import Console
+
+
+@pytest.fixture(autouse=True)
+def _a_checkpoint_after_every_chunk(monkeypatch):
+    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", np.inf)
+    waits = experiment._Saver.due
+
+    def due(self, chunk):
+        while self.waiting.is_set():
+            pass
+        return waits(self, chunk)
+
+    monkeypatch.setattr(experiment._Saver, "due", due)
+
+
+def stop_after(monkeypatch, config, chunk):
+    """Run until this chunk's evaluation was shown, and no further; the run's folder."""
+    update = Console.update
+
+    def stop(self, measurement):
+        update(self, measurement)
+        if measurement.chunk == chunk:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(Console, "update", stop)
+        run(config)
+    return max(f.parent for f in Path(config.results_dir).rglob("run.json"))
+
+
+def arrays(folder, chunk=K):
+    path = folder / "checkpoints" / f"{chunk:08d}"
+    meta = checkpoint.read_meta(path)
+    return {
+        f"{part}.{name}": array
+        for part in ("state", "record")
+        for name, array in checkpoint.load_named(path, meta, part).items()
+        if name != "history.wall_s"
+    }
+
+
+def same_logs(folder, other):
+    def lines(folder):
+        return [
+            {k: v for k, v in record.items() if k not in ("run", "wall_s")}
+            for record in records(folder)
+            if not record["name"].startswith("time/")
+        ]
+
+    def episodes(folder):
+        text = (folder / "marl_eval.json").read_text()
+        return json.loads(text, object_hook=lambda d: {**d, "elapsed_time": 0})
+
+    assert lines(folder) == lines(other)
+    assert episodes(folder) == episodes(other)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, K])
+def test_a_resumed_run_is_the_uninterrupted_one(config, monkeypatch, chunk):
+    whole = run(config)
+    folder = stop_after(monkeypatch, config, chunk)
+    last = checkpoint.checkpoints(folder / "checkpoints")
+    assert [path.name for path in last[:1]] == [f"{chunk - 1:08d}"][: chunk > 1]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"half a li')
+    resumed = run(config, resume=str(folder))
+    assert resumed.folder == folder
+    ours, theirs = arrays(folder), arrays(whole.folder)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    same_logs(folder, whole.folder)
+    assert runs.status(folder) == "finished"
+    np.testing.assert_array_equal(
+        resumed.absolute.evaluation["episode_return"], whole.absolute.evaluation["episode_return"]
+    )
+
+
+def test_only_the_newest_checkpoints_are_kept(config):
+    folder = run(config, keep=3).folder
+    names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
+    assert names == [f"{chunk:08d}" for chunk in (K, K - 1, K - 2)]
+    assert not (run(config, keep=0).folder / "checkpoints").exists()
+
+
+def test_a_finished_run_can_be_made_longer(config):
+    short = run(config, total_steps=config.steps_per_chunk * 3, num_evaluations=3)
+    whole = run(config)
+    changes = {"resume": str(short.folder)}
+    with pytest.raises(ConfigError, match=r"num_evaluations: 3, now 5.*allow_changes=\["):
+        run(config, **changes)
+    changes["allow_changes"] = ("total_steps", "num_evaluations")
+    with pytest.raises(ConfigError, match="must stay 24, not 36"):
+        run(config, **changes, total_steps=config.steps_per_chunk * 9)
+    run(config, **changes)
+    same_logs(short.folder, whole.folder)
+    saved = yaml.safe_load((short.folder / "config.yaml").read_text())
+    assert saved["num_evaluations"] == K
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, monkeypatch, capsys):
+    whole = run(config)
+    folder = stop_after(monkeypatch, config, 4)
+    newest, _ = checkpoint.checkpoints(folder / "checkpoints")
+    (newest / "meta.json").write_bytes(b"{}")
+    run(config, resume=str(folder))
+    assert f"{newest}: meta.json is damaged" in capsys.readouterr().err
+    same_logs(folder, whole.folder)
+
+    for path in checkpoint.checkpoints(folder / "checkpoints"):
+        (path / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint can be used: .*cannot be read"):
+        run(config, resume=str(folder))
+
+
+def test_another_runs_checkpoint_is_refused(config, monkeypatch):
+    folder, other = run(config).folder, run(config).folder
+    shutil.rmtree(folder / "checkpoints")
+    shutil.copytree(other / "checkpoints", folder / "checkpoints")
+    with pytest.raises(ConfigError, match="belongs to another run"):
+        run(config, resume=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": SEEDS[::-1]}, r"seeds: \[3, 11, 4\], now \[4, 11, 3\]"),
+        ({"precision": "bfloat16"}, "precision: float32, now bfloat16"),
+        ({"num_envs": 2}, "num_envs: 4, now 2"),
+    ],
+)
+def test_a_changed_config_is_refused_with_the_difference(config, change, message):
+    folder = run(config).folder
+    with pytest.raises(ConfigError, match=message):
+        run(config, resume=str(folder), **change)
+    assert runs.status(folder) == "finished"
+
+
+def test_another_version_is_refused(config, monkeypatch):
+    folder = run(config).folder
+    monkeypatch.setattr(experiment, "__version__", "9.0")
+    with pytest.raises(ConfigError, match=r"with.magpo: .*, now 9.0"):
+        run(config, resume=str(folder))
+    run(config, resume=str(folder), allow_changes=("with.magpo",))
+
+
+def test_other_shapes_are_refused_though_allowed(config):
+    folder = run(config).folder
+    with pytest.raises(ConfigError, match=r"has float32\[3\] params.peak, this run float32\[2\]"):
+        run(config, resume=str(folder), seeds=SEEDS[:2], allow_changes=("seeds",))
+
+
+def test_auto_takes_the_newest_unfinished_run_of_the_same_config(config, monkeypatch):
+    finished = run(config, resume="auto").folder
+    first, second = (stop_after(monkeypatch, config, 2) for _ in range(2))
+    stop_after(monkeypatch, dataclasses.replace(config, precision="bfloat16"), 2)
+    assert first != second
+    assert run(config, resume="auto").folder == second
+    assert run(config, resume="auto").folder == first
+    assert run(config, resume="auto").folder not in (finished, first, second)
+
+
+def test_one_process_at_a_time(config, monkeypatch):
+    folder = stop_after(monkeypatch, config, 2)
+    with runs.working(folder):
+        assert runs.status(folder) == "running"
+        with pytest.raises(ConfigError, match="another process is at work"):
+            run(config, resume=str(folder))
+        assert run(config, resume="auto").folder != folder
+    assert runs.status(folder) == "interrupted"
