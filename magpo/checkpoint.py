@@ -130,16 +130,13 @@ def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any
 
 
 def load_named(folder: Path, meta: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
-    """One part of a checkpoint, without random keys, as NumPy arrays by name."""
-    template = {
-        name: np.broadcast_to(np.zeros((), dtype), shape)
-        for name, (dtype, shape) in meta["arrays"][part].items()
-    }
-    restored = _restore(folder / part, template)
-    return {name: np.asarray(restored[name]) for name in template}
+    """One part of a checkpoint as NumPy arrays by name; random keys as their numbers."""
+    names = dict.fromkeys(meta["arrays"][part])
+    return {name: np.asarray(array) for name, array in _restore(folder / part, names).items()}
 
 
 def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
+    """Arrays by name; `template` says of what shape and sharding, None: as they are."""
     import orbax.checkpoint as ocp
 
     def argument(leaf: Any) -> Any:
@@ -156,9 +153,8 @@ def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # intact by its checksums, and still nothing that Orbax reads
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
     for name, leaf in template.items():
-        shape = _stored_shape(leaf)
-        if name not in restored or np.shape(restored[name]) != shape:
-            raise CheckpointError(f"{folder}: {name} is not of shape {shape}")
+        if leaf is not None and getattr(restored.get(name), "shape", None) != _stored_shape(leaf):
+            raise CheckpointError(f"{folder}: {name} is not of shape {_stored_shape(leaf)}")
     return restored
 
 

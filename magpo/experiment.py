@@ -234,8 +234,12 @@ def _run(
             with console.compiling(programs._fields) as done:
                 programs = compile_programs(programs, config, done.append)
             saver = _Saver(config, folder, writer, log)
-            with console.training():
-                result = _train(programs, config, recorder, saver, start)
+            try:
+                with console.training():
+                    result = _train(programs, config, recorder, saver, start)
+            except KeyboardInterrupt:
+                saver.save_latest()
+                raise
     except (KeyboardInterrupt, DivergenceError):
         console.line(f"stopped; everything up to here is in {folder}", "yellow")
         raise
@@ -447,17 +451,21 @@ class _Saver:
         self.run_id = runs.identity(folder)
         self.next = 0.0
         self.waiting = threading.Event()
+        self.latest: Callable[[], None] | None = None  # what could be saved, and was not yet
 
-    def due(self, chunk: int) -> bool:
-        """Always after the last chunk, never before the first, nor while one is being written."""
-        if chunk == 0 or self.config.keep == 0:
-            return False
+    def offer(self, chunk: int, state: Any, best: Best, measurements: list[Measurement]) -> None:
+        """A copy of the state after a chunk; the last chunk's is saved whatever it costs."""
+        self.latest = partial(self._save, chunk, state, best, list(measurements))
         ready = not self.waiting.is_set() and time.monotonic() >= self.next
-        return ready or chunk == self.config.num_evaluations
+        if ready or chunk == self.config.num_evaluations:
+            self.save_latest()
 
-    def put(self, chunk: int, state: Any, best: Best, measurements: list[Measurement]) -> None:
-        self.waiting.set()
-        self.writer.put(partial(self._save, chunk, state, best, list(measurements)))
+    def save_latest(self) -> None:
+        """Save what was offered last, if it is not saved."""
+        if self.latest is not None and self.config.keep:
+            self.waiting.set()
+            self.writer.put(self.latest)
+        self.latest = None
 
     def _save(self, chunk: int, state: Any, best: Best, measurements: list[Measurement]) -> None:
         start = time.monotonic()
@@ -522,13 +530,13 @@ def _train(
             best = best or _no_best(config, params)
             best = programs.keep_best(best, params, evaluation["episode_return"], np.int32(index))
             measured = (finite, evaluation, training)
-        saved = programs.copy(state) if index > recorded and saver.due(index) else None
+        copy = programs.copy(state) if index > recorded and config.keep else None
         if index < config.num_evaluations:
             state, training = programs.train_chunk(state)  # before the host waits for `measured`
         if index > recorded:
             recorder.record(index, *measured)
-        if saved is not None and best is not None:
-            saver.put(index, saved, best, recorder.measurements)
+        if copy is not None and best is not None and index > 0:
+            saver.offer(index, copy, best, recorder.measurements)
     assert best is not None
     absolute = None
     if config.absolute_metric:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,14 @@ from magpo.console import Console
 @pytest.fixture(autouse=True)
 def _a_checkpoint_after_every_chunk(monkeypatch):
     monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", np.inf)
-    waits = experiment._Saver.due
+    offer = experiment._Saver.offer
 
-    def due(self, chunk):
+    def patient(self, *args):
         while self.waiting.is_set():
-            pass
-        return waits(self, chunk)
+            time.sleep(1e-3)
+        offer(self, *args)
 
-    monkeypatch.setattr(experiment._Saver, "due", due)
+    monkeypatch.setattr(experiment._Saver, "offer", patient)
 
 
 def stop_after(monkeypatch, config, chunk):
@@ -89,6 +90,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, monkeypatch, chunk):
     np.testing.assert_array_equal(
         resumed.absolute.evaluation["episode_return"], whole.absolute.evaluation["episode_return"]
     )
+
+
+def test_what_an_interruption_would_lose_is_saved(config, monkeypatch):
+    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", 1e-9)
+    folder = stop_after(monkeypatch, config, 4)
+    names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
+    assert names == ["00000003", "00000001"]  # the first is always due
 
 
 def test_only_the_newest_checkpoints_are_kept(config):

@@ -1,0 +1,137 @@
+"""Kill a run at random moments, resume it each time, and compare it with one left alone.
+
+    python scripts/crash_test.py --kills 30 magpo env=coordsum/3x10-30 ... results_dir=/tmp/crash
+
+Every second kill waits until a checkpoint is being written. Exit code 0: every resume succeeded, and
+the last checkpoint and the log are those of the run left alone, bit for bit.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magpo import checkpoint, config
+
+# A checkpoint after every chunk, however short: more writing to be killed in.
+CHILD = (
+    "import sys; from importlib import import_module; from magpo import experiment; "
+    "experiment.CHECKPOINT_SHARE = float('inf'); "
+    "import_module('magpo.systems.' + sys.argv.pop(1)).main()"
+)
+
+
+def start(system: str, overrides: list[str]) -> subprocess.Popen[str]:
+    """A process that trains; its console can be read."""
+    command = [sys.executable, "-c", CHILD, system, *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    """Wait for its end, which has to be a good one."""
+    output, _ = process.communicate()
+    if process.returncode:
+        sys.exit(f"exit code {process.returncode}:\n{output}")
+
+
+def newest(folder: Path) -> int:
+    """The chunk of the newest checkpoint, 0 without one."""
+    found = checkpoint.checkpoints(folder / "checkpoints")
+    return int(found[0].name) if found else 0
+
+
+def kill(process: subprocess.Popen[str], folder: Path, writing: bool, rng: random.Random) -> None:
+    """Somewhere in the next chunks, or while one of their checkpoints is being written."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("compiled in"):
+            break
+    else:
+        sys.exit(f"ended before it trained, with exit code {process.wait()}: {line}")
+    if writing:
+        while process.poll() is None and not list((folder / "checkpoints").glob(".*.tmp")):
+            time.sleep(1e-3)
+    time.sleep(rng.uniform(0, 0.2 if writing else 1.5))
+    process.kill()
+    process.wait()
+
+
+def last_state(folder: Path) -> dict[str, np.ndarray]:
+    """All arrays of the newest checkpoint but the wall-clock times."""
+    path = checkpoint.checkpoints(folder / "checkpoints")[0]
+    meta = checkpoint.read_meta(path)
+    arrays = {
+        f"{part}/{name}": array
+        for part in ("state", "record")
+        for name, array in checkpoint.load_named(path, meta, part).items()
+    }
+    del arrays["record/history.wall_s"]
+    return arrays
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without wall-clock times and the run's name."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [record for record in records if not record["name"].startswith("time/")]
+    return [{k: v for k, v in record.items() if k not in ("run", "wall_s")} for record in kept]
+
+
+def main() -> None:
+    """Read the command line, kill, compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("system")
+    parser.add_argument("overrides", nargs="+", help="those of a short run")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with config.exit_on_config_error():
+        run = config.load(arguments.system, arguments.overrides)
+    parent = Path(run.results_dir, run.system, *run.env.name.split("/"))
+    rng = random.Random(arguments.seed)
+
+    finish(start(arguments.system, arguments.overrides))
+    (whole,) = parent.iterdir()
+    killed, process, folder = 0, None, whole
+    while killed < arguments.kills:
+        if process is None or newest(folder) == run.num_evaluations:  # done before it was killed
+            if process is not None:
+                finish(start(arguments.system, [f"resume={folder}"]))
+                compare(whole, folder)
+            process = start(arguments.system, arguments.overrides)
+            before = set(parent.iterdir())
+            while not (new := set(parent.iterdir()) - before):
+                time.sleep(0.01)
+            (folder,) = new
+        else:
+            process = start(arguments.system, [f"resume={folder}"])
+        kill(process, folder, killed % 2 == 1, rng)
+        killed += 1
+        print(f"kill {killed}: {folder.name} at chunk {newest(folder)}", flush=True)
+    finish(start(arguments.system, [f"resume={folder}"]))
+    compare(whole, folder)
+    print(f"{killed} kills survived")
+
+
+def compare(whole: Path, folder: Path) -> None:
+    """End the process where a run differs from the one left alone."""
+    ours, theirs = last_state(folder), last_state(whole)
+    if ours.keys() != theirs.keys():
+        sys.exit(f"{folder}: other arrays than {whole}")
+    for name in ours:
+        if ours[name].tobytes() != theirs[name].tobytes():
+            sys.exit(f"{folder}: {name} differs")
+    if log(folder) != log(whole):
+        sys.exit(f"{folder}: metrics.jsonl differs")
+    print(f"{folder.name}: same state, same log", flush=True)
+
+
+if __name__ == "__main__":
+    main()
