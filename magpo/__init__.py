@@ -1,3 +1,15 @@
 """MAGPO and its relatives: multi-agent reinforcement learning in JAX."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from magpo.policy import Policy
+
 __version__ = "0.1.0"
+
+
+def load_policy(folder: Any, **choices: Any) -> "Policy":
+    """The best policy of a run's results folder; see `magpo.policy.load_policy`."""
+    from magpo.policy import load_policy  # JAX and the rest: only where it is used
+
+    return load_policy(folder, **choices)

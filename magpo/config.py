@@ -226,6 +226,10 @@ def _resumed(
     for text in _checked(overrides, folders):
         override = _parsed(text)
         key, value = override.key_or_group, override.value()
+        if key == "env" and value != values["run"]["env"]:
+            raise ConfigError(
+                f"resume={folder}: is a run on {values['run']['env']}, not on {value}"
+            )
         if key in ("env", "budget", "tuned"):
             values["run"][key] = value == "true" if key == "tuned" else value
         elif key == "logger":
@@ -261,6 +265,28 @@ def hydra_main(
             _hydra_app(system, run, config_dir)
         else:
             run(load(system, arguments, config_dir))
+
+
+def key_values(
+    arguments: Sequence[str], keys: Mapping[str, type], open_group: str = ""
+) -> dict[str, Any]:
+    """The arguments of a command with these keys and types; `open_group` may have any below it.
+
+    Raises ConfigError.
+    """
+    values: dict[str, Any] = {}
+    for text in arguments:
+        override = _parsed(text)
+        key, value = override.key_or_group, override.value()
+        if key not in keys and not (open_group and key.startswith(f"{open_group}.")):
+            raise ConfigError(_unknown_key(key, list(keys)))
+        kind = keys.get(key, type(value))
+        if kind is str and isinstance(value, int | float):
+            value = str(value)
+        if type(value) is not kind:
+            raise ConfigError(f"{key} must be of type {kind.__name__}, not {value!r}")
+        values[key] = value
+    return values
 
 
 @contextmanager

@@ -1,5 +1,12 @@
-"""Evaluation: whole episodes of a policy, measured on their own. Pure; for one seed."""
+"""Evaluation: whole episodes of a policy, measured on their own.
 
+    python -m magpo.evaluate run=<folder> episodes=320 greedy=true
+
+plays the best policies of a run, of all its seeds, on its task, or with env=<suite>/<task> on
+another where the shapes allow; env.<option>=<value> changes the task.
+"""
+
+import sys
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -82,3 +89,75 @@ def _measure(timestep: TimeStep, episode_return: Array, episode_length: Array) -
     """The episodes' figures as of `timestep`, (B,) float32 each."""
     suite = {name: value.astype(jnp.float32) for name, value in timestep.metrics.items()}
     return suite | {"episode_return": episode_return, "episode_length": episode_length}
+
+
+def main() -> None:
+    """`python -m magpo.evaluate run=<folder> [key=value ...]`"""
+    from magpo.config import exit_on_config_error
+
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return
+    with exit_on_config_error():
+        _main(arguments)
+
+
+USAGE = """\
+usage: python -m magpo.evaluate run=<folder> [key=value ...]
+
+  run=<folder>           a run's results folder; its best policies are played, all seeds'
+  episodes=320           per seed, >= 1
+  greedy=false           true: the most likely actions instead of sampled ones
+  seed=0                 of the episodes, >= 0
+  env=<suite>/<task>     another task than the run's, where the shapes allow
+  env.<option>=<value>   options of the task; by default the run's"""
+
+
+def _main(arguments: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from magpo import config, envs, policy
+    from magpo.config import ConfigError
+    from magpo.console import spread
+
+    keys = {"run": str, "episodes": int, "greedy": bool, "seed": int, "env": str}
+    given = config.key_values(arguments, keys, open_group="env")
+    if "run" not in given:
+        raise ConfigError("run=<folder> is missing")
+    trained = policy.read(given["run"])
+    task = given.get("env", trained.env.name)
+    own = trained.config.env.options if task == trained.env.name else {}
+    options = {k.removeprefix("env."): v for k, v in given.items() if k.startswith("env.")}
+    try:
+        env = envs.make(task, **own | options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    policy.check_fits(trained, env)
+    episodes, greedy = given.get("episodes", 320), given.get("greedy", False)
+    if episodes < 1 or given.get("seed", 0) < 0:
+        raise ConfigError("episodes must be at least 1 and seed at least 0")
+
+    system = trained.module.make(trained.config.algorithm, env)
+    keys_ = jax.random.split(jax.random.key(given.get("seed", 0)), len(trained.config.seeds))
+    play = jax.jit(
+        jax.vmap(lambda p, k: evaluate(trained.module, system, env, p, k, episodes, greedy))
+    )
+    metrics = jax.device_get(play(trained.params, keys_))  # (S, episodes) each
+    names = list(dict.fromkeys(["episode_return", env.headline, "episode_length"]))
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title_justify="left")
+    table.title = f"{trained.config.system} on {env.name}, {episodes} episodes a seed"
+    for name in ("seed", "trained steps", *names):
+        table.add_column(name, justify="right")
+    means = {name: metrics[name].mean(-1) for name in names}
+    for s, seed in enumerate(trained.config.seeds):
+        steps = int(trained.chunk[s]) * trained.config.steps_per_chunk
+        table.add_row(str(seed), f"{steps:,}", *(f"{means[name][s]:.3f}" for name in names))
+    if len(trained.config.seeds) > 1:
+        table.add_row("mean", "", *(spread(means[name]) for name in names), style="bold")
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    main()

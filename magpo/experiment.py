@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -41,13 +41,12 @@ from magpo.loggers import (
     Writer,
     defined,
 )
-from magpo.types import Array, Environment
+from magpo.types import Array, Environment, EnvSpec, spec
 
 ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
 
 CHECKPOINT_SHARE = 0.02  # of a run's time, at most, goes into writing checkpoints
 
-CHECKPOINTS = "checkpoints"  # in a run's folder
 
 _signals: list[int] = []  # that asked this process to stop
 
@@ -161,40 +160,31 @@ def _resumed(folder: Path, config: RunConfig) -> Resumed | None:
 
     Raises ConfigError where it has some and none is usable, or where the configuration changed.
     """
-    refused = []
-    for path in checkpoint.checkpoints(folder / CHECKPOINTS):
-        try:
-            meta = checkpoint.read_meta(path)
-            if meta["run"] != runs.identity(folder):
-                raise CheckpointError(f"{path}: belongs to another run")
-        except CheckpointError as error:
-            print(f"warning: {error}: trying the one before", file=sys.stderr)
-            refused.append(str(error))
-            continue
-        changed = configuration.differences(
-            meta["config"] | {"with": meta["with"]}, configuration.dump(config) | {"with": _with()}
+    found = runs.newest_checkpoint(folder)
+    if found is None:
+        return None
+    path, meta = found
+    changed = configuration.differences(
+        meta["config"] | {"with": meta["with"]}, configuration.dump(config) | {"with": _with()}
+    )
+    if new := {key: text for key, text in changed.items() if key not in config.allow_changes}:
+        listed = "; ".join(f"{key}: {text}" for key, text in new.items())
+        raise ConfigError(
+            f"resume={folder}: not as it was: {listed}. To go on all the same: "
+            f"allow_changes=[{','.join(changed)}]"
         )
-        new = {key: text for key, text in changed.items() if key not in config.allow_changes}
-        if new:
-            listed = "; ".join(f"{key}: {text}" for key, text in new.items())
-            raise ConfigError(
-                f"resume={folder}: not as it was: {listed}. To go on all the same: "
-                f"allow_changes=[{','.join(changed)}]"
-            )
-        if meta["steps_per_chunk"] != config.steps_per_chunk:
-            raise ConfigError(
-                f"resume={folder}: the steps between two evaluations must stay "
-                f"{meta['steps_per_chunk']}, not {config.steps_per_chunk}"
-            )
-        if meta["chunk"] > config.num_evaluations:
-            raise ConfigError(
-                f"resume={folder}: has {meta['chunk']} chunks, num_evaluations asks for fewer"
-            )
-        runs.write_config(folder, config)
-        return Resumed(meta["chunk"], meta["log_bytes"], path, meta)
-    if refused:
-        raise ConfigError(f"resume={folder}: no checkpoint can be used: {refused[0]}")
-    return None
+    if meta["steps_per_chunk"] != config.steps_per_chunk:
+        raise ConfigError(
+            f"resume={folder}: the steps between two evaluations must stay "
+            f"{meta['steps_per_chunk']}, not {config.steps_per_chunk}"
+        )
+    if meta["chunk"] > config.num_evaluations:
+        raise ConfigError(
+            f"resume={folder}: num_evaluations must be at least {meta['chunk']}, what it has, "
+            f"not {config.num_evaluations}"
+        )
+    runs.write_config(folder, config)
+    return Resumed(meta["chunk"], meta["log_bytes"], path, meta)
 
 
 def _with() -> dict[str, str]:
@@ -233,7 +223,7 @@ def _run(
                     sink.write(measurement)
             with console.compiling(programs._fields) as done:
                 programs = compile_programs(programs, config, done.append)
-            saver = _Saver(config, folder, writer, log)
+            saver = _Saver(config, folder, writer, log, spec(env))
             try:
                 with console.training():
                     result = _train(programs, config, recorder, saver, start)
@@ -367,7 +357,12 @@ class _Recorder:
     def __init__(self, config: RunConfig, writer: Writer, console: Console) -> None:
         self.config, self.writer, self.console = config, writer, console
         self.measurements: list[Measurement] = []
-        self.began = self.last = time.perf_counter()
+        self.began = self.last = 0.0
+
+    def begin(self) -> None:
+        """Start the clock, or start it again where the run was left."""
+        self.last = time.perf_counter()
+        self.began = self.last - (self.measurements[-1].wall_s if self.measurements else 0.0)
 
     def record(
         self, index: int, finite: Array, evaluation: dict[str, Array], training: dict[str, Array]
@@ -393,7 +388,6 @@ class _Recorder:
     def resume(self, measurement: Measurement) -> None:
         """Take over what an earlier process measured and wrote."""
         self.measurements.append(measurement)
-        self.began = time.perf_counter() - measurement.wall_s
         self.console.resume(measurement)
 
     def record_absolute(self, best: Best, parts: list[dict[str, Array]]) -> Measurement:
@@ -445,9 +439,11 @@ class Start(NamedTuple):
 class _Saver:
     """Has the writer thread save the run, as often as CHECKPOINT_SHARE of the time allows."""
 
-    def __init__(self, config: RunConfig, folder: Path, writer: Writer, log: JsonLines) -> None:
-        self.config, self.writer, self.log = config, writer, log
-        self.root = folder / CHECKPOINTS
+    def __init__(
+        self, config: RunConfig, folder: Path, writer: Writer, log: JsonLines, env: EnvSpec
+    ) -> None:
+        self.config, self.writer, self.log, self.env = config, writer, log, env
+        self.root = folder / runs.CHECKPOINTS
         self.run_id = runs.identity(folder)
         self.next = 0.0
         self.waiting = threading.Event()
@@ -478,6 +474,7 @@ class _Saver:
                 "run": self.run_id,
                 "config": configuration.dump(self.config),
                 "with": _with(),
+                "env": asdict(self.env),
                 "steps_per_chunk": self.config.steps_per_chunk,
                 "log_bytes": self.log.size,
             }
@@ -518,6 +515,7 @@ def _train(
     programs: Programs, config: RunConfig, recorder: _Recorder, saver: _Saver, start: Start | None
 ) -> Result:
     """The loop over chunks. `programs` are compiled."""
+    recorder.begin()
     train_keys, evaluation_keys = seed_keys(config)
     state = start.state if start else programs.init(train_keys)
     best = start.best if start else None

@@ -2,11 +2,13 @@
 
     python -m magpo.runs [results]
 
-lists the runs under a results folder, newest first, with how to resume those that ended early.
+lists the runs under a folder, the newest last, with the command that resumes one that ended early.
 """
 
+import argparse
 import errno
 import json
+import shlex
 import sys
 import uuid
 from collections.abc import Iterator
@@ -14,18 +16,23 @@ from contextlib import contextmanager
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from magpo import checkpoint
 from magpo import config as configuration
+from magpo.checkpoint import CheckpointError
 from magpo.config import ConfigError, RunConfig
 from magpo.loggers import write_aside
 
 if sys.platform != "win32":
     import fcntl
 
-STATUS, CONFIG, LOCK = "run.json", "config.yaml", ".lock"
+STATUS, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", ".lock", "checkpoints"
 
 
 def create(config: RunConfig) -> Path:
@@ -80,6 +87,26 @@ def identity(folder: Path) -> str:
         return str(_read_status(folder)["id"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{folder / STATUS}: cannot be read") from error
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The run's newest checkpoint that can be used, and its meta.json; None if it has none at all.
+
+    Those passed over are named on stderr. Raises ConfigError where that leaves none.
+    """
+    refused = []
+    for path in checkpoint.checkpoints(folder / CHECKPOINTS):
+        try:
+            meta = checkpoint.read_meta(path)
+            if meta.get("run") != identity(folder):
+                raise CheckpointError(f"{path}: belongs to another run")
+            return path, meta
+        except CheckpointError as error:
+            print(f"warning: {error}: trying the one before", file=sys.stderr)
+            refused.append(str(error))
+    if refused:
+        raise ConfigError(f"{folder}: no checkpoint can be used: {refused[0]}")
+    return None
 
 
 def status(folder: Path) -> str:
@@ -153,3 +180,97 @@ def _set_status(folder: Path, word: str) -> None:
         _write_status(folder, _read_status(folder) | {"status": word})
     except (OSError, ValueError, TypeError):
         return
+
+
+class Summary(NamedTuple):
+    """A run in a line."""
+
+    folder: Path
+    system: str
+    task: str
+    num_seeds: int
+    status: str
+    steps: int  # evaluated so far, per seed
+    total_steps: int
+    last_return: float | None  # mean over seeds
+
+    @property
+    def resume(self) -> str | None:
+        """The command that goes on with it; None where there is nothing to go on with."""
+        if self.status in ("running", "finished", "unknown"):
+            return None
+        module = f"magpo.systems.{self.system}"
+        return f"python -m {module} resume={shlex.quote(str(self.folder))}"
+
+
+def summaries(root: Path) -> list[Summary]:
+    """The runs anywhere under a folder, in the order in which they began."""
+    found = []
+    for file in sorted(root.rglob(STATUS), key=lambda file: file.parent.name):
+        folder = file.parent
+        try:
+            values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+            about, seeds = values["run"], len(values["seeds"])
+            per_chunk = values["num_envs"] * values["rollout_length"] * values["num_evaluations"]
+            total = values["total_steps"] // per_chunk * per_chunk
+            returns = _last_returns(folder / "metrics.jsonl", seeds)
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            continue  # not a run of this version
+        steps = max((record["env_steps"] for record in returns), default=0)
+        scores = [record["value"] for record in returns if record["value"] is not None]
+        mean = sum(scores) / len(scores) if scores else None
+        found.append(
+            Summary(
+                folder, about["system"], about["env"], seeds, status(folder), steps, total, mean
+            )
+        )
+    return found
+
+
+def _last_returns(file: Path, num_seeds: int) -> list[dict[str, Any]]:
+    """The records of the newest evaluation, from the end of metrics.jsonl."""
+    with file.open("rb") as stream:
+        end = stream.seek(0, 2)
+        for length in (2**16, 2**20, end):
+            stream.seek(max(0, end - length))
+            lines = stream.read().splitlines()[bool(length < end) :]
+            records = [json.loads(line) for line in lines if line.endswith(b"}")]
+            returns = [record for record in records if record["name"] == "eval/episode_return"]
+            if len(returns) >= num_seeds:
+                break
+    return returns[-num_seeds:]
+
+
+def main() -> None:
+    """`python -m magpo.runs [results]`"""
+    parser = argparse.ArgumentParser(
+        prog="python -m magpo.runs",
+        description="List runs, the newest last, and how to resume those that ended early.",
+    )
+    parser.add_argument("results", nargs="?", default="results", type=Path, help="a folder of runs")
+    root = parser.parse_args().results
+    if not root.is_dir():
+        parser.error(f"{root}: no such folder")
+    runs = summaries(root)
+    if not runs:
+        print(f"no runs under {root}")
+        return
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("run", "system", "task", "status"):
+        table.add_column(name)
+    for name in ("seeds", "steps", "of", "return"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        last = "-" if run.last_return is None else f"{run.last_return:.3g}"
+        numbers = [str(run.num_seeds), f"{run.steps:,}", f"{run.total_steps:,}", last]
+        table.add_row(run.folder.name, run.system, run.task, run.status, *numbers)
+    console = Console(highlight=False)
+    console.width = max(console.width, 120)
+    console.print(table)
+    for run in runs:
+        if run.resume:
+            console.print(Text(run.resume), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

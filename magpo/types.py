@@ -5,6 +5,7 @@ L = T * N tokens, O observation features, G global-state features, A actions (a 
 the dimensions of a continuous action).
 """
 
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -68,6 +69,27 @@ class Environment(Protocol):
     def reset(self, key: Array) -> tuple[Any, TimeStep]: ...
 
     def step(self, state: Any, action: Array) -> tuple[Any, TimeStep]: ...
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What of an environment a policy depends on. A system's `make` takes it for one."""
+
+    name: str
+    num_agents: int
+    num_features: int  # O
+    action_dim: int
+    action_kind: Literal["discrete", "continuous"]
+    time_limit: int
+    truncates: bool
+    headline: str
+
+
+def spec(env: Environment) -> EnvSpec:
+    """An environment's EnvSpec."""
+    num_features = env.observation_spec.agents_view.shape[-1]
+    names = [field.name for field in fields(EnvSpec) if field.name != "num_features"]
+    return EnvSpec(num_features=num_features, **{name: getattr(env, name) for name in names})
 
 
 def restart(num_agents: int, observation: Observation, metrics: dict[str, Array]) -> TimeStep:

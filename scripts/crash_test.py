@@ -2,8 +2,8 @@
 
     python scripts/crash_test.py --kills 30 magpo env=coordsum/3x10-30 ... results_dir=/tmp/crash
 
-Every second kill waits until a checkpoint is being written. Exit code 0: every resume succeeded, and
-the last checkpoint and the log are those of the run left alone, bit for bit.
+Every second kill waits until a checkpoint is being written. Exit code 0: every resume succeeded,
+and the last checkpoint and the log are those of the run left alone, bit for bit.
 """
 
 import argparse

@@ -23,6 +23,7 @@ class Count:
 
     name, num_agents, action_dim, action_kind = "test/count", N, 4, "discrete"
     time_limit, truncates, headline = LENGTH, False, "episode_return"
+    observation_spec = Observation(jax.ShapeDtypeStruct((N, 1), jnp.float32), None, None)
 
     def reset(self, key):
         return jnp.int32(0), restart(N, self._observe(0), {})

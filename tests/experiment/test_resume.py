@@ -86,6 +86,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, monkeypatch, chunk):
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
     same_logs(folder, whole.folder)
+    walls = [measurement.wall_s for measurement in resumed.measurements]
+    assert walls == sorted(walls)
     assert runs.status(folder) == "finished"
     np.testing.assert_array_equal(
         resumed.absolute.evaluation["episode_return"], whole.absolute.evaluation["episode_return"]

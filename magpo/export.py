@@ -1,0 +1,112 @@
+"""A trained policy as one portable file, which runs with JAX alone.
+
+    python -m magpo.export run=<folder>
+
+writes the decentralised policy of one agent as <folder>/policy/policy.stablehlo, StableHLO by
+`jax.export`, with its parameters in it, and policy.json, which says what goes in and out. The batch
+size stays free. Without this library:
+
+    policy = jax.export.deserialize(Path("policy.stablehlo").read_bytes())
+    outputs = policy.call(*inputs)  # in the order of policy.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from magpo import config
+from magpo.config import ConfigError
+from magpo.policy import Policy, load_policy
+from magpo.types import Array, Observation
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+USAGE = """\
+usage: python -m magpo.export run=<folder> [key=value ...]
+
+  run=<folder>    a run's results folder
+  out=<folder>    where policy.stablehlo and policy.json go (default: <run>/policy)
+  seed=<seed>     whose policy (default: that of the best score)
+  agent=0         whose, where the agents' policies differ"""
+
+
+def export(policy: Policy) -> tuple[bytes, dict[str, Any]]:
+    """The file's bytes and its description, for the policy of one agent.
+
+    Inputs, B of each but the last two: the memory's leaves, the agent's view, its action mask, the
+    steps since the episode began; two random 32-bit numbers, and whether to act greedily. Outputs:
+    the actions, and the memory's leaves after the step.
+    """
+    batch = tuple(jax.export.symbolic_shape("batch"))
+    carry, structure = jax.tree.flatten(policy.initial_carry((1,)))
+
+    def act(*inputs: Array) -> tuple[Array, ...]:
+        *memory, view, mask, step_count, random_bits, greedy = inputs
+        observation = Observation(view, mask, step_count)
+        key = jax.random.wrap_key_data(random_bits, impl="threefry2x32")
+        memory = jax.tree.unflatten(structure, memory)
+        likely, after = policy.act(memory, observation, key, greedy=True)
+        sampled, _ = policy.act(memory, observation, key, greedy=False)
+        return jnp.where(greedy, likely, sampled), *jax.tree.leaves(after)
+
+    shaped: Any = jax.ShapeDtypeStruct
+    memory = [shaped((*batch, *leaf.shape[1:]), leaf.dtype) for leaf in carry]
+    named = {f"memory_{i}": leaf for i, leaf in enumerate(memory)}
+    named |= {
+        "agents_view": shaped((*batch, policy.env.num_features), jnp.float32),
+        "action_mask": shaped((*batch, policy.env.action_dim), jnp.bool),
+        "step_count": shaped(batch, jnp.int32),
+        "random_bits": shaped((2,), jnp.uint32),
+        "greedy": shaped((), jnp.bool),
+    }
+    exported = jax.export.export(jax.jit(act), platforms=PLATFORMS)(*named.values())
+    outputs = ["action", *(f"memory_{i}" for i in range(len(memory)))]
+    description = {
+        "task": policy.env.name,
+        "action_kind": policy.env.action_kind,
+        "inputs": [_describe(name, leaf) for name, leaf in named.items()],
+        "outputs": [
+            _describe(name, leaf) for name, leaf in zip(outputs, exported.out_avals, strict=True)
+        ],
+        "memory_at_the_start": "zeros",
+        "random_bits": "two new uint32 numbers at every step; unused where greedy",
+        "agents_view": "the agent's own, as magpo.envs gives it: its one-hot id first",
+        "platforms": list(PLATFORMS),
+        "jax": jax.__version__,
+    }
+    return bytes(exported.serialize()), description
+
+
+def _describe(name: str, leaf: Any) -> dict[str, Any]:
+    shape = [size if isinstance(size, int) else str(size) for size in leaf.shape]
+    return {"name": name, "shape": shape, "dtype": str(leaf.dtype)}
+
+
+def main() -> None:
+    """`python -m magpo.export run=<folder>`"""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return
+    with config.exit_on_config_error():
+        given = config.key_values(arguments, {"run": str, "out": str, "seed": int, "agent": int})
+        if "run" not in given:
+            raise ConfigError("run=<folder> is missing")
+        policy = load_policy(given["run"], seed=given.get("seed"), agent=given.get("agent", 0))
+        data, description = export(policy)
+        out = Path(given.get("out") or Path(given["run"]) / "policy")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "policy.stablehlo").write_bytes(data)
+            (out / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"out={out}: cannot write there: {error.strerror}") from error
+    print(f"{out / 'policy.stablehlo'}: {len(data):,} bytes")
+
+
+if __name__ == "__main__":
+    main()

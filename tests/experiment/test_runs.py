@@ -1,0 +1,58 @@
+"""The list of runs."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from experiment.counting import SEEDS, run
+from magpo import runs
+
+
+@pytest.fixture
+def listed(monkeypatch, capsys):
+    def call(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["runs", *map(str, arguments)])
+        runs.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_run_is_listed_with_its_end_and_how_to_resume_it(config, listed):
+    result = run(config)
+    folder = result.folder
+    (summary,) = runs.summaries(folder.parents[3])
+    assert (summary.folder, summary.system, summary.task) == (folder, "fake", "test/count")
+    assert (summary.num_seeds, summary.status) == (len(SEEDS), "finished")
+    assert summary.steps == summary.total_steps == config.trained_steps
+    last = result.measurements[-1].evaluation["episode_return"].mean()
+    assert summary.last_return == pytest.approx(last)
+    assert summary.resume is None
+    assert "finished" in listed(folder.parents[3])
+
+    runs._set_status(folder, "interrupted")
+    assert f"python -m magpo.systems.fake resume={folder}" in listed(folder.parents[3])
+    with runs.working(folder):
+        assert "running" in listed(folder.parents[3])
+        assert "resume=" not in listed(folder.parents[3])
+
+
+def test_a_killed_run_is_stopped(config):
+    folder = runs.create(config)
+    (folder / "metrics.jsonl").write_text("")
+    (summary,) = runs.summaries(folder)
+    assert (summary.status, summary.steps, summary.last_return) == ("stopped", 0, None)
+    with (folder / "metrics.jsonl").open("w") as file:
+        file.write('{"name": "eval/episode_return", "env_steps": 5, "value": 2}\n{"half')
+    assert runs.summaries(folder)[0].last_return == 2
+
+
+def test_what_is_no_run_is_left_out(config, tmp_path, listed):
+    folder = runs.create(dataclasses.replace(config, results_dir=str(tmp_path)))
+    (folder / "config.yaml").write_text("run: [")
+    assert listed(tmp_path) == f"no runs under {tmp_path}\n"
+    with pytest.raises(SystemExit) as stop:
+        listed(tmp_path / "none")
+    assert stop.value.code == 2

@@ -1,0 +1,95 @@
+"""The configuration of a run that is resumed: read from its folder, changed by name only."""
+
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from magpo import config
+from magpo.config import ConfigError
+
+SMALL = ("env=coordsum/3x10-30", "num_envs=8", "env.time_limit=7", "system.delta=1.2")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run's folder with nothing but its config."""
+    run = config.load("magpo", [*SMALL, "seeds=[3,1]", "budget=quick", "tuned=false"])
+    text = yaml.safe_dump(config.dump(run))
+    (tmp_path / "config.yaml").write_text(text)
+    return tmp_path, run
+
+
+def test_what_is_dumped_is_read_back(saved):
+    folder, run = saved
+    assert config.read("magpo", folder / "config.yaml") == run
+
+
+def test_resume_takes_the_configuration_of_the_run(saved):
+    folder, run = saved
+    assert config.load("magpo", [f"resume={folder}"]) == replace(run, resume=str(folder))
+    changed = config.load(
+        "magpo", [f"resume={folder}", "system.delta=1.3", "allow_changes=[system.delta]"]
+    )
+    assert changed.algorithm.system.delta == 1.3 and changed.allow_changes == ("system.delta",)
+    assert config.differences(config.dump(run), config.dump(changed)) == {
+        "system.delta": "1.2, now 1.3"
+    }
+    whole = [*SMALL, "seeds=[3,1]", "budget=quick", "tuned=false", f"resume={folder}"]
+    assert config.load("magpo", whole) == replace(run, resume=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("system.delte=2", "unknown key 'system.delte': did you mean 'system.delta'"),
+        ("env.time=3", "unknown key 'env.time'"),
+        ("seeds.x=1", "unknown key 'seeds.x'"),
+        ("num_envs=3", "num_minibatches must divide num_envs = 3"),
+        ("system.delta=0.5", "above 1"),
+        ("env=lbf/8x8-2p-2f-coop", "is a run on coordsum/3x10-30, not on lbf/8x8-2p-2f-coop"),
+        ("+system.new=1", "unknown key 'system.new'"),
+    ],
+)
+def test_resume_checks_what_is_changed(saved, override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.load("magpo", [f"resume={saved[0]}", override])
+
+
+def test_resume_of_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no run there"):
+        config.load("magpo", [f"resume={tmp_path}"])
+
+
+def test_mutated_configs_are_refused_or_mean_what_they_say(saved):
+    """200 of them: values swapped for odd ones, lines lost and garbled; never a traceback."""
+    folder, run = saved
+    file, rng = folder / "config.yaml", random.Random(0)
+    text, before = file.read_text(), config.dump(run)
+    odd = ["null", "[]", "{}", "-1", "1e400", ".nan", "'${oc.env:HOME}'", "2020-01-01", "x: y"]
+    odd += ["!!python/object/apply:os.system ['touch owned']", "*unknown", "'\\0'", "true", "''"]
+    refused = 0
+    for i in range(200):
+        lines = text.splitlines()
+        at = rng.randrange(len(lines))
+        if i % 3 == 0:
+            lines[at] = lines[at].partition(":")[0] + ": " + rng.choice(odd)
+        elif i % 3 == 1:
+            del lines[at]
+        else:
+            middle = rng.randrange(len(lines[at]) + 1)
+            lines[at] = lines[at][:middle] + rng.choice("\t:-{[&*!%@\x00z9") + lines[at][middle:]
+        file.write_text("\n".join(lines))
+        try:
+            read = config.read("magpo", file)
+        except ConfigError:
+            refused += 1
+            continue
+        shown_only = ("logger", "results_dir", "keep")
+        changed = {key for key in before if config.dump(read)[key] != before[key]}
+        assert bool(config.differences(before, config.dump(read))) == bool(changed - {*shown_only})
+    assert refused > 100
+    assert not Path("owned").exists()

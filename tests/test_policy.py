@@ -1,0 +1,220 @@
+"""Trained policies: loaded, played and exported, here and in processes that lack something."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import magpo
+from magpo import config, evaluate, experiment, export, policy
+from magpo.config import ConfigError
+from magpo.types import Observation
+
+TASK = "coordsum/3x10-30"
+N, O, A, B = 3, 5, 10, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of two seeds, long enough to have a best policy that is not the first."""
+    overrides = [f"env={TASK}", "tuned=false", "seeds=[7,2]", "num_envs=4", "rollout_length=16"]
+    overrides += ["total_steps=128", "num_evaluations=2", "eval_episodes=2", "env.time_limit=9"]
+    overrides += ["network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"]
+    overrides += ["absolute_metric=false", f"results_dir={tmp_path_factory.mktemp('results')}"]
+    from magpo.systems import magpo as system
+
+    return experiment.run(system, config.load("magpo", overrides)).folder
+
+
+@pytest.fixture(scope="module")
+def observation():
+    rng = np.random.default_rng(0)
+    mask = rng.random((B, N, A)) < 0.5
+    mask[..., 0] = True
+    views = rng.normal(size=(B, N, O)).astype(np.float32)
+    return Observation(jnp.asarray(views), jnp.asarray(mask), jnp.zeros(B, jnp.int32))
+
+
+def of_agent(observation, agent):
+    return observation._replace(
+        agents_view=observation.agents_view[:, agent],
+        action_mask=observation.action_mask[:, agent],
+    )
+
+
+def run_python(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_loaded_policy_is_the_systems_with_the_best_parameters(folder, observation):
+    loaded = magpo.load_policy(folder, seed=2)
+    trained = policy.read(folder)
+    params = jax.tree.map(lambda x: x[1], trained.params)
+    system, key = loaded.system, jax.random.key(0)
+    carry = trained.module.initial_carry(system, (B,)) + 0.3
+    for greedy in (True, False):
+        expected = trained.module.act(system, params, carry, observation, key, greedy)
+        action, memory = loaded.act(carry, observation, key, greedy)
+        np.testing.assert_array_equal(action, expected[0])
+        np.testing.assert_allclose(memory, expected[1], atol=1e-6)
+    best = magpo.load_policy(folder).params
+    at = trained.seed_index(None)
+    assert trained.score[at] == trained.score.max()
+    jax.tree.map(np.testing.assert_array_equal, best, jax.tree.map(lambda x: x[at], trained.params))
+
+
+def test_one_agent_acts_as_it_does_among_all(folder, observation):
+    together, key = magpo.load_policy(folder), jax.random.key(0)
+    actions, carry = together.act(together.initial_carry((B,)), observation, key, greedy=True)
+    for agent in range(N):
+        alone = magpo.load_policy(folder, agent=agent)
+        memory = alone.initial_carry((B,))
+        action, memory = alone.act(memory, of_agent(observation, agent), key, greedy=True)
+        np.testing.assert_array_equal(action, actions[:, agent])
+        np.testing.assert_allclose(memory, carry[:, agent], atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_shape", [(), (2, 2)])
+@pytest.mark.parametrize("agent", [None, 1])
+def test_any_batch_shape(folder, observation, batch_shape, agent):
+    loaded = magpo.load_policy(folder, agent=agent)
+    given = observation if agent is None else of_agent(observation, agent)
+    key = jax.random.key(0)
+    flat, _ = loaded.act(loaded.initial_carry((B,)), given, key, greedy=True)
+    shaped = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), given)
+    shaped = shaped if batch_shape else jax.tree.map(lambda x: x[0, 0], shaped)
+    action, _ = loaded.act(loaded.initial_carry(batch_shape), shaped, key, greedy=True)
+    np.testing.assert_array_equal(action.reshape(-1), flat.reshape(-1)[: action.size])
+
+
+def test_loading_needs_no_environment(folder):
+    code = """if 1:
+        import sys
+        for name in ("jumanji", "jaxmarl", "magpo.envs.coordsum"):
+            sys.modules[name] = None
+        import jax, jax.numpy as jnp, magpo
+        from magpo.types import Observation
+        policy = magpo.load_policy(sys.argv[1])
+        view, mask = jnp.ones((3, 5)), jnp.ones((3, 10), bool)
+        observation = Observation(view, mask, jnp.int32(0))
+        action, _ = policy.act(policy.initial_carry(), observation, jax.random.key(0))
+        print(action.shape)
+    """
+    assert run_python(code, folder) == "(3,)\n"
+
+
+def test_an_exported_policy_runs_with_jax_alone(folder, observation, tmp_path):
+    loaded = magpo.load_policy(folder, agent=0)
+    data, description = export.export(loaded)
+    (tmp_path / "policy.stablehlo").write_bytes(data)
+    given = of_agent(observation, 0)
+    memory = loaded.initial_carry((B,)) + 0.3
+    np.savez(tmp_path / "inputs", memory=memory, view=given.agents_view, mask=given.action_mask)
+    code = """if 1:
+        import sys
+        for name in ("magpo", "flax", "jumanji"):
+            sys.modules[name] = None
+        import jax.export, json, numpy as np
+        folder = sys.argv[1]
+        policy = jax.export.deserialize(bytearray(open(folder + "/policy.stablehlo", "rb").read()))
+        x = np.load(folder + "/inputs.npz")
+        out = {}
+        for size in (1, 4):
+            for greedy in (True, False):
+                action, memory = policy.call(
+                    x["memory"][:size], x["view"][:size], x["mask"][:size],
+                    np.zeros(size, np.int32), np.array([1, 2], np.uint32), np.bool_(greedy))
+                out[f"{size} {greedy}"] = action.tolist(), memory.tolist()
+        print(json.dumps(out))
+    """
+    out = json.loads(run_python(code, tmp_path))
+    key = jax.random.wrap_key_data(jnp.uint32([1, 2]))
+    for size in (1, B):
+        part = jax.tree.map(lambda x: x[:size], given)  # noqa: B023
+        for greedy in (True, False):
+            action, after = loaded.act(memory[:size], part, key, greedy)
+            assert out[f"{size} {greedy}"][0] == action.tolist()
+            np.testing.assert_allclose(out[f"{size} {greedy}"][1], after, atol=1e-6)
+    names = [entry["name"] for entry in description["inputs"]]
+    assert names == [
+        "memory_0",
+        "agents_view",
+        "action_mask",
+        "step_count",
+        "random_bits",
+        "greedy",
+    ]
+    assert description["inputs"][1]["shape"] == ["batch", O]
+
+
+def call(monkeypatch, capsys, module, *arguments):
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    code = 0
+    try:
+        module.main()
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_export_writes_the_policy_and_its_description(folder, monkeypatch, capsys, tmp_path):
+    arguments = [f"run={folder}", f"out={tmp_path / 'out'}", "seed=7"]
+    assert call(monkeypatch, capsys, export, *arguments)[0] == 0
+    assert (tmp_path / "out" / "policy.stablehlo").stat().st_size > 1000
+    assert json.loads((tmp_path / "out" / "policy.json").read_text())["task"] == TASK
+
+
+def test_evaluate_plays_every_seed(folder, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, evaluate, f"run={folder}", "episodes=3", "greedy=true")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["7", "2", "mean"]
+    assert " 9.000" in out
+    arguments = [f"run={folder}", "episodes=3", f"env={TASK}", "env.time_limit=5"]
+    assert " 5.000" in call(monkeypatch, capsys, evaluate, *arguments)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["env=coordsum/5x20-80"], "reads 5 features and has 10 discrete actions"),
+        (["env=coordsum/3x10-3"], "did you mean 'coordsum/3x10-30'"),
+        (["env.time_limt=3"], "did you mean 'time_limit'"),
+        (["episodes=0"], "episodes must be at least 1"),
+        (["episodes=many"], "episodes must be of type int, not 'many'"),
+        (["episode=3"], "unknown key 'episode': did you mean 'episodes'"),
+    ],
+)
+def test_bad_input_to_evaluate_is_one_line(folder, monkeypatch, capsys, arguments, message):
+    code, _, err = call(monkeypatch, capsys, evaluate, f"run={folder}", *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", [evaluate, export])
+def test_bad_folders_are_one_line(module, monkeypatch, capsys, tmp_path):
+    code, _, err = call(monkeypatch, capsys, module, f"run={tmp_path}")
+    assert code == 2 and "no run there" in err and err.count("\n") == 1
+    assert "usage" in call(monkeypatch, capsys, module, "--help")[1]
+    (tmp_path / "config.yaml").write_text("run: {system: os}")
+    code, _, err = call(monkeypatch, capsys, module, f"run={tmp_path}")
+    assert code == 2 and "a run of 'os'" in err
+
+
+def test_choices_that_the_run_has_not(folder):
+    with pytest.raises(ConfigError, match=r"seed=1: the run has \[7, 2\]"):
+        magpo.load_policy(folder, seed=1)
+    with pytest.raises(ConfigError, match="agent=3: there are 3"):
+        magpo.load_policy(folder, agent=3)
+
+
+def test_a_run_without_a_checkpoint_has_no_policy(folder, tmp_path):
+    for name in ("config.yaml", "run.json"):
+        Path(tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        magpo.load_policy(tmp_path)
