@@ -74,6 +74,10 @@ class EnvConfig:
 class LoggerConfig:
     console: bool
     plot: bool
+    tensorboard: bool
+    neptune: bool
+    neptune_project: str | None
+    tags: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -223,23 +227,22 @@ def _resumed(
         raise ConfigError(f"resume={folder}: no run there (it has no config.yaml); or resume=auto")
     values = dump(read(system, folder / "config.yaml"))
     values |= {"resume": str(folder), "allow_changes": []}
+    task = values["run"]["env"]
     for text in _checked(overrides, folders):
         override = _parsed(text)
         key, value = override.key_or_group, override.value()
-        if key == "env" and value != values["run"]["env"]:
-            raise ConfigError(
-                f"resume={folder}: is a run on {values['run']['env']}, not on {value}"
-            )
+        if key == "env" and value != task:
+            raise ConfigError(f"resume={folder}: is a run on {task}, not on {value}")
         if key in ("env", "budget", "tuned"):
             values["run"][key] = value == "true" if key == "tuned" else value
         elif key == "logger":
-            (file,) = (f for at in folders if (f := at / "logger" / f"{value}.yaml").is_file())
-            values["logger"] = yaml.safe_load(file.read_text())
+            chosen, choices = _compose(name, [f"env={task}", f"logger={value}"], folders)
+            values["logger"] = dump(_build(system, name, folders, chosen, choices))["logger"]
         elif key != "resume":
             *parents, last = key.split(".")
             group = values
             for parent in parents:
-                group = group.get(parent, {})
+                group = group.get(parent, {}) if isinstance(group, dict) else {}
             if last not in group or override.is_add() or override.is_delete():
                 raise ConfigError(_unknown_key(key, list(_keys(values))))
             group[last] = value

@@ -36,8 +36,10 @@ from magpo.loggers import (
     LoggingError,
     MarlEval,
     Measurement,
+    Neptune,
     Run,
     Sink,
+    TensorBoard,
     Writer,
     defined,
 )
@@ -208,6 +210,12 @@ def _run(
     log = JsonLines(info, resumed.log_bytes if resumed else 0)
     sinks: list[Sink] = [log, MarlEval(info)]
     sinks += [LearningCurve(info)] if config.logger.plot else []
+    if config.logger.tensorboard:
+        at = resumed.chunk * config.steps_per_chunk if resumed else None
+        sinks.append(TensorBoard(info, at))
+    if config.logger.neptune:
+        values = configuration.dump(config)
+        sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, values))
     absolute = ABSOLUTE_EVALUATIONS if config.absolute_metric else 0
     console = Console(info, config, absolute)
     try:
@@ -219,8 +227,9 @@ def _run(
             recorder = _Recorder(config, writer, console)
             start = _load(resumed, state, _no_best(config, policy), recorder) if resumed else None
             for measurement in recorder.measurements:
-                for sink in sinks[1:]:
-                    sink.write(measurement)
+                for sink in sinks:
+                    if isinstance(sink, MarlEval | LearningCurve):  # those that hold it in memory
+                        sink.write(measurement)
             with console.compiling(programs._fields) as done:
                 programs = compile_programs(programs, config, done.append)
             saver = _Saver(config, folder, writer, log, spec(env))

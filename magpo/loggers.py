@@ -1,4 +1,5 @@
-"""Where a run's figures go: metrics.jsonl, marl_eval.json, learning_curve.png.
+"""Where a run's figures go: metrics.jsonl, marl_eval.json, learning_curve.png, and on request
+TensorBoard and Neptune.
 
 A sink has `write(measurement)`, called for every evaluation in order, which raises only if that is
 lost, and `save()`, which brings its file up to date, with all that an earlier one left undone. One
@@ -11,13 +12,16 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from magpo.config import ConfigError
 
 
 class LoggingError(RuntimeError):
@@ -72,11 +76,39 @@ def _plain(value: np.float32) -> float | None:
     return float(str(value)) if np.isfinite(value) else None
 
 
-class JsonLines:
-    """metrics.jsonl: one value a line. Updates come first, then the evaluation that follows them.
+class Scalar(NamedTuple):
+    """A value of one seed."""
+
+    s: int  # the seed's place
+    env_steps: int
+    name: str
+    value: float | None
+
+
+def scalars(run: Run, measurement: Measurement) -> Iterator[Scalar]:
+    """A measurement's values: the updates come first, then the evaluation that follows them.
 
     `eval/*` and `absolute/*` are means over episodes. `time/steps_per_s` is each seed's own.
     """
+    m, training = measurement, measurement.training
+    masks = {name: defined(training, name) for name in training}
+    num_updates = next(iter(training.values())).shape[1] if training else 0
+    for update in range(num_updates):
+        for s in range(len(run.seeds)):
+            steps = m.env_steps[s] - (num_updates - 1 - update) * run.steps_per_update
+            for name in training:
+                if masks[name][s, update]:
+                    yield Scalar(s, steps, name, _plain(training[name][s, update]))
+    kind = "absolute" if m.chunk is None else "eval"
+    for s, steps in enumerate(m.env_steps):
+        for name, value in m.evaluation.items():
+            yield Scalar(s, steps, f"{kind}/{name}", _plain(value[s].mean()))
+        for name, seconds in m.timing.items():
+            yield Scalar(s, steps, f"time/{name}", round(seconds, 4))
+
+
+class JsonLines:
+    """metrics.jsonl: one value a line, as `scalars` gives them."""
 
     def __init__(self, run: Run, keep_bytes: int = 0) -> None:
         """Goes on after the first `keep_bytes` of the file, which a resumed run still stands by."""
@@ -87,21 +119,20 @@ class JsonLines:
         self.unwritten = bytearray()
 
     def write(self, measurement: Measurement) -> None:
-        m, training = measurement, measurement.training
-        masks = {name: defined(training, name) for name in training}
-        num_updates = next(iter(training.values())).shape[1] if training else 0
-        for update in range(num_updates):
-            for s in range(len(self.run.seeds)):
-                steps = m.env_steps[s] - (num_updates - 1 - update) * self.run.steps_per_update
-                for name in training:
-                    if masks[name][s, update]:
-                        self._line(s, steps, m.wall_s, name, _plain(training[name][s, update]))
-        kind = "absolute" if m.chunk is None else "eval"
-        for s, steps in enumerate(m.env_steps):
-            for name, value in m.evaluation.items():
-                self._line(s, steps, m.wall_s, f"{kind}/{name}", _plain(value[s].mean()))
-            for name, seconds in m.timing.items():
-                self._line(s, steps, m.wall_s, f"time/{name}", round(seconds, 4))
+        run = self.run
+        for s, env_steps, name, value in scalars(run, measurement):
+            record = {
+                "run": run.folder.name,
+                "system": run.system,
+                "env": run.suite,
+                "task": run.task,
+                "seed": run.seeds[s],
+                "env_steps": env_steps,
+                "wall_s": round(measurement.wall_s, 3),
+                "name": name,
+                "value": value,
+            }
+            self.unwritten += json.dumps(record).encode() + b"\n"
         with contextlib.suppress(OSError):  # a full disk: tried again, and raised, by `save`
             self._append()
 
@@ -118,20 +149,6 @@ class JsonLines:
             written = self.file.write(self.unwritten)
             del self.unwritten[:written]
             self.size += written
-
-    def _line(self, s: int, env_steps: int, wall_s: float, name: str, value: float | None) -> None:
-        record = {
-            "run": self.run.folder.name,
-            "system": self.run.system,
-            "env": self.run.suite,
-            "task": self.run.task,
-            "seed": self.run.seeds[s],
-            "env_steps": env_steps,
-            "wall_s": round(wall_s, 3),
-            "name": name,
-            "value": value,
-        }
-        self.unwritten += json.dumps(record).encode() + b"\n"
 
     def save(self) -> None:
         self._append()
@@ -178,6 +195,80 @@ class LearningCurve:
         if self.measurements:
             path = self.run.folder / "learning_curve.png"
             write_aside(path, lambda aside: plotting.draw(aside, self.run, self.measurements))
+
+
+class TensorBoard:
+    """tensorboard/seed_<seed>/: event files, one folder a seed."""
+
+    def __init__(self, run: Run, resumed_at: int | None = None) -> None:
+        """What an earlier process wrote beyond `resumed_at` environment steps is hidden."""
+        from tensorboardX import SummaryWriter
+
+        self.run = run
+        again = {}
+        if resumed_at is not None:  # the suffix: the file's name has but the second it was made in
+            again = {"purge_step": resumed_at + 1, "filename_suffix": f".{resumed_at}"}
+        root = run.folder / "tensorboard"
+        self.writers = [SummaryWriter(str(root / f"seed_{seed}"), **again) for seed in run.seeds]
+
+    def write(self, measurement: Measurement) -> None:
+        for s, env_steps, name, value in scalars(self.run, measurement):
+            if value is not None:
+                self.writers[s].add_scalar(name, value, env_steps)
+
+    def save(self) -> None:
+        for writer in self.writers:
+            writer.flush()
+
+
+class Neptune:
+    """A Neptune run for each seed, in a group with the run's name; offline without a token."""
+
+    def __init__(
+        self, run: Run, project: str | None, tags: Sequence[str], config: dict[str, Any]
+    ) -> None:
+        if find_spec("neptune") is None:
+            raise ConfigError("logger.neptune: needs the neptune client: install magpo[neptune]")
+        self.run, self.project, self.tags, self.config = run, project, list(tags), config
+        self.runs: list[Any] = []
+        self.refused: Exception | None = None
+
+    def _begin(self, seed: int) -> Any:
+        import neptune
+
+        os.environ.setdefault("NEPTUNE_DATA_DIRECTORY", str(self.run.folder / "neptune"))
+        captured = ("stdout", "stderr", "hardware_metrics", "traceback")
+        one = neptune.init_run(
+            project=self.project,
+            mode="async" if "NEPTUNE_API_TOKEN" in os.environ else "offline",
+            name=f"{self.run.system} {self.run.suite}/{self.run.task} seed {seed}",
+            tags=self.tags,
+            source_files=[],
+            git_ref=False,
+            **{f"capture_{what}": False for what in captured},
+        )
+        one["sys/group_tags"].add([self.run.folder.name])
+        one["config"] = neptune.utils.stringify_unsupported({**self.config, "seed": seed})
+        return one
+
+    def write(self, measurement: Measurement) -> None:
+        if self.refused is not None:  # once is enough: to be refused can take minutes
+            raise self.refused
+        try:
+            self.runs = self.runs or [self._begin(seed) for seed in self.run.seeds]
+        except Exception as error:
+            self.refused = error
+            raise
+        for s, env_steps, name, value in scalars(self.run, measurement):
+            if value is not None:
+                self.runs[s][name].append(value, step=env_steps)
+
+    def save(self) -> None:
+        """Nothing: the client sends by itself."""
+
+    def close(self) -> None:
+        for one in self.runs:
+            one.stop()
 
 
 class Writer:
@@ -234,6 +325,9 @@ class Writer:
             if time.monotonic() >= due:
                 due = time.monotonic() + 100 * self._save()
         self._save()
+        for sink in self.sinks:
+            if close := getattr(sink, "close", None):
+                self._try(self._unsaved, type(sink).__name__, close)
 
     def _save(self) -> float:
         """Save all; return the seconds it took."""

@@ -42,6 +42,13 @@ def test_resume_takes_the_configuration_of_the_run(saved):
     assert config.load("magpo", whole) == replace(run, resume=str(folder))
 
 
+def test_resume_may_log_elsewhere(saved):
+    folder, run = saved
+    changed = config.load("magpo", [f"resume={folder}", "logger=tensorboard", "keep=5"])
+    assert changed.logger.tensorboard and changed.keep == 5
+    assert not config.differences(config.dump(run), config.dump(changed))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

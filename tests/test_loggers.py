@@ -282,7 +282,7 @@ def make_console(folder, suite="lbf", budget="quick", headline="episode_return")
         tuned=True,
         precision="float32",
         platform="auto",
-        logger=LoggerConfig(console=True, plot=True),
+        logger=LoggerConfig(True, True, False, False, None, ()),
         results_dir="results",
         keep=2,
         resume=None,

@@ -110,7 +110,7 @@ def config(tmp_path):
         tuned=False,
         precision="float32",
         platform="auto",
-        logger=LoggerConfig(console=True, plot=True),
+        logger=LoggerConfig(True, True, False, False, None, ()),
         results_dir=str(tmp_path / "results"),
         keep=2,
         resume=None,
