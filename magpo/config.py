@@ -88,6 +88,7 @@ class RunConfig:
     env: EnvConfig
     algorithm: Any  # the system module's `Config`
     seeds: tuple[Seed, ...]
+    seeds_per_batch: PositiveInt | None  # of those on one device; None: all
     total_steps: Annotated[int, BeforeValidator(_whole), Field(gt=0)]  # as asked for
     num_envs: PositiveInt
     rollout_length: PositiveInt

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magpo import __version__, checkpoint, envs, runs
+from magpo import __version__, checkpoint, devices, envs, runs
 from magpo import config as configuration
 from magpo.checkpoint import CheckpointError
 from magpo.config import ConfigError, RunConfig
@@ -191,8 +191,8 @@ def _resumed(folder: Path, config: RunConfig) -> Resumed | None:
 
 def _with() -> dict[str, str]:
     """What besides the configuration decides every bit of a run."""
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return {"magpo": __version__, "jax": jax.__version__, "devices": devices}
+    present = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"magpo": __version__, "jax": jax.__version__, "devices": present}
 
 
 def _run(
@@ -225,7 +225,12 @@ def _run(
             policy, _ = programs.snapshot.eval_shape(state)
             console.header(env, policy, state.params)
             recorder = _Recorder(config, writer, console)
-            start = _load(resumed, state, _no_best(config, policy), recorder) if resumed else None
+            start = None
+            if resumed:
+                lay = devices.layout(config)
+                best = devices.laid(_no_best(config, policy), lay.of_seeds())
+                state = devices.laid(state, lay.of_state(state))
+                start = _load(resumed, state, best, recorder)
             for measurement in recorder.measurements:
                 for sink in sinks:
                     if isinstance(sink, MarlEval | LearningCurve):  # those that hold it in memory
@@ -293,15 +298,34 @@ def build_programs(
         better = new.score >= best.score
         return Best(*(jax.tree.map(partial(jnp.where, better), new, best)))
 
+    lay = devices.layout(config)
+    # One seed after the other: batches of QR decompositions (orthogonal initialisers) that run side
+    # by side wait for each other's threads for ever in XLA's CPU backend on few cores.
+    init = lay.per_device(
+        partial(jax.lax.map, partial(system_module.init, system)), devices.EACH_SEED
+    )
+    state = lay.of_state(jax.eval_shape(init, seed_keys(config)[0]))
+    seeds, same = lay.of_seeds(), None
     return Programs(
-        # One seed after the other: batches of QR decompositions (orthogonal initialisers) that run
-        # side by side wait for each other's threads for ever in XLA's CPU backend on few cores.
-        init=jax.jit(partial(jax.lax.map, partial(system_module.init, system))),
-        train_chunk=jax.jit(jax.vmap(partial(system_module.train_chunk, system)), donate_argnums=0),
-        snapshot=jax.jit(jax.vmap(snapshot)),
-        copy=jax.jit(partial(jax.tree.map, jnp.copy)),
-        evaluate=jax.jit(jax.vmap(evaluate_seed, in_axes=(0, 0, None))),
-        keep_best=jax.jit(jax.vmap(keep_best, in_axes=(0, 0, 0, None))),
+        init=jax.jit(init, in_shardings=seeds, out_shardings=state),
+        train_chunk=jax.jit(
+            lay.each_seed(partial(system_module.train_chunk, system)),
+            in_shardings=(state,),
+            out_shardings=(state, seeds),
+            donate_argnums=0,
+        ),
+        snapshot=jax.jit(lay.each_seed(snapshot), in_shardings=(state,), out_shardings=seeds),
+        copy=jax.jit(partial(jax.tree.map, jnp.copy), in_shardings=(state,), out_shardings=state),
+        evaluate=jax.jit(
+            lay.each_seed(evaluate_seed, in_axes=(0, 0, None)),
+            in_shardings=(seeds, seeds, same),
+            out_shardings=seeds,
+        ),
+        keep_best=jax.jit(
+            jax.vmap(keep_best, in_axes=(0, 0, 0, None)),
+            in_shardings=(seeds, seeds, seeds, same),
+            out_shardings=seeds,
+        ),
     )
 
 
@@ -352,7 +376,8 @@ def seed_keys(config: RunConfig) -> tuple[Array, Array]:
     """Each seed's random key for training and for evaluation, (S,) each."""
     keys = jax.vmap(jax.random.key)(np.array(config.seeds, np.uint32))
     pairs = jax.vmap(jax.random.split)(keys)
-    return pairs[:, 0], pairs[:, 1]
+    sharding = devices.layout(config).of_seeds()
+    return jax.device_put(pairs[:, 0], sharding), jax.device_put(pairs[:, 1], sharding)
 
 
 def _no_best(config: RunConfig, params: Any) -> Best:

@@ -272,6 +272,7 @@ def make_console(folder, suite="lbf", budget="quick", headline="episode_return")
         env=EnvConfig(f"{suite}/task", {}),
         algorithm=None,
         seeds=(5, 2),
+        seeds_per_batch=None,
         total_steps=1024,
         num_envs=8,
         rollout_length=16,

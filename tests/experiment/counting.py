@@ -100,6 +100,7 @@ def config(tmp_path):
         env=EnvConfig("test/count", {"walls": 2}),
         algorithm=Algorithm(),
         seeds=SEEDS,
+        seeds_per_batch=None,
         total_steps=U * K * 12 + 7,
         num_envs=4,
         rollout_length=3,

@@ -1,0 +1,103 @@
+"""Seeds and environments over devices: the same run as on one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiment.counting import run
+from magpo import config as configuration
+from magpo import experiment
+from magpo.config import ConfigError
+
+SMALL = [
+    *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "seeds=[0,1]", "num_envs=8"),
+    *("rollout_length=16", "total_steps=512", "num_evaluations=2", "eval_episodes=4", "keep=1"),
+    *("network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"),
+]
+CHILD = """
+import sys
+from magpo import config, devices, experiment
+from magpo.systems import magpo
+run = config.load("magpo", sys.argv[2:])
+print("mesh", dict(devices.layout(run).mesh.shape))
+compile_programs = experiment.compile_programs
+def checked(programs, run, done):
+    compiled = compile_programs(programs, run, done)
+    text = compiled.train_chunk.as_text()
+    print("communication", any(word in text for word in ("all-reduce", "all-gather", "permute(")))
+    return compiled
+experiment.compile_programs = checked
+print("folder", experiment.run(magpo, run).folder)
+"""
+
+
+def figures(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    values = {}
+    for record in map(json.loads, lines):
+        if not record["name"].startswith("time/") and record["value"] is not None:
+            values[record["seed"], record["env_steps"], record["name"]] = record["value"]
+    return values
+
+
+def on_devices(number, *overrides):
+    flags = f"--xla_force_host_platform_device_count={number}"
+    command = [sys.executable, "-c", CHILD, "-", *overrides]
+    env = os.environ | {"XLA_FLAGS": flags}
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    from magpo.systems import magpo
+
+    results = f"results_dir={tmp_path_factory.mktemp('alone')}"
+    return figures(experiment.run(magpo, configuration.load("magpo", [*SMALL, results])).folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "mesh"), [(4, "'seed': 2, 'env': 2"), (8, "'seed': 2, 'env': 4")]
+)
+def test_spread_over_devices_it_is_the_same_run(alone, tmp_path, number, mesh):
+    out = on_devices(number, *SMALL, f"results_dir={tmp_path}")
+    assert mesh in out and "communication True" in out
+    (folder,) = tmp_path.glob("*/*/*/*")
+    spread = figures(folder)
+    assert spread.keys() == alone.keys()
+    names = list(alone)
+    np.testing.assert_allclose(
+        [spread[name] for name in names], [alone[name] for name in names], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_seeds_on_devices_of_their_own_do_not_communicate(alone, tmp_path):
+    out = on_devices(2, *SMALL, f"results_dir={tmp_path}")
+    assert "'seed': 2, 'env': 1" in out and "communication False" in out
+    (folder,) = tmp_path.glob("*/*/*/*")
+    names = list(alone)
+    spread = figures(folder)
+    np.testing.assert_allclose(
+        [spread[name] for name in names], [alone[name] for name in names], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_seeds_in_batches_are_the_same_run(config):
+    together = run(config)
+    apart = run(config, seeds_per_batch=1)
+    for name in ("updates", "peak"):
+        np.testing.assert_array_equal(together.params[name], apart.params[name])
+    assert figures(together.folder) == figures(apart.folder)
+
+
+def test_sizes_that_do_not_divide_are_refused(config, monkeypatch):
+    with pytest.raises(ConfigError, match="seeds_per_batch must divide the 3 seeds of a device"):
+        run(config, seeds_per_batch=2)
+    monkeypatch.setattr(experiment.devices.jax, "device_count", lambda: 15)
+    with pytest.raises(ConfigError, match="num_envs must be a multiple of 5, not 4"):
+        run(config)
