@@ -185,7 +185,6 @@ def _resumed(folder: Path, config: RunConfig) -> Resumed | None:
             f"resume={folder}: num_evaluations must be at least {meta['chunk']}, what it has, "
             f"not {config.num_evaluations}"
         )
-    runs.write_config(folder, config)
     return Resumed(meta["chunk"], meta["log_bytes"], path, meta)
 
 
@@ -231,6 +230,7 @@ def _run(
                 best = devices.laid(_no_best(config, policy), lay.of_seeds())
                 state = devices.laid(state, lay.of_state(state))
                 start = _load(resumed, state, best, recorder)
+                runs.write_config(folder, config)
             for measurement in recorder.measurements:
                 for sink in sinks:
                     if isinstance(sink, MarlEval | LearningCurve):  # those that hold it in memory
@@ -528,7 +528,7 @@ def _load(resumed: Resumed, state: Any, best: Best, recorder: _Recorder) -> Star
     """
     config, folder, meta = recorder.config, resumed.folder, resumed.meta
     shape = resumed.chunk + 1, len(config.seeds), config.eval_episodes
-    names = [name.removeprefix("history.") for name in meta["arrays"]["record"]]
+    names = [name.removeprefix("history.") for name in meta["arrays"].get("record", ())]
     history: dict[str, Any] = {n: np.zeros(shape, np.float32) for n in names if "." not in n}
     history["wall_s"] = np.zeros(shape[:1])
     try:

@@ -46,8 +46,8 @@ def newest(folder: Path) -> int:
     return int(found[0].name) if found else 0
 
 
-def kill(process: subprocess.Popen[str], folder: Path, writing: bool, rng: random.Random) -> None:
-    """Somewhere in the next chunks, or while one of their checkpoints is being written."""
+def kill(process: subprocess.Popen[str], folder: Path, writing: bool, within_s: float) -> None:
+    """At some moment of the next seconds, or while a checkpoint is being written."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("compiled in"):
@@ -57,7 +57,7 @@ def kill(process: subprocess.Popen[str], folder: Path, writing: bool, rng: rando
     if writing:
         while process.poll() is None and not list((folder / "checkpoints").glob(".*.tmp")):
             time.sleep(1e-3)
-    time.sleep(rng.uniform(0, 0.2 if writing else 1.5))
+    time.sleep(random.uniform(0, 0.5 if writing else within_s))
     process.kill()
     process.wait()
 
@@ -73,6 +73,12 @@ def last_state(folder: Path) -> dict[str, np.ndarray]:
     }
     del arrays["record/history.wall_s"]
     return arrays
+
+
+def last_wall_s(folder: Path) -> float:
+    """Seconds that the run's training took."""
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    return float(json.loads(last)["wall_s"])
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -95,10 +101,11 @@ def main() -> None:
     with config.exit_on_config_error():
         run = config.load(arguments.system, arguments.overrides)
     parent = Path(run.results_dir, run.system, *run.env.name.split("/"))
-    rng = random.Random(arguments.seed)
+    random.seed(arguments.seed)
 
     finish(start(arguments.system, arguments.overrides))
     (whole,) = parent.iterdir()
+    some_chunks_s = 1 + 4 * last_wall_s(whole) / run.num_evaluations
     killed, process, folder = 0, None, whole
     while killed < arguments.kills:
         if process is None or newest(folder) == run.num_evaluations:  # done before it was killed
@@ -112,7 +119,7 @@ def main() -> None:
             (folder,) = new
         else:
             process = start(arguments.system, [f"resume={folder}"])
-        kill(process, folder, killed % 2 == 1, rng)
+        kill(process, folder, killed % 2 == 1, some_chunks_s)
         killed += 1
         print(f"kill {killed}: {folder.name} at chunk {newest(folder)}", flush=True)
     finish(start(arguments.system, [f"resume={folder}"]))

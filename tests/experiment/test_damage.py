@@ -1,0 +1,163 @@
+"""200 damaged checkpoints: the one before is used, or one line says why none can be."""
+
+import dataclasses
+import json
+import random
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from experiment.counting import SEEDS, SYSTEM, Count, K, run
+from magpo import checkpoint, experiment, runs
+from magpo.config import ConfigError
+
+
+@pytest.fixture
+def folder(config, monkeypatch):
+    """A finished run with its two last checkpoints."""
+    offer = experiment._Saver.offer
+
+    def always(self, *args):
+        while self.waiting.is_set():
+            time.sleep(1e-3)
+        self.next = 0.0
+        offer(self, *args)
+
+    monkeypatch.setattr(experiment._Saver, "offer", always)
+    return run(config).folder
+
+
+def begin(config, folder):
+    """What a resume does before it compiles: the chunk it would go on from, and all its arrays."""
+    config = dataclasses.replace(config, resume=str(folder))
+    resumed = experiment._resumed(folder, config)
+    programs = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
+    state = programs.init.eval_shape(experiment.seed_keys(config)[0])
+    policy, _ = programs.snapshot.eval_shape(state)
+    recorder = experiment._Recorder(config, None, experiment.Console(info_of(config), config, 0))
+    return experiment._load(resumed, state, experiment._no_best(config, policy), recorder)
+
+
+def info_of(config):
+    return experiment.Run(None, "fake", "test", "count", config.seeds, "episode_return", 12)
+
+
+def sign(path):
+    manifest = {name: checkpoint._sha256(path / name) for name in checkpoint._files(path)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def spoil(path, rng):
+    """Flip bits of, cut, empty or remove one file, or one folder."""
+    files = [*checkpoint._files(path), "manifest.json"]
+    file = path / rng.choice(files)
+    kind = rng.choice(["flip", "cut", "empty", "remove", "folder", "swap"])
+    data = file.read_bytes()
+    if kind == "flip" and data:
+        at = rng.randrange(len(data))
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+    elif kind == "cut" and data:
+        file.write_bytes(data[: rng.randrange(len(data))])
+    elif kind == "empty" and data:
+        file.write_bytes(b"")
+    elif kind == "folder":
+        shutil.rmtree(path / rng.choice(["state", "record"]))
+    elif kind == "swap":
+        (path / "state").rename(path / "other")
+        (path / "record").rename(path / "state")
+        (path / "other").rename(path / "record")
+    else:
+        file.unlink()
+
+
+KINDS = ("shape", "dtype", "name", "run", "format", "chunk", "part", "arrays", "gone")
+
+
+def falsify(path, other, rng):
+    """An intact checkpoint of something else."""
+    meta = json.loads((path / "meta.json").read_text())
+    kind = rng.choice(
+        ["shape", "dtype", "name", "run", "format", "chunk", "part", "arrays", "gone"]
+    )
+    arrays = meta["arrays"]["state"]
+    name = rng.choice(list(arrays))
+    if kind == "shape":
+        arrays[name][1] = [rng.randrange(9), 3]
+    elif kind == "dtype":
+        arrays[name][0] = "float16"
+    elif kind == "name":
+        arrays["params.new"] = arrays.pop(name)
+    elif kind == "run":
+        meta["run"] = "0" * 32
+    elif kind == "format":
+        meta["format"] = rng.choice([0, 2, None, "1", [1]])
+    elif kind == "chunk":
+        meta["chunk"] = rng.randrange(K)
+    elif kind == "part":
+        shutil.rmtree(path / "state")
+        shutil.copytree(path / "record", path / "state")
+    elif kind == "arrays":
+        shutil.rmtree(path / "state")
+        shutil.copytree(other / "state", path / "state")
+        meta["arrays"] = json.loads((other / "meta.json").read_text())["arrays"]
+    else:
+        del meta["arrays"]["record"]
+    (path / "meta.json").write_text(json.dumps(meta))
+    sign(path)
+    return kind
+
+
+def test_damaged_files_mean_the_checkpoint_before(config, folder, tmp_path):
+    newest, before = checkpoint.checkpoints(folder / "checkpoints")
+    kept, rng = shutil.copytree(newest, tmp_path / "kept"), random.Random(0)
+    whole = begin(config, folder)
+    assert whole.chunk == K
+    for _ in range(100):
+        spoil(newest, rng)
+        start = begin(config, folder)
+        assert start.chunk == int(before.name) == K - 1
+        np.testing.assert_array_equal(start.state.params["updates"], [2.0 * (K - 1)] * len(SEEDS))
+        shutil.rmtree(newest)
+        shutil.copytree(kept, newest)
+    again = begin(config, folder)
+    np.testing.assert_array_equal(again.state.params["peak"], whole.state.params["peak"])
+
+
+def test_intact_but_wrong_checkpoints_are_never_used(config, folder, tmp_path):
+    newest, before = checkpoint.checkpoints(folder / "checkpoints")
+    kept, rng = shutil.copytree(newest, tmp_path / "kept"), random.Random(0)
+    fewer = run(dataclasses.replace(config, seeds=SEEDS[:2])).folder
+    (other, *_) = checkpoint.checkpoints(fewer / "checkpoints")
+    seen = set()
+    for _ in range(100):
+        kind = falsify(newest, other, rng)
+        seen.add(kind)
+        try:
+            start = begin(config, folder)
+        except ConfigError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+        else:
+            assert start.chunk == int(before.name), kind
+        shutil.rmtree(newest)
+        shutil.copytree(kept, newest)
+    assert seen == set(KINDS)
+
+
+def test_nothing_in_a_folder_is_executed(config, folder, tmp_path):
+    """Pickles and YAML that would run code are names and bytes here."""
+    owned = tmp_path / "owned"
+    attack = f"!!python/object/apply:pathlib.Path.touch [{owned}]"
+    (folder / "config.yaml").write_text(f"run: {attack}\n_target_: os.system\n")
+    (newest, *_) = checkpoint.checkpoints(folder / "checkpoints")
+    pickle = b"cos\nsystem\n(S'touch " + str(owned).encode() + b"'\ntR."
+    for file in ("state/_METADATA", "record/_METADATA"):
+        (newest / file).write_bytes(pickle)
+    sign(newest)
+    with pytest.raises(ConfigError):
+        experiment.configuration.read("magpo", folder / "config.yaml")
+    with pytest.raises(ConfigError):
+        begin(config, folder)
+    assert runs.summaries(folder) == []
+    assert not owned.exists()
