@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import groupby
 from pathlib import Path
 from pkgutil import iter_modules
@@ -251,12 +252,14 @@ def _resumed(
 
 
 def hydra_main(
-    system: str | ModuleType, run: Callable[[RunConfig], object], config_dir: Path | None = None
+    system: str | ModuleType,
+    run: Callable[[ModuleType, RunConfig], object],
+    config_dir: Path | None = None,
 ) -> None:
     """The command line of a system: its arguments are overrides and a few of Hydra's flags.
 
-    Without flags this is `run(load(system, arguments))`: no Hydra application, no outputs/ folder,
-    no change of folder or of logging. --help is ours; --cfg, --info, --multirun and shell
+    Without flags this is `run(module, load(system, arguments))`: no Hydra application, no outputs/
+    folder, no change of folder or of logging. --help is ours; --cfg, --info, --multirun and shell
     completion are Hydra's. All jobs of a --multirun are checked before the first starts; its record
     and a launcher's files go to <results_dir>/sweeps/. A ConfigError, also one that `run` raises,
     ends the process with its line on stderr and exit code 2.
@@ -268,7 +271,8 @@ def hydra_main(
         elif any(argument.startswith("-") for argument in arguments):
             _hydra_app(system, run, config_dir)
         else:
-            run(load(system, arguments, config_dir))
+            module = system if isinstance(system, ModuleType) else _import(system, None)
+            run(module, load(system, arguments, config_dir))
 
 
 def key_values(
@@ -493,21 +497,31 @@ def _line(error: ErrorDetails, schema: type) -> str:
 
 
 def _hydra_app(
-    system: str | ModuleType, run: Callable[[RunConfig], object], config_dir: Path | None
+    system: str | ModuleType,
+    run: Callable[[ModuleType, RunConfig], object],
+    config_dir: Path | None,
 ) -> None:
     """Hand arguments with flags to Hydra, all its jobs checked."""
     name, folders = _locate(system, config_dir)
+    # A launcher's jobs may be other processes, where `__main__` is another module.
+    source = str(system.__file__) if isinstance(system, ModuleType) else None
+    if isinstance(system, ModuleType):
+        _loaded[str(source)] = system
     flags, unknown = get_args_parser().parse_known_args()
     if unknown or flags.config_name or flags.config_path or flags.config_dir:
         raise ConfigError(f"unknown flag {(unknown or ['--config-...'])[0]!r}: see --help")
+    asked = ("run", "multirun", "cfg", "info", "shell_completion")
+    if len(given := [f"--{flag}" for flag in asked if getattr(flags, flag)]) > 1:
+        raise ConfigError(f"{' and '.join(given)} do not go together")
     overrides = _tuned(flags.overrides)
 
     def run_job(config: DictConfig) -> None:
+        module = _import(name, source)
         with exit_on_config_error():
-            run(_build(system, name, folders, config, HydraConfig.get().runtime.choices))
+            run(module, _build(module, name, folders, config, HydraConfig.get().runtime.choices))
 
-    given = [argument for argument in sys.argv[1:] if argument not in flags.overrides]
-    sys.argv[1:] = [*given, *HYDRA_SETTINGS, _search(folders), *overrides]
+    others = [argument for argument in sys.argv[1:] if argument not in flags.overrides]
+    sys.argv[1:] = [*others, *HYDRA_SETTINGS, _search(folders), *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing its own account
     try:
         parsed = [_parsed(text) for text in overrides]
@@ -519,6 +533,23 @@ def _hydra_app(
         hydra.main(config_path=str(folders[0]), config_name=name, version_base="1.3")(run_job)()
     except HydraException as error:
         raise ConfigError(str(error).partition("\n")[0]) from error
+
+
+_loaded: dict[str, ModuleType] = {}  # by file, in this process
+
+
+def _import(name: str, source: str | None) -> ModuleType:
+    """A system's module: the package's, or the one in the file `source`."""
+    if source in _loaded:
+        return _loaded[source]
+    packaged = import_module(f"magpo.systems.{name}") if name in systems() else None
+    if packaged and source in (None, packaged.__file__):
+        return packaged
+    spec = spec_from_file_location(name, str(source))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _help(name: str, folders: Sequence[Path]) -> str:

@@ -104,7 +104,7 @@ def main(system_module: ModuleType) -> None:
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        configuration.hydra_main(system_module, partial(run, system_module))
+        configuration.hydra_main(system_module, run)
         return
     except (DivergenceError, LoggingError) as error:
         print("error:", error, file=sys.stderr)

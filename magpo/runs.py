@@ -199,8 +199,10 @@ class Summary(NamedTuple):
         """The command that goes on with it; None where there is nothing to go on with."""
         if self.status in ("running", "finished", "unknown"):
             return None
-        module = f"magpo.systems.{self.system}"
-        return f"python -m {module} resume={shlex.quote(str(self.folder))}"
+        own = f"python {self.system}.py"  # a system outside the package
+        known = self.system in configuration.systems()
+        command = f"python -m magpo.systems.{self.system}" if known else own
+        return f"{command} resume={shlex.quote(str(self.folder))}"
 
 
 def summaries(root: Path) -> list[Summary]:

@@ -92,7 +92,7 @@ def mine(tmp_path) -> types.ModuleType:
 def command_line(monkeypatch, system: Any, *arguments: str) -> list[config.RunConfig]:
     runs: list[config.RunConfig] = []
     monkeypatch.setattr(sys, "argv", ["mine.py", *arguments])
-    config.hydra_main(system, runs.append)
+    config.hydra_main(system, lambda module, run: runs.append(run))
     return runs
 
 
@@ -327,7 +327,7 @@ def test_system_without_a_yaml(mine, tmp_path):
 
 
 def test_an_error_of_the_run_ends_it_too(mine, monkeypatch, capsys):
-    def run(_):
+    def run(*_):
         raise ConfigError("results_dir=/proc: cannot write there")
 
     monkeypatch.setattr(sys, "argv", ["mine.py", TINY])
@@ -340,7 +340,7 @@ def test_an_error_of_the_run_ends_it_too(mine, monkeypatch, capsys):
 def test_other_errors_keep_their_traceback(mine, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mine.py", TINY])
     with pytest.raises(ZeroDivisionError):
-        config.hydra_main(mine, lambda _: 1 // 0)
+        config.hydra_main(mine, lambda *_: 1 // 0)
 
 
 # The command line
@@ -442,7 +442,7 @@ class Config:
     system: Part
     network: Part
 
-def report(run):
+def report(module, run):
     print(run.system, run.algorithm.system.a)
 
 if __name__ == "__main__":

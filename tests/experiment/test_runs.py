@@ -33,7 +33,7 @@ def test_a_run_is_listed_with_its_end_and_how_to_resume_it(config, listed):
     assert "finished" in listed(folder.parents[3])
 
     runs._set_status(folder, "interrupted")
-    assert f"python -m magpo.systems.fake resume={folder}" in listed(folder.parents[3])
+    assert f"python fake.py resume={folder}" in listed(folder.parents[3])
     with runs.working(folder):
         assert "running" in listed(folder.parents[3])
         assert "resume=" not in listed(folder.parents[3])

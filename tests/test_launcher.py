@@ -1,0 +1,49 @@
+"""Clusters: a sweep through Hydra's submitit launcher."""
+
+import subprocess
+import sys
+
+import yaml
+
+from magpo import runs
+
+SHORT = [
+    *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
+    *("total_steps=128", "num_evaluations=2", "eval_episodes=2", "absolute_metric=false"),
+    *("logger.plot=false", "network.guider.embed_dim=8", "network.learner.hidden_dim=8"),
+]
+MODULE = [sys.executable, "-m", "magpo.systems.magpo"]
+
+
+def test_a_sweep_runs_on_the_launchers_local_executor(tmp_path):
+    launcher = "hydra/launcher=submitit_local"
+    command = [
+        *MODULE,
+        "--multirun",
+        launcher,
+        *SHORT,
+        f"results_dir={tmp_path}",
+        "system.delta=1.2,1.4",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = runs.summaries(tmp_path)
+    assert [run.status for run in found] == ["finished"] * 2
+    configs = [yaml.safe_load((run.folder / "config.yaml").read_text()) for run in found]
+    assert sorted(config["system"]["delta"] for config in configs) == [1.2, 1.4]
+
+
+def test_the_slurm_launchers_config_composes():
+    command = [*MODULE, "hydra/launcher=slurm", *SHORT, "--cfg", "hydra"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    launcher = yaml.safe_load(done.stdout)["hydra"]["launcher"]
+    assert launcher["gpus_per_node"] == 1 and launcher["timeout_min"] == 1440
+    assert launcher["_target_"].endswith("SlurmLauncher")
+
+
+def test_flags_that_exclude_each_other_are_one_line():
+    command = [*MODULE, "--multirun", "--cfg", "job", *SHORT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: --multirun and --cfg do not go together\n"
