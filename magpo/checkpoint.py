@@ -12,6 +12,7 @@ whole, or refused with one line that says why. Nothing in it is executed.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -57,12 +58,13 @@ def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, An
 
 
 def _fill(folder: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    import orbax.checkpoint as ocp  # a second: not while a run starts
-
+    ocp = _orbax()
     named = {part: _named(tree) for part, tree in parts.items()}
     with ocp.PyTreeCheckpointer() as checkpointer:
         for part, arrays in named.items():
-            checkpointer.save(folder / part, {k: _stored(v) for k, v in arrays.items()})
+            checkpointer.save(
+                (folder / part).absolute(), {k: _stored(v) for k, v in arrays.items()}
+            )
     _wait(f"wrote {chunk}")
     if jax.process_index() == 0:
         about = {"format": FORMAT, "chunk": chunk, **meta}
@@ -137,7 +139,7 @@ def load_named(folder: Path, meta: Mapping[str, Any], part: str) -> dict[str, np
 
 def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     """Arrays by name; `template` says of what shape and sharding, None: as they are."""
-    import orbax.checkpoint as ocp
+    ocp = _orbax()
 
     def argument(leaf: Any) -> Any:
         sharding = getattr(leaf, "sharding", None)
@@ -148,7 +150,8 @@ def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             restored: dict[str, Any] = checkpointer.restore(
-                folder, restore_args={name: argument(leaf) for name, leaf in template.items()}
+                folder.absolute(),
+                restore_args={name: argument(leaf) for name, leaf in template.items()},
             )
     except Exception as error:  # intact by its checksums, and still nothing that Orbax reads
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
@@ -156,6 +159,15 @@ def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
         if leaf is not None and getattr(restored.get(name), "shape", None) != _stored_shape(leaf):
             raise CheckpointError(f"{folder}: {name} is not of shape {_stored_shape(leaf)}")
     return restored
+
+
+def _orbax() -> Any:
+    """The library: a second to import, so not while a run starts. What fails is raised to us, and
+    need not be logged with a traceback as well."""
+    import orbax.checkpoint
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return orbax.checkpoint
 
 
 def _named(tree: Any) -> dict[str, Any]:

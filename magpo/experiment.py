@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -87,13 +87,14 @@ class Result:
     params: Any  # (S, ...) the policy at the end
 
 
-class Resumed(NamedTuple):
-    """Where an earlier process left a run."""
+class Start(NamedTuple):
+    """Where an earlier process left a run, after a chunk was trained and evaluated."""
 
-    chunk: int  # trained and evaluated
+    chunk: int
+    state: Any  # (S, ...)
+    best: Best
+    measurements: list[Measurement]  # all so far, training metrics left out
     log_bytes: int  # of metrics.jsonl, written by then
-    folder: Path  # of the checkpoint
-    meta: dict[str, Any]
 
 
 def main(system_module: ModuleType) -> None:
@@ -142,11 +143,12 @@ def run(system_module: ModuleType, config: RunConfig, env: Environment | None = 
         except ValueError as error:
             raise ConfigError(str(error)) from error
     system = system_module.make(config.algorithm, env)
+    programs = build_programs(system_module, system, env, config)
     folder = _folder(config)
     with runs.working(folder):
-        resumed = _resumed(folder, config) if config.resume else None
+        start = _start(folder, config, programs) if config.resume else None
         with runs.recorded(folder):
-            return _run(system_module, system, env, config, folder, resumed)
+            return _run(programs, env, config, folder, start)
 
 
 def _folder(config: RunConfig) -> Path:
@@ -157,8 +159,8 @@ def _folder(config: RunConfig) -> Path:
     return found or runs.create(config)
 
 
-def _resumed(folder: Path, config: RunConfig) -> Resumed | None:
-    """The newest checkpoint that can be used; None where the run has none yet.
+def _start(folder: Path, config: RunConfig, programs: Programs) -> Start | None:
+    """What the newest checkpoint that can be used holds; None where the run has none yet.
 
     Raises ConfigError where it has some and none is usable, or where the configuration changed.
     """
@@ -185,7 +187,39 @@ def _resumed(folder: Path, config: RunConfig) -> Resumed | None:
             f"resume={folder}: num_evaluations must be at least {meta['chunk']}, what it has, "
             f"not {config.num_evaluations}"
         )
-    return Resumed(meta["chunk"], meta["log_bytes"], path, meta)
+    try:
+        start = _load(path, meta, config, programs)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    runs.write_config(folder, config)
+    return start
+
+
+def _load(path: Path, meta: dict[str, Any], config: RunConfig, programs: Programs) -> Start:
+    lay, num_seeds, chunk = devices.layout(config), len(config.seeds), meta["chunk"]
+    state = programs.init.eval_shape(seed_keys(config)[0])
+    policy, _ = programs.snapshot.eval_shape(state)
+    names = [name.removeprefix("history.") for name in meta["arrays"].get("record", ())]
+    shape = chunk + 1, num_seeds, config.eval_episodes
+    history: dict[str, Any] = {n: np.zeros(shape, np.float32) for n in names if "." not in n}
+    history["wall_s"] = np.zeros(shape[:1])
+    best = devices.laid(_no_best(config, policy), lay.of_seeds())
+    state = checkpoint.load(path, meta, "state", devices.laid(state, lay.of_state(state)))
+    record = checkpoint.load(path, meta, "record", {"best": best, "history": history})
+    history = record["history"]
+    wall_s = history.pop("wall_s")
+    measurements = [
+        Measurement(
+            chunk=index,
+            env_steps=(index * config.steps_per_chunk,) * num_seeds,
+            wall_s=float(wall_s[index]),
+            evaluation={name: values[index] for name, values in history.items()},
+            training={},
+            timing={},
+        )
+        for index in range(chunk + 1)
+    ]
+    return Start(chunk, state, record["best"], measurements, meta["log_bytes"])
 
 
 def _with() -> dict[str, str]:
@@ -195,48 +229,34 @@ def _with() -> dict[str, str]:
 
 
 def _run(
-    system_module: ModuleType,
-    system: Any,
-    env: Environment,
-    config: RunConfig,
-    folder: Path,
-    resumed: Resumed | None,
+    programs: Programs, env: Environment, config: RunConfig, folder: Path, start: Start | None
 ) -> Result:
     suite, _, task = env.name.partition("/")
     info = Run(
         folder, config.system, suite, task, config.seeds, env.headline, config.steps_per_update
     )
-    log = JsonLines(info, resumed.log_bytes if resumed else 0)
-    sinks: list[Sink] = [log, MarlEval(info)]
-    sinks += [LearningCurve(info)] if config.logger.plot else []
+    log = JsonLines(info, start.log_bytes if start else 0)
+    in_memory: list[Sink] = [MarlEval(info), *([LearningCurve(info)] if config.logger.plot else [])]
+    sinks: list[Sink] = [log, *in_memory]
     if config.logger.tensorboard:
-        at = resumed.chunk * config.steps_per_chunk if resumed else None
-        sinks.append(TensorBoard(info, at))
+        sinks.append(TensorBoard(info, start.measurements[-1].env_steps[0] if start else None))
     if config.logger.neptune:
         values = configuration.dump(config)
         sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, values))
-    absolute = ABSOLUTE_EVALUATIONS if config.absolute_metric else 0
-    console = Console(info, config, absolute)
+    console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
+    earlier = start.measurements if start else []
+    for measurement in earlier:
+        console.resume(measurement)
+        for sink in in_memory:
+            sink.write(measurement)
     try:
         with Writer(sinks, console.warn) as writer:
-            programs = build_programs(system_module, system, env, config)
             state = programs.init.eval_shape(seed_keys(config)[0])
             policy, _ = programs.snapshot.eval_shape(state)
             console.header(env, policy, state.params)
-            recorder = _Recorder(config, writer, console)
-            start = None
-            if resumed:
-                lay = devices.layout(config)
-                best = devices.laid(_no_best(config, policy), lay.of_seeds())
-                state = devices.laid(state, lay.of_state(state))
-                start = _load(resumed, state, best, recorder)
-                runs.write_config(folder, config)
-            for measurement in recorder.measurements:
-                for sink in sinks:
-                    if isinstance(sink, MarlEval | LearningCurve):  # those that hold it in memory
-                        sink.write(measurement)
             with console.compiling(programs._fields) as done:
                 programs = compile_programs(programs, config, done.append)
+            recorder = _Recorder(config, writer, console, earlier)
             saver = _Saver(config, folder, writer, log, spec(env))
             try:
                 with console.training():
@@ -388,15 +408,17 @@ def _no_best(config: RunConfig, params: Any) -> Best:
 class _Recorder:
     """Reads figures off the device, hands them on, and stops the run where one is NaN."""
 
-    def __init__(self, config: RunConfig, writer: Writer, console: Console) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        writer: Writer,
+        console: Console,
+        earlier: Sequence[Measurement] = (),
+    ) -> None:
         self.config, self.writer, self.console = config, writer, console
-        self.measurements: list[Measurement] = []
-        self.began = self.last = 0.0
-
-    def begin(self) -> None:
-        """Start the clock, or start it again where the run was left."""
+        self.measurements = list(earlier)
         self.last = time.perf_counter()
-        self.began = self.last - (self.measurements[-1].wall_s if self.measurements else 0.0)
+        self.began = self.last - (earlier[-1].wall_s if earlier else 0.0)
 
     def record(
         self, index: int, finite: Array, evaluation: dict[str, Array], training: dict[str, Array]
@@ -418,11 +440,6 @@ class _Recorder:
         self.console.update(measurement)
         self.measurements.append(measurement._replace(training={}))
         self._check(index, np.asarray(finite), figures)
-
-    def resume(self, measurement: Measurement) -> None:
-        """Take over what an earlier process measured and wrote."""
-        self.measurements.append(measurement)
-        self.console.resume(measurement)
 
     def record_absolute(self, best: Best, parts: list[dict[str, Array]]) -> Measurement:
         scores = _get(parts)
@@ -460,14 +477,6 @@ def _get(tree: Any) -> Any:
         pause = min(2 * pause, 0.02)
     _check_interrupted()
     return jax.device_get(tree)
-
-
-class Start(NamedTuple):
-    """What a resumed run goes on from; all (S, ...)."""
-
-    chunk: int
-    state: Any
-    best: Best
 
 
 class _Saver:
@@ -521,35 +530,10 @@ class _Saver:
             self.waiting.clear()
 
 
-def _load(resumed: Resumed, state: Any, best: Best, recorder: _Recorder) -> Start:
-    """Read a checkpoint, and give its measurements to the recorder. Raises ConfigError.
-
-    `state` and `best` say of what shapes the run's are.
-    """
-    config, folder, meta = recorder.config, resumed.folder, resumed.meta
-    shape = resumed.chunk + 1, len(config.seeds), config.eval_episodes
-    names = [name.removeprefix("history.") for name in meta["arrays"].get("record", ())]
-    history: dict[str, Any] = {n: np.zeros(shape, np.float32) for n in names if "." not in n}
-    history["wall_s"] = np.zeros(shape[:1])
-    try:
-        state = checkpoint.load(folder, meta, "state", state)
-        record = checkpoint.load(folder, meta, "record", {"best": best, "history": history})
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
-    history = record["history"]
-    wall_s = history.pop("wall_s")
-    for chunk in range(resumed.chunk + 1):
-        steps = (chunk * config.steps_per_chunk,) * len(config.seeds)
-        evaluation = {name: values[chunk] for name, values in history.items()}
-        recorder.resume(Measurement(chunk, steps, float(wall_s[chunk]), evaluation, {}, {}))
-    return Start(resumed.chunk, state, record["best"])
-
-
 def _train(
     programs: Programs, config: RunConfig, recorder: _Recorder, saver: _Saver, start: Start | None
 ) -> Result:
     """The loop over chunks. `programs` are compiled."""
-    recorder.begin()
     train_keys, evaluation_keys = seed_keys(config)
     state = start.state if start else programs.init(train_keys)
     best = start.best if start else None

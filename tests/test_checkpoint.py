@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,13 @@ def test_what_is_loaded_is_what_was_saved(saved, state):
     np.testing.assert_array_equal(
         checkpoint.load_named(folder, meta, "record")["score"], [1.5, -np.inf]
     )
+
+
+def test_a_relative_path_will_do(state, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = checkpoint.save(Path("here"), 3, {"state": state}, {})
+    loaded = checkpoint.load(folder, checkpoint.read_meta(folder), "state", state)
+    np.testing.assert_array_equal(loaded.step, state.step)
 
 
 def test_a_leaf_with_a_sharding_comes_back_with_it(saved, state):

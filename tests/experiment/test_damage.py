@@ -32,16 +32,8 @@ def folder(config, monkeypatch):
 def begin(config, folder):
     """What a resume does before it compiles: the chunk it would go on from, and all its arrays."""
     config = dataclasses.replace(config, resume=str(folder))
-    resumed = experiment._resumed(folder, config)
     programs = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
-    state = programs.init.eval_shape(experiment.seed_keys(config)[0])
-    policy, _ = programs.snapshot.eval_shape(state)
-    recorder = experiment._Recorder(config, None, experiment.Console(info_of(config), config, 0))
-    return experiment._load(resumed, state, experiment._no_best(config, policy), recorder)
-
-
-def info_of(config):
-    return experiment.Run(None, "fake", "test", "count", config.seeds, "episode_return", 12)
+    return experiment._start(folder, config, programs)
 
 
 def sign(path):

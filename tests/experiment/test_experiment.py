@@ -334,7 +334,7 @@ def test_exit_codes(config, monkeypatch, capsys, error, code, line):
 
 def test_unwritable_results_are_refused_before_compiling(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(experiment, "build_programs", None)
+    monkeypatch.setattr(experiment, "compile_programs", None)
     with pytest.raises(ConfigError, match=r"results_dir=.*: cannot write there: Not a directory"):
         run(config, results_dir=str(tmp_path / "file"))
 

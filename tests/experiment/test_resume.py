@@ -175,6 +175,15 @@ def test_other_shapes_are_refused_though_allowed(config):
         run(config, resume=str(folder), seeds=SEEDS[:2], allow_changes=("seeds",))
 
 
+def test_a_refused_resume_changes_nothing(config):
+    folder = run(config).folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for change in ({"num_envs": 2}, {"seeds": SEEDS[:2], "allow_changes": ("seeds",)}):
+        with pytest.raises(ConfigError):
+            run(config, resume=str(folder), **change)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_auto_takes_the_newest_unfinished_run_of_the_same_config(config, monkeypatch):
     finished = run(config, resume="auto").folder
     first, second = (stop_after(monkeypatch, config, 2) for _ in range(2))
