@@ -509,6 +509,8 @@ class _Saver:
     def _save(self, chunk: int, state: Any, best: Best, measurements: list[Measurement]) -> None:
         start = time.monotonic()
         try:
+            if runs.mend(self.root.parent, self.config, self.run_id):
+                self.writer.warn(f"{self.root.parent} was removed: made again")
             self.log.save()
             evaluations = [m.evaluation for m in measurements]
             history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}

@@ -89,6 +89,16 @@ def identity(folder: Path) -> str:
         raise ConfigError(f"{folder / STATUS}: cannot be read") from error
 
 
+def mend(folder: Path, config: RunConfig, run_id: str) -> bool:
+    """Write config.yaml and run.json again where the folder was removed; whether it was."""
+    if (folder / STATUS).exists():
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, config)
+    _write_status(folder, {"id": run_id, "status": "running"})
+    return True
+
+
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The run's newest checkpoint that can be used, and its meta.json; None if it has none at all.
 

@@ -101,6 +101,25 @@ def test_what_an_interruption_would_lose_is_saved(config, monkeypatch):
     assert names == ["00000003", "00000001"]  # the first is always due
 
 
+def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
+    whole = run(config)
+    update = Console.update
+
+    def remove(self, measurement):
+        update(self, measurement)
+        if measurement.chunk == 3:
+            self.run.folder.rename(self.run.folder.with_name("gone"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Console, "update", remove)
+        folder = run(config).folder
+    assert f"warning: {folder} was removed: made again" in capsys.readouterr().out
+    assert runs.status(folder) == "finished"
+    same_logs(folder, whole.folder)
+    run(config, resume=str(folder))
+    same_logs(folder, whole.folder)
+
+
 def test_only_the_newest_checkpoints_are_kept(config):
     folder = run(config, keep=3).folder
     names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
