@@ -159,7 +159,10 @@ def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
     steps = config.steps_per_update * len(config.seeds)
     median_update_s = statistics.median(update_s[1:])
     rollout = jax.jit(jax.vmap(lambda state: module.rollout(system, state)))
-    total_flops, _ = flops(jax.make_jaxpr(programs.train_chunk)(state))
+    shaped: Any = jax.ShapeDtypeStruct  # of one device: a layout is not what is counted
+    shapes = jax.tree.map(lambda x: shaped(x.shape, x.dtype), state)
+    train_chunk = jax.vmap(lambda state: module.train_chunk(system, state))
+    total_flops, _ = flops(jax.make_jaxpr(train_chunk)(shapes))
     peak_rate = matmul_rate()
     figures = {
         "import_s": IMPORTED - STARTED,
