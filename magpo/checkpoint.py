@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 FORMAT = 1
 META, MANIFEST = "meta.json", "manifest.json"
@@ -36,44 +35,28 @@ class CheckpointError(ValueError):
 def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
     """Write the pytrees `parts` and the JSON values `meta` as root/<chunk>.
 
-    Of several processes all have to call it, each with its shards of the arrays. Raises OSError.
+    Raises OSError, and what Orbax raises where it cannot write.
     """
-    first = jax.process_index() == 0
     final = root / f"{chunk:08d}"
     aside = root / f".{final.name}.tmp"
-    if first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    _wait(f"made {chunk}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     try:
-        _fill(aside, chunk, parts, meta)
-        if first:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(aside, final)
+        described = {}
+        with _orbax().PyTreeCheckpointer() as checkpointer:
+            for part, tree in parts.items():
+                arrays = _named(tree)
+                described[part] = {name: _describe(leaf) for name, leaf in arrays.items()}
+                stored = {name: _stored(leaf) for name, leaf in arrays.items()}
+                checkpointer.save((aside / part).absolute(), stored)
+        _write(aside / META, {"format": FORMAT, "chunk": chunk, **meta, "arrays": described})
+        _write(aside / MANIFEST, {name: _sha256(aside / name) for name in _files(aside)})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _wait(f"renamed {chunk}")
     return final
-
-
-def _fill(folder: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    ocp = _orbax()
-    named = {part: _named(tree) for part, tree in parts.items()}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        for part, arrays in named.items():
-            checkpointer.save(
-                (folder / part).absolute(), {k: _stored(v) for k, v in arrays.items()}
-            )
-    _wait(f"wrote {chunk}")
-    if jax.process_index() == 0:
-        about = {"format": FORMAT, "chunk": chunk, **meta}
-        about["arrays"] = {
-            part: {name: _describe(leaf) for name, leaf in arrays.items()}
-            for part, arrays in named.items()
-        }
-        _write(folder / META, about)
-        _write(folder / MANIFEST, {name: _sha256(folder / name) for name in _files(folder)})
 
 
 def prune(root: Path, keep: int) -> None:
@@ -220,9 +203,3 @@ def _write(path: Path, value: Any) -> None:
         json.dump(value, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _wait(step: str) -> None:
-    """For the other processes, where there are some."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"magpo checkpoint: {step}")

@@ -545,9 +545,10 @@ def _import(name: str, source: str | None) -> ModuleType:
     packaged = import_module(f"magpo.systems.{name}") if name in systems() else None
     if packaged and source in (None, packaged.__file__):
         return packaged
-    spec = spec_from_file_location(name, str(source))
+    # Under a name of its own: a file may have the name of a package.
+    spec = spec_from_file_location(f"_system_{name}", str(source))
     assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = module_from_spec(spec)
+    module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

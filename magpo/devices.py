@@ -27,14 +27,25 @@ class Layout:
     num_envs: int
     seeds_at_once: int | None  # of those on one device; None: all
 
-    def each_seed(self, function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
-        """`function` of one seed over the leading axis of the arguments whose entry is 0."""
-        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,)
-        over_seeds = self._in_groups(function, axes)
-        if self.mesh.size == 1:
-            return over_seeds
-        specs = tuple(EACH_SEED if axis == 0 else ALL for axis in axes)
-        return self.per_device(over_seeds, specs)
+    def each_seed(self, function: Callable[..., Any], num_shared: int = 0) -> Callable[..., Any]:
+        """`function` of one seed over the arguments' leading axis; the last `num_shared` arguments
+        are the same for all seeds."""
+
+        def over_seeds(own: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:
+            def one(own: tuple[Any, ...]) -> Any:
+                return function(*own, *shared)
+
+            if self.seeds_at_once is None:
+                return jax.vmap(one)(own)
+            return jax.lax.map(one, own, batch_size=self.seeds_at_once)
+
+        spread = self.per_device(over_seeds, (EACH_SEED, ALL))
+
+        def mapped(*arguments: Any) -> Any:
+            split = len(arguments) - num_shared
+            return spread(arguments[:split], arguments[split:])
+
+        return mapped
 
     def per_device(self, function: Callable[..., Any], in_specs: Any) -> Callable[..., Any]:
         """`function` of a device's own seeds, on every device."""
@@ -48,23 +59,6 @@ class Layout:
             axis_names={SEED},
             check_vma=False,
         )
-        return mapped
-
-    def _in_groups(self, function: Callable[..., Any], axes: tuple[Any, ...]) -> Callable[..., Any]:
-        if self.seeds_at_once is None:
-            return jax.vmap(function, in_axes=axes)
-
-        def mapped(*arguments: Any) -> Any:
-            over = [x for x, axis in zip(arguments, axes, strict=True) if axis == 0]
-
-            def one(values: list[Any]) -> Any:
-                given = iter(values)
-                return function(
-                    *(next(given) if a == 0 else x for x, a in zip(arguments, axes, strict=True))
-                )
-
-            return jax.lax.map(one, over, batch_size=self.seeds_at_once)
-
         return mapped
 
     def of_state(self, state: Any) -> Any:

@@ -325,7 +325,7 @@ def build_programs(
         partial(jax.lax.map, partial(system_module.init, system)), devices.EACH_SEED
     )
     state = lay.of_state(jax.eval_shape(init, seed_keys(config)[0]))
-    seeds, same = lay.of_seeds(), None
+    seeds = lay.of_seeds()
     return Programs(
         init=jax.jit(init, in_shardings=seeds, out_shardings=state),
         train_chunk=jax.jit(
@@ -337,13 +337,13 @@ def build_programs(
         snapshot=jax.jit(lay.each_seed(snapshot), in_shardings=(state,), out_shardings=seeds),
         copy=jax.jit(partial(jax.tree.map, jnp.copy), in_shardings=(state,), out_shardings=state),
         evaluate=jax.jit(
-            lay.each_seed(evaluate_seed, in_axes=(0, 0, None)),
-            in_shardings=(seeds, seeds, same),
+            lay.each_seed(evaluate_seed, num_shared=1),
+            in_shardings=(seeds, seeds, None),
             out_shardings=seeds,
         ),
         keep_best=jax.jit(
             jax.vmap(keep_best, in_axes=(0, 0, 0, None)),
-            in_shardings=(seeds, seeds, seeds, same),
+            in_shardings=(seeds, seeds, seeds, None),
             out_shardings=seeds,
         ),
     )
@@ -548,12 +548,12 @@ def _train(
             best = best or _no_best(config, params)
             best = programs.keep_best(best, params, evaluation["episode_return"], np.int32(index))
             measured = (finite, evaluation, training)
-        copy = programs.copy(state) if index > recorded and config.keep else None
+        copy = programs.copy(state) if index > max(recorded, 0) and config.keep else None
         if index < config.num_evaluations:
             state, training = programs.train_chunk(state)  # before the host waits for `measured`
         if index > recorded:
             recorder.record(index, *measured)
-        if copy is not None and best is not None and index > 0:
+        if copy is not None and best is not None:
             saver.offer(index, copy, best, recorder.measurements)
     assert best is not None
     absolute = None

@@ -1,6 +1,6 @@
 """Kill a run at random moments, resume it each time, and compare it with one left alone.
 
-    python scripts/crash_test.py --kills 30 magpo env=coordsum/3x10-30 ... results_dir=/tmp/crash
+    python scripts/crash_test.py --kills 30 magpo env=coordsum/3x10-30 ... results_dir=crash
 
 Every second kill waits until a checkpoint is being written. Exit code 0: every resume succeeded,
 and the last checkpoint and the log are those of the run left alone, bit for bit.
