@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magpo import processes
+
 FORMAT = 1
 META, MANIFEST = "meta.json", "manifest.json"
 
@@ -35,26 +37,30 @@ class CheckpointError(ValueError):
 def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
     """Write the pytrees `parts` and the JSON values `meta` as root/<chunk>.
 
-    Raises OSError, and what Orbax raises where it cannot write.
+    Of several processes all have to call it, each with its shards of the arrays. Raises OSError,
+    and what Orbax raises where it cannot write.
     """
     final = root / f"{chunk:08d}"
     aside = root / f".{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    if processes.is_first():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
     try:
         described = {}
-        with _orbax().PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             for part, tree in parts.items():
                 arrays = _named(tree)
                 described[part] = {name: _describe(leaf) for name, leaf in arrays.items()}
                 stored = {name: _stored(leaf) for name, leaf in arrays.items()}
                 checkpointer.save((aside / part).absolute(), stored)
-        _write(aside / META, {"format": FORMAT, "chunk": chunk, **meta, "arrays": described})
-        _write(aside / MANIFEST, {name: _sha256(aside / name) for name in _files(aside)})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
+        if processes.is_first():
+            _write(aside / META, {"format": FORMAT, "chunk": chunk, **meta, "arrays": described})
+            _write(aside / MANIFEST, {name: _sha256(aside / name) for name in _files(aside)})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(aside, ignore_errors=True)
         raise
     return final
 
@@ -122,16 +128,15 @@ def load_named(folder: Path, meta: Mapping[str, Any], part: str) -> dict[str, np
 
 def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     """Arrays by name; `template` says of what shape and sharding, None: as they are."""
-    ocp = _orbax()
 
     def argument(leaf: Any) -> Any:
         sharding = getattr(leaf, "sharding", None)
         if sharding is None:
-            return ocp.RestoreArgs(restore_type=np.ndarray)
-        return ocp.ArrayRestoreArgs(sharding=sharding)
+            return _orbax().RestoreArgs(restore_type=np.ndarray)
+        return _orbax().ArrayRestoreArgs(sharding=sharding)
 
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             restored: dict[str, Any] = checkpointer.restore(
                 folder.absolute(),
                 restore_args={name: argument(leaf) for name, leaf in template.items()},
@@ -151,6 +156,14 @@ def _orbax() -> Any:
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     return orbax.checkpoint
+
+
+def _checkpointer() -> Any:
+    """Orbax's, whose processes wait for each other without their devices: those train meanwhile."""
+    ocp = _orbax()
+    together = ocp.options.MultiprocessingOptions(active_processes=processes.everyone())
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together)
+    return ocp.Checkpointer(handler, multiprocessing_options=together)
 
 
 def _named(tree: Any) -> dict[str, Any]:

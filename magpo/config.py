@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -40,6 +41,12 @@ from magpo.envs import registry
 
 T = TypeVar("T")
 GROUPS = ("env", "budget", "logger")  # folders of files to choose from, by env=rware/tiny-4ag
+# What is no part of a run, and so not in its config.yaml.
+OF_THIS_PROCESS: dict[str, Any] = {
+    "resume": None,
+    "allow_changes": [],
+    "distributed": {"coordinator": None, "num_processes": None, "process_id": None},
+}
 HYDRA_SETTINGS = (
     "hydra.output_subdir=null",
     "hydra.run.dir=.",
@@ -82,6 +89,28 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Which of several processes this one is; all None where SLURM says it, or there is but one."""
+
+    coordinator: str | None  # host:port of process 0
+    num_processes: PositiveInt | None
+    process_id: NonNegativeInt | None
+
+    def __post_init__(self) -> None:
+        if self.coordinator is None and self.num_processes is None and self.process_id is None:
+            return
+        if self.coordinator is None or self.num_processes is None or self.process_id is None:
+            raise ValueError("needs coordinator, num_processes and process_id, or none of them")
+        if not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"coordinator must be host:port, not {self.coordinator!r}")
+        if self.process_id >= self.num_processes:
+            raise ValueError(
+                f"process_id must be below num_processes={self.num_processes}, "
+                f"not {self.process_id}"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All of one run. Steps count environment steps of one seed."""
 
@@ -105,6 +134,7 @@ class RunConfig:
     keep: NonNegativeInt  # checkpoints; 0: none are written
     resume: str | None  # a run's folder, or "auto"
     allow_changes: tuple[str, ...]  # keys that may differ from those of the run that is resumed
+    distributed: DistributedConfig
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -171,7 +201,7 @@ def dump(config: RunConfig) -> dict[str, Any]:
     values["run"] = {key: values.pop(key) for key in ("system", "budget", "tuned")}
     values["run"]["env"], values["env"] = values["env"].values()
     values |= {part: algorithm[part] for part in ("system", "network") if part in algorithm}
-    for key in ("resume", "allow_changes"):
+    for key in OF_THIS_PROCESS:
         del values[key]
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return {"run": plain.pop("run"), **plain}
@@ -228,7 +258,7 @@ def _resumed(
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"resume={folder}: no run there (it has no config.yaml); or resume=auto")
     values = dump(read(system, folder / "config.yaml"))
-    values |= {"resume": str(folder), "allow_changes": []}
+    values |= deepcopy(OF_THIS_PROCESS) | {"resume": str(folder)}
     task = values["run"]["env"]
     for text in _checked(overrides, folders):
         override = _parsed(text)
@@ -353,7 +383,7 @@ def _build(
 
 def _check(system: str | ModuleType, name: str, values: dict[str, Any]) -> RunConfig:
     """From values under the names of `dump` to the dataclasses. Raises ConfigError."""
-    values = {"resume": None, "allow_changes": [], **values}
+    values = {**OF_THIS_PROCESS, **values}
     algorithm = {part: values.pop(part, {}) for part in ("system", "network")}
     run = values.pop("run")
     task, options = run["env"], values["env"]

@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from magpo import processes
 from magpo.config import RunConfig
 from magpo.loggers import Measurement, Run
 from magpo.types import Environment
@@ -58,7 +59,8 @@ class Console:
         self.run = run
         self.config = config
         self.absolute_evaluations = absolute_evaluations
-        self.terminal = Terminal(highlight=False, quiet=not config.logger.console)
+        shown = config.logger.console and processes.is_first()
+        self.terminal = Terminal(highlight=False, quiet=not shown)
         self.latest: Measurement | None = None
         self.latest_at = 0.0
         self.best = np.full(len(run.seeds), -np.inf)  # (S,) mean episode return
@@ -71,12 +73,14 @@ class Console:
         config, device = self.config, jax.devices()[0]
         actions = "actions" if env.action_kind == "discrete" else "action dimensions"
         kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+        several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         rounded = f", {config.total_steps:,} rounded down to whole chunks"
         rows = {
             "agents": f"{env.num_agents}, with {env.action_dim} {actions} each",
             "parameters": f"{_size(policy):,} in the policy, {_size(params):,} in training",
             "seeds": ", ".join(map(str, config.seeds)),
-            "device": f"{jax.device_count()} x {device.platform} ({kind}), {config.precision}",
+            "device": f"{jax.device_count()} x {device.platform} ({kind}){several}, "
+            + config.precision,
             "steps": f"{config.trained_steps:,} per seed"
             + rounded * (config.trained_steps < config.total_steps),
             "updates": f"{config.num_updates:,}, each of {config.num_envs} environments x "

@@ -77,6 +77,10 @@ class Layout:
         """The sharding of anything with a leading axis of seeds."""
         return NamedSharding(self.mesh, EACH_SEED)
 
+    def of_figures(self) -> NamedSharding:
+        """The sharding of what the host reads: of several processes, each has all of it."""
+        return NamedSharding(self.mesh, EACH_SEED if jax.process_count() == 1 else ALL)
+
 
 def laid(tree: Any, sharding: Any) -> Any:
     """The shapes and dtypes of `tree`, with shardings: one for all, or a tree of them."""

@@ -10,11 +10,11 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magpo import __version__, checkpoint, devices, envs, runs
 from magpo import config as configuration
-from magpo.checkpoint import CheckpointError
+from magpo import devices, envs, processes, runs, saving
 from magpo.config import ConfigError, RunConfig
 from magpo.console import Console
 from magpo.evaluate import evaluate
@@ -43,11 +42,10 @@ from magpo.loggers import (
     Writer,
     defined,
 )
-from magpo.types import Array, Environment, EnvSpec, spec
+from magpo.saving import Saver, Start
+from magpo.types import Array, Environment, spec
 
 ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
-
-CHECKPOINT_SHARE = 0.02  # of a run's time, at most, goes into writing checkpoints
 
 
 _signals: list[int] = []  # that asked this process to stop
@@ -60,8 +58,8 @@ class DivergenceError(RuntimeError):
 class Best(NamedTuple):
     """Per seed: the evaluation with the highest mean episode return, the latest of equals."""
 
-    score: Array | np.ndarray  # (S,) mean episode return
-    chunk: Array | np.ndarray  # (S,) int32, chunks trained when it was evaluated
+    score: Any  # (S,) mean episode return
+    chunk: Any  # (S,) int32, chunks trained when it was evaluated
     params: Any  # (S, ...) the policy it evaluated
 
 
@@ -87,14 +85,13 @@ class Result:
     params: Any  # (S, ...) the policy at the end
 
 
-class Start(NamedTuple):
-    """Where an earlier process left a run, after a chunk was trained and evaluated."""
+class Shapes(NamedTuple):
+    """What the programs take and give, as shapes, dtypes and shardings."""
 
-    chunk: int
-    state: Any  # (S, ...)
+    keys: Any
+    state: Any
+    params: Any  # of the policy
     best: Best
-    measurements: list[Measurement]  # all so far, training metrics left out
-    log_bytes: int  # of metrics.jsonl, written by then
 
 
 def main(system_module: ModuleType) -> None:
@@ -112,6 +109,7 @@ def main(system_module: ModuleType) -> None:
         code = 1
     except KeyboardInterrupt:
         code = 128 + (_signals or [signal.SIGINT])[0]
+    processes.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # an orderly exit would first wait for the chunk that is under way
@@ -144,120 +142,51 @@ def run(system_module: ModuleType, config: RunConfig, env: Environment | None = 
             raise ConfigError(str(error)) from error
     system = system_module.make(config.algorithm, env)
     programs = build_programs(system_module, system, env, config)
-    folder = _folder(config)
-    with runs.working(folder):
-        start = _start(folder, config, programs) if config.resume else None
-        with runs.recorded(folder):
-            return _run(programs, env, config, folder, start)
+    shapes = shapes_of(programs, config)
+    with ExitStack() as stack:
+        folder = Path(processes.agreed(lambda: _claimed_folder(config, stack)))
+        start = saving.start(folder, config, shapes.state, shapes.best) if config.resume else None
+        if processes.is_first():
+            stack.enter_context(runs.recorded(folder))
+        return _run(programs, shapes, env, config, folder, start)
 
 
-def _folder(config: RunConfig) -> Path:
-    """The run's: a new one, or that of the run to be resumed."""
+def _claimed_folder(config: RunConfig, stack: ExitStack) -> Path:
+    """The run's, a new one or that of the run to be resumed, where nobody else then works."""
     if config.resume not in (None, "auto"):
-        return Path(str(config.resume))
-    found = runs.newest_unfinished(config) if config.resume else None
-    return found or runs.create(config)
-
-
-def _start(folder: Path, config: RunConfig, programs: Programs) -> Start | None:
-    """What the newest checkpoint that can be used holds; None where the run has none yet.
-
-    Raises ConfigError where it has some and none is usable, or where the configuration changed.
-    """
-    found = runs.newest_checkpoint(folder)
-    if found is None:
-        return None
-    path, meta = found
-    changed = configuration.differences(
-        meta["config"] | {"with": meta["with"]}, configuration.dump(config) | {"with": _with()}
-    )
-    if new := {key: text for key, text in changed.items() if key not in config.allow_changes}:
-        listed = "; ".join(f"{key}: {text}" for key, text in new.items())
-        raise ConfigError(
-            f"resume={folder}: not as it was: {listed}. To go on all the same: "
-            f"allow_changes=[{','.join(changed)}]"
-        )
-    if meta["steps_per_chunk"] != config.steps_per_chunk:
-        raise ConfigError(
-            f"resume={folder}: the steps between two evaluations must stay "
-            f"{meta['steps_per_chunk']}, not {config.steps_per_chunk}"
-        )
-    if meta["chunk"] > config.num_evaluations:
-        raise ConfigError(
-            f"resume={folder}: num_evaluations must be at least {meta['chunk']}, what it has, "
-            f"not {config.num_evaluations}"
-        )
-    try:
-        start = _load(path, meta, config, programs)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
-    runs.write_config(folder, config)
-    return start
-
-
-def _load(path: Path, meta: dict[str, Any], config: RunConfig, programs: Programs) -> Start:
-    lay, num_seeds, chunk = devices.layout(config), len(config.seeds), meta["chunk"]
-    state = programs.init.eval_shape(seed_keys(config)[0])
-    policy, _ = programs.snapshot.eval_shape(state)
-    names = [name.removeprefix("history.") for name in meta["arrays"].get("record", ())]
-    shape = chunk + 1, num_seeds, config.eval_episodes
-    history: dict[str, Any] = {n: np.zeros(shape, np.float32) for n in names if "." not in n}
-    history["wall_s"] = np.zeros(shape[:1])
-    best = devices.laid(_no_best(config, policy), lay.of_seeds())
-    state = checkpoint.load(path, meta, "state", devices.laid(state, lay.of_state(state)))
-    record = checkpoint.load(path, meta, "record", {"best": best, "history": history})
-    history = record["history"]
-    wall_s = history.pop("wall_s")
-    measurements = [
-        Measurement(
-            chunk=index,
-            env_steps=(index * config.steps_per_chunk,) * num_seeds,
-            wall_s=float(wall_s[index]),
-            evaluation={name: values[index] for name, values in history.items()},
-            training={},
-            timing={},
-        )
-        for index in range(chunk + 1)
-    ]
-    return Start(chunk, state, record["best"], measurements, meta["log_bytes"])
-
-
-def _with() -> dict[str, str]:
-    """What besides the configuration decides every bit of a run."""
-    present = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return {"magpo": __version__, "jax": jax.__version__, "devices": present}
+        folder = Path(str(config.resume))
+    else:
+        found = runs.newest_unfinished(config) if config.resume else None
+        folder = found or runs.create(config)
+    stack.enter_context(runs.working(folder))
+    return folder
 
 
 def _run(
-    programs: Programs, env: Environment, config: RunConfig, folder: Path, start: Start | None
+    programs: Programs,
+    shapes: Shapes,
+    env: Environment,
+    config: RunConfig,
+    folder: Path,
+    start: Start | None,
 ) -> Result:
     suite, _, task = env.name.partition("/")
     info = Run(
         folder, config.system, suite, task, config.seeds, env.headline, config.steps_per_update
     )
-    log = JsonLines(info, start.log_bytes if start else 0)
-    in_memory: list[Sink] = [MarlEval(info), *([LearningCurve(info)] if config.logger.plot else [])]
-    sinks: list[Sink] = [log, *in_memory]
-    if config.logger.tensorboard:
-        sinks.append(TensorBoard(info, start.measurements[-1].env_steps[0] if start else None))
-    if config.logger.neptune:
-        values = configuration.dump(config)
-        sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, values))
+    log = JsonLines(info, start.log_bytes if start else 0) if processes.is_first() else None
+    sinks: list[Sink] = [log, *_other_sinks(info, config, start)] if log else []
     console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
     earlier = start.measurements if start else []
     for measurement in earlier:
         console.resume(measurement)
-        for sink in in_memory:
-            sink.write(measurement)
     try:
         with Writer(sinks, console.warn) as writer:
-            state = programs.init.eval_shape(seed_keys(config)[0])
-            policy, _ = programs.snapshot.eval_shape(state)
-            console.header(env, policy, state.params)
+            console.header(env, shapes.params, shapes.state.params)
             with console.compiling(programs._fields) as done:
-                programs = compile_programs(programs, config, done.append)
+                programs = compile_programs(programs, shapes, config, done.append)
             recorder = _Recorder(config, writer, console, earlier)
-            saver = _Saver(config, folder, writer, log, spec(env))
+            saver = Saver(config, folder, writer, log, spec(env))
             try:
                 with console.training():
                     result = _train(programs, config, recorder, saver, start)
@@ -271,8 +200,22 @@ def _run(
     return result
 
 
+def _other_sinks(info: Run, config: RunConfig, start: Start | None) -> list[Sink]:
+    """All but metrics.jsonl, with what they need of a resumed run's past."""
+    sinks: list[Sink] = [MarlEval(info), *([LearningCurve(info)] if config.logger.plot else [])]
+    for measurement in start.measurements if start else ():
+        for sink in sinks:
+            sink.write(measurement)
+    if config.logger.tensorboard:
+        sinks.append(TensorBoard(info, start.measurements[-1].env_steps[0] if start else None))
+    if config.logger.neptune:
+        values = configuration.dump(config)
+        sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, values))
+    return sinks
+
+
 def set_up_jax(config: RunConfig) -> None:
-    """Platform, precision, compilation cache. To be called before JAX computes anything.
+    """Platform, precision, compilation cache, other processes; before JAX computes anything.
 
     By itself JAX takes a TPU or a GPU where there is one: only the CPU has to be asked for. Raises
     ConfigError for a platform that this machine, or this process, does not have.
@@ -288,6 +231,7 @@ def set_up_jax(config: RunConfig) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magpo" / "xla"
         settings.update("jax_compilation_cache_dir", str(cache))
         settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    processes.join(config.distributed)
     try:
         present = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the environment names one that is missing
@@ -324,50 +268,69 @@ def build_programs(
     init = lay.per_device(
         partial(jax.lax.map, partial(system_module.init, system)), devices.EACH_SEED
     )
-    state = lay.of_state(jax.eval_shape(init, seed_keys(config)[0]))
-    seeds = lay.of_seeds()
+    state = lay.of_state(jax.eval_shape(init, _key_shapes(config)))
+    seeds, figures = lay.of_seeds(), lay.of_figures()
+    best = Best(figures, figures, seeds)
     return Programs(
         init=jax.jit(init, in_shardings=seeds, out_shardings=state),
         train_chunk=jax.jit(
             lay.each_seed(partial(system_module.train_chunk, system)),
             in_shardings=(state,),
-            out_shardings=(state, seeds),
+            out_shardings=(state, figures),
             donate_argnums=0,
         ),
-        snapshot=jax.jit(lay.each_seed(snapshot), in_shardings=(state,), out_shardings=seeds),
+        snapshot=jax.jit(
+            lay.each_seed(snapshot), in_shardings=(state,), out_shardings=(seeds, figures)
+        ),
         copy=jax.jit(partial(jax.tree.map, jnp.copy), in_shardings=(state,), out_shardings=state),
         evaluate=jax.jit(
             lay.each_seed(evaluate_seed, num_shared=1),
             in_shardings=(seeds, seeds, None),
-            out_shardings=seeds,
+            out_shardings=figures,
         ),
         keep_best=jax.jit(
             jax.vmap(keep_best, in_axes=(0, 0, 0, None)),
-            in_shardings=(seeds, seeds, seeds, None),
-            out_shardings=seeds,
+            in_shardings=(best, seeds, figures, None),
+            out_shardings=best,
         ),
     )
 
 
+def shapes_of(programs: Programs, config: RunConfig) -> Shapes:
+    """What `programs` take and give."""
+    lay = devices.layout(config)
+    seeds, figures = lay.of_seeds(), lay.of_figures()
+    keys = devices.laid(_key_shapes(config), seeds)
+    state = programs.init.eval_shape(keys)
+    params, _ = programs.snapshot.eval_shape(state)
+    return Shapes(
+        keys=keys,
+        state=devices.laid(state, lay.of_state(state)),
+        params=devices.laid(params, seeds),
+        best=devices.laid(_no_best(config, params), Best(figures, figures, seeds)),
+    )
+
+
 def compile_programs(
-    programs: Programs, config: RunConfig, done: Callable[[str], None] = lambda name: None
+    programs: Programs,
+    shapes: Shapes,
+    config: RunConfig,
+    done: Callable[[str], None] = lambda name: None,
 ) -> Programs:
     """Compile all programs and tell `done` the name of each that is compiled.
 
     While one compiles, the next is traced. Compiling side by side as well would save no time, for
     XLA uses all cores by itself, but take half as much memory again.
     """
-    keys, index = seed_keys(config)[0], np.int32(0)
-    state = programs.init.eval_shape(keys)
-    params, _ = programs.snapshot.eval_shape(state)
+    index = np.int32(0)
     returns = np.zeros((len(config.seeds), config.eval_episodes), np.float32)
     arguments = {  # the longest first
-        "train_chunk": (state,),
-        "evaluate": (params, keys, index),
-        "init": (keys,),
-        "snapshot": (state,),
-        "copy": (state,),
-        "keep_best": (_no_best(config, params), params, returns, index),
+        "train_chunk": (shapes.state,),
+        "evaluate": (shapes.params, shapes.keys, index),
+        "init": (shapes.keys,),
+        "snapshot": (shapes.state,),
+        "copy": (shapes.state,),
+        "keep_best": (shapes.best, shapes.params, returns, index),
     }
 
     options: dict[str, Any] = {}
@@ -385,19 +348,28 @@ def compile_programs(
         return compiled
 
     pool, futures = ThreadPoolExecutor(1), {}
-    for name, shapes in arguments.items():
+    for name, given in arguments.items():
         _check_interrupted()
-        futures[name] = pool.submit(finish, name, getattr(programs, name).lower(*shapes))
+        futures[name] = pool.submit(finish, name, getattr(programs, name).lower(*given))
     pool.shutdown(wait=False)  # waiting here could not be interrupted
     return Programs(**{name: future.result() for name, future in futures.items()})
 
 
 def seed_keys(config: RunConfig) -> tuple[Array, Array]:
     """Each seed's random key for training and for evaluation, (S,) each."""
-    keys = jax.vmap(jax.random.key)(np.array(config.seeds, np.uint32))
-    pairs = jax.vmap(jax.random.split)(keys)
     sharding = devices.layout(config).of_seeds()
-    return jax.device_put(pairs[:, 0], sharding), jax.device_put(pairs[:, 1], sharding)
+    split: Any = jax.jit(jax.vmap(_split_seed), out_shardings=sharding)
+    train_keys, evaluation_keys = split(np.array(config.seeds, np.uint32))
+    return train_keys, evaluation_keys
+
+
+def _split_seed(seed: Array) -> tuple[Array, Array]:
+    train_key, evaluation_key = jax.random.split(jax.random.key(seed))
+    return train_key, evaluation_key
+
+
+def _key_shapes(config: RunConfig) -> Any:
+    return jax.eval_shape(jax.vmap(jax.random.key), np.array(config.seeds, np.uint32))
 
 
 def _no_best(config: RunConfig, params: Any) -> Best:
@@ -479,61 +451,8 @@ def _get(tree: Any) -> Any:
     return jax.device_get(tree)
 
 
-class _Saver:
-    """Has the writer thread save the run, as often as CHECKPOINT_SHARE of the time allows."""
-
-    def __init__(
-        self, config: RunConfig, folder: Path, writer: Writer, log: JsonLines, env: EnvSpec
-    ) -> None:
-        self.config, self.writer, self.log, self.env = config, writer, log, env
-        self.root = folder / runs.CHECKPOINTS
-        self.run_id = runs.identity(folder)
-        self.next = 0.0
-        self.waiting = threading.Event()
-        self.latest: Callable[[], None] | None = None  # what could be saved, and was not yet
-
-    def offer(self, chunk: int, state: Any, best: Best, measurements: list[Measurement]) -> None:
-        """A copy of the state after a chunk; the last chunk's is saved whatever it costs."""
-        self.latest = partial(self._save, chunk, state, best, list(measurements))
-        ready = not self.waiting.is_set() and time.monotonic() >= self.next
-        if ready or chunk == self.config.num_evaluations:
-            self.save_latest()
-
-    def save_latest(self) -> None:
-        """Save what was offered last, if it is not saved."""
-        if self.latest is not None and self.config.keep:
-            self.waiting.set()
-            self.writer.put(self.latest)
-        self.latest = None
-
-    def _save(self, chunk: int, state: Any, best: Best, measurements: list[Measurement]) -> None:
-        start = time.monotonic()
-        try:
-            if runs.mend(self.root.parent, self.config, self.run_id):
-                self.writer.warn(f"{self.root.parent} was removed: made again")
-            self.log.save()
-            evaluations = [m.evaluation for m in measurements]
-            history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}
-            history["wall_s"] = np.array([m.wall_s for m in measurements])
-            meta = {
-                "run": self.run_id,
-                "config": configuration.dump(self.config),
-                "with": _with(),
-                "env": asdict(self.env),
-                "steps_per_chunk": self.config.steps_per_chunk,
-                "log_bytes": self.log.size,
-            }
-            parts = {"state": state, "record": {"best": best, "history": history}}
-            checkpoint.save(self.root, chunk, parts, meta)
-            checkpoint.prune(self.root, self.config.keep)
-        finally:
-            now = time.monotonic()
-            self.next = now + (now - start) / CHECKPOINT_SHARE
-            self.waiting.clear()
-
-
 def _train(
-    programs: Programs, config: RunConfig, recorder: _Recorder, saver: _Saver, start: Start | None
+    programs: Programs, config: RunConfig, recorder: _Recorder, saver: Saver, start: Start | None
 ) -> Result:
     """The loop over chunks. `programs` are compiled."""
     train_keys, evaluation_keys = seed_keys(config)
@@ -561,7 +480,7 @@ def _train(
         indices = range(index + 1, index + 1 + ABSOLUTE_EVALUATIONS)
         parts = [programs.evaluate(best.params, evaluation_keys, np.int32(i)) for i in indices]
         absolute = recorder.record_absolute(best, parts)
-    return Result(saver.root.parent, recorder.measurements, absolute, best, params)
+    return Result(saver.folder, recorder.measurements, absolute, best, params)
 
 
 def _of_best(result: Result) -> Measurement:

@@ -140,7 +140,7 @@ def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
     system = module.make(config.algorithm, env)
     programs = experiment.build_programs(module, system, env, config)
     started = time.perf_counter()
-    compiled = experiment.compile_programs(programs, config)
+    compiled = experiment.compile_programs(programs, experiment.shapes_of(programs, config), config)
     compile_s = time.perf_counter() - started
     keys, _ = experiment.seed_keys(config)
     state, _ = compiled.train_chunk(compiled.init(keys))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from magpo import experiment
-from magpo.config import EnvConfig, LoggerConfig, RunConfig
+from magpo.config import DistributedConfig, EnvConfig, LoggerConfig, RunConfig
 from magpo.types import Observation, StepType, TimeStep, restart
 
 N, LENGTH, U, K = 3, 2, 2, 5  # agents, steps of an episode, updates per chunk, evaluations
@@ -116,6 +116,7 @@ def config(tmp_path):
         keep=2,
         resume=None,
         allow_changes=(),
+        distributed=DistributedConfig(None, None, None),
     )
 
 

@@ -4,28 +4,26 @@ import dataclasses
 import json
 import random
 import shutil
-import time
 
 import numpy as np
 import pytest
 
 from experiment.counting import SEEDS, SYSTEM, Count, K, run
-from magpo import checkpoint, experiment, runs
+from magpo import checkpoint, experiment, runs, saving
 from magpo.config import ConfigError
 
 
 @pytest.fixture
 def folder(config, monkeypatch):
     """A finished run with its two last checkpoints."""
-    offer = experiment._Saver.offer
+    offer = saving.Saver.offer
 
     def always(self, *args):
-        while self.waiting.is_set():
-            time.sleep(1e-3)
+        self.idle.wait()
         self.next = 0.0
         offer(self, *args)
 
-    monkeypatch.setattr(experiment._Saver, "offer", always)
+    monkeypatch.setattr(saving.Saver, "offer", always)
     return run(config).folder
 
 
@@ -33,7 +31,8 @@ def begin(config, folder):
     """What a resume does before it compiles: the chunk it would go on from, and all its arrays."""
     config = dataclasses.replace(config, resume=str(folder))
     programs = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
-    return experiment._start(folder, config, programs)
+    shapes = experiment.shapes_of(programs, config)
+    return saving.start(folder, config, shapes.state, shapes.best)
 
 
 def sign(path):

@@ -25,8 +25,8 @@ from magpo.systems import magpo
 run = config.load("magpo", sys.argv[2:])
 print("mesh", dict(devices.layout(run).mesh.shape))
 compile_programs = experiment.compile_programs
-def checked(programs, run, done):
-    compiled = compile_programs(programs, run, done)
+def checked(*arguments):
+    compiled = compile_programs(*arguments)
     text = compiled.train_chunk.as_text()
     print("communication", any(word in text for word in ("all-reduce", "all-gather", "permute(")))
     return compiled

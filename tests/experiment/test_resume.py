@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +10,21 @@ import pytest
 import yaml
 
 from experiment.counting import SEEDS, K, records, run
-from magpo import checkpoint, experiment, runs
+from magpo import checkpoint, runs, saving
 from magpo.config import ConfigError
 from magpo.console import Console
 
 
 @pytest.fixture(autouse=True)
 def _a_checkpoint_after_every_chunk(monkeypatch):
-    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", np.inf)
-    offer = experiment._Saver.offer
+    monkeypatch.setattr(saving, "TIME_SHARE", np.inf)
+    offer = saving.Saver.offer
 
     def patient(self, *args):
-        while self.waiting.is_set():
-            time.sleep(1e-3)
+        self.idle.wait()
         offer(self, *args)
 
-    monkeypatch.setattr(experiment._Saver, "offer", patient)
+    monkeypatch.setattr(saving.Saver, "offer", patient)
 
 
 def stop_after(monkeypatch, config, chunk):
@@ -95,7 +93,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, monkeypatch, chunk):
 
 
 def test_what_an_interruption_would_lose_is_saved(config, monkeypatch):
-    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", 1e-9)
+    monkeypatch.setattr(saving, "TIME_SHARE", 1e-9)
     folder = stop_after(monkeypatch, config, 4)
     names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
     assert names == ["00000003", "00000001"]  # the first is always due
@@ -182,7 +180,7 @@ def test_a_changed_config_is_refused_with_the_difference(config, change, message
 
 def test_another_version_is_refused(config, monkeypatch):
     folder = run(config).folder
-    monkeypatch.setattr(experiment, "__version__", "9.0")
+    monkeypatch.setattr(saving, "__version__", "9.0")
     with pytest.raises(ConfigError, match=r"with.magpo: .*, now 9.0"):
         run(config, resume=str(folder))
     run(config, resume=str(folder), allow_changes=("with.magpo",))

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiment.counting import SEEDS, K, U, records, run
-from magpo import experiment
+from magpo import experiment, saving
 
 
 def test_tensorboard_has_what_the_log_has(config):
@@ -27,14 +27,14 @@ def test_tensorboard_has_what_the_log_has(config):
 
 def test_tensorboard_hides_what_a_resumed_run_does_again(config, monkeypatch):
     logger = dataclasses.replace(config.logger, tensorboard=True)
-    offer = experiment._Saver.offer
+    offer = saving.Saver.offer
 
     def never_the_last(self, chunk, *args):
         if chunk == 2:
             self.next = 0.0
             offer(self, chunk, *args)
 
-    monkeypatch.setattr(experiment._Saver, "offer", never_the_last)
+    monkeypatch.setattr(saving.Saver, "offer", never_the_last)
     folder = run(config, logger=logger).folder
     run(config, logger=logger, resume=str(folder))
     events = EventAccumulator(str(folder / "tensorboard" / f"seed_{SEEDS[0]}"))

@@ -1,0 +1,79 @@
+"""Several processes that train one run together, on one machine or on many.
+
+Each has devices of its own and runs the same programs. The first one alone shows, logs and decides
+what depends on files or clocks; the others are told.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from magpo.config import ConfigError, DistributedConfig
+
+
+def join(config: DistributedConfig) -> None:
+    """Meet the other processes, where there are some; before JAX computes anything.
+
+    They are those that `config` says, or else the tasks of this SLURM job step. Raises ConfigError.
+    """
+    in_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    if jax.distributed.is_initialized() or not (config.coordinator or in_slurm):
+        return
+    settings: Any = jax.config
+    settings.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    try:
+        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"distributed: cannot join the other processes: {reason}") from error
+
+
+def is_first() -> bool:
+    """Whether this is the process that shows, logs and decides."""
+    return bool(jax.process_index() == 0)
+
+
+def everyone() -> set[int]:
+    """The numbers of all processes."""
+    return set(range(jax.process_count()))
+
+
+def agreed(decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on the first process, or the ConfigError it raises there.
+
+    To be called by all of them, from the thread that starts their computations. It goes through
+    JSON: a path arrives as a string.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    said: dict[str, Any] = {}
+    if is_first():
+        try:
+            said["value"] = decide()
+        except ConfigError as error:
+            said["error"] = str(error)
+    text = json.dumps(said, default=str).encode()
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    letters = np.frombuffer(text.ljust(length)[:length], np.uint8)
+    said = json.loads(bytes(multihost_utils.broadcast_one_to_all(letters)))
+    if "error" in said:
+        raise ConfigError(said["error"])
+    return said["value"]
+
+
+def leave() -> None:
+    """Before an abrupt exit: wait, a little, until all are at this point.
+
+    When one is gone, JAX aborts those that are still at work.
+    """
+    if jax.distributed.is_initialized():
+        from orbax.checkpoint.multihost import sync_global_processes
+
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            sync_global_processes("magpo leaves", timeout=10, processes=everyone())

@@ -1,0 +1,176 @@
+"""What a run saves of itself while it trains, and how it goes on from there."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from magpo import __version__, checkpoint, processes, runs
+from magpo import config as configuration
+from magpo.checkpoint import CheckpointError
+from magpo.config import ConfigError, RunConfig
+from magpo.loggers import JsonLines, Measurement, Writer
+from magpo.types import EnvSpec
+
+TIME_SHARE = 0.02  # of a run's time, at most, goes into writing checkpoints
+
+
+class Start(NamedTuple):
+    """Where an earlier process left a run, after a chunk was trained and evaluated."""
+
+    chunk: int
+    state: Any  # (S, ...)
+    best: Any  # (S, ...)
+    measurements: list[Measurement]  # all so far, training metrics left out
+    log_bytes: int  # of metrics.jsonl, written by then
+
+
+def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | None:
+    """What the run's newest usable checkpoint holds, in trees like `state` and `best`, whose leaves
+    have shape, dtype and sharding; None where the run has no checkpoint yet.
+
+    Raises ConfigError where it has some and none is usable, or where the configuration changed.
+    """
+    found = processes.agreed(lambda: runs.newest_checkpoint(folder))
+    if found is None:
+        return None
+    path, meta = found
+    _check_same(folder, meta, config)
+    try:
+        loaded = _load(Path(path), meta, config, state, best)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    if processes.is_first():
+        runs.write_config(folder, config)
+    return loaded
+
+
+def _check_same(folder: Path, meta: dict[str, Any], config: RunConfig) -> None:
+    """Raise ConfigError where a run cannot, or may not, go on under a configuration."""
+    changed = configuration.differences(
+        meta["config"] | {"with": meta["with"]}, configuration.dump(config) | {"with": _with()}
+    )
+    if new := {key: text for key, text in changed.items() if key not in config.allow_changes}:
+        listed = "; ".join(f"{key}: {text}" for key, text in new.items())
+        raise ConfigError(
+            f"resume={folder}: not as it was: {listed}. To go on all the same: "
+            f"allow_changes=[{','.join(changed)}]"
+        )
+    if meta["steps_per_chunk"] != config.steps_per_chunk:
+        raise ConfigError(
+            f"resume={folder}: the steps between two evaluations must stay "
+            f"{meta['steps_per_chunk']}, not {config.steps_per_chunk}"
+        )
+    if meta["chunk"] > config.num_evaluations:
+        raise ConfigError(
+            f"resume={folder}: num_evaluations must be at least {meta['chunk']}, what it has, "
+            f"not {config.num_evaluations}"
+        )
+
+
+def _with() -> dict[str, str]:
+    """What besides the configuration decides every bit of a run."""
+    present = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    if jax.process_count() > 1:
+        present += f" in {jax.process_count()} processes"
+    return {"magpo": __version__, "jax": jax.__version__, "devices": present}
+
+
+def _load(path: Path, meta: dict[str, Any], config: RunConfig, state: Any, best: Any) -> Start:
+    num_seeds, chunk = len(config.seeds), meta["chunk"]
+    names = [name.removeprefix("history.") for name in meta["arrays"].get("record", ())]
+    shape = chunk + 1, num_seeds, config.eval_episodes
+    history: dict[str, Any] = {n: np.zeros(shape, np.float32) for n in names if "." not in n}
+    history["wall_s"] = np.zeros(shape[:1])
+    state = checkpoint.load(path, meta, "state", state)
+    record = checkpoint.load(path, meta, "record", {"best": best, "history": history})
+    history = record["history"]
+    wall_s = history.pop("wall_s")
+    measurements = [
+        Measurement(
+            chunk=index,
+            env_steps=(index * config.steps_per_chunk,) * num_seeds,
+            wall_s=float(wall_s[index]),
+            evaluation={name: values[index] for name, values in history.items()},
+            training={},
+            timing={},
+        )
+        for index in range(chunk + 1)
+    ]
+    return Start(chunk, state, record["best"], measurements, meta["log_bytes"])
+
+
+class Saver:
+    """Has the writer thread save the run, as often as TIME_SHARE of the time allows.
+
+    Several processes have clocks of their own: they save after every chunk, and wait for it.
+    """
+
+    def __init__(
+        self, config: RunConfig, folder: Path, writer: Writer, log: JsonLines | None, env: EnvSpec
+    ) -> None:
+        """`log` is the first process's, None on the others."""
+        self.config, self.writer, self.log, self.env = config, writer, log, env
+        self.folder = folder
+        self.run_id = runs.identity(folder)
+        self.next = 0.0
+        self.idle = threading.Event()
+        self.idle.set()
+        self.latest: Callable[[], None] | None = None  # what could be saved, and was not yet
+
+    def offer(self, chunk: int, state: Any, best: Any, measurements: Sequence[Measurement]) -> None:
+        """A copy of the state after a chunk; the last chunk's is saved whatever it costs."""
+        self.latest = partial(self._save, chunk, state, best, list(measurements))
+        if jax.process_count() > 1:
+            self.idle.wait()
+            due = True
+        else:
+            due = self.idle.is_set() and time.monotonic() >= self.next
+        if due or chunk == self.config.num_evaluations:
+            self.save_latest()
+
+    def save_latest(self) -> None:
+        """Save what was offered last, if it is not saved."""
+        if self.latest is not None and self.config.keep:
+            self.idle.clear()
+            self.writer.put(self.latest)
+        self.latest = None
+
+    def _save(self, chunk: int, state: Any, best: Any, measurements: list[Measurement]) -> None:
+        start = time.monotonic()
+        root = self.folder / runs.CHECKPOINTS
+        try:
+            log_bytes = self._save_log() if self.log else 0
+            evaluations = [m.evaluation for m in measurements]
+            history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}
+            history["wall_s"] = np.array([m.wall_s for m in measurements])
+            meta = {
+                "run": self.run_id,
+                "config": configuration.dump(self.config),
+                "with": _with(),
+                "env": asdict(self.env),
+                "steps_per_chunk": self.config.steps_per_chunk,
+                "log_bytes": log_bytes,
+            }
+            parts = {"state": state, "record": {"best": best, "history": history}}
+            checkpoint.save(root, chunk, parts, meta)
+            if processes.is_first():
+                checkpoint.prune(root, self.config.keep)
+        finally:
+            now = time.monotonic()
+            self.next = now + (now - start) / TIME_SHARE
+            self.idle.set()
+
+    def _save_log(self) -> int:
+        """Bring metrics.jsonl up to date; its length. A removed folder is made again."""
+        assert self.log is not None
+        if runs.mend(self.folder, self.config, self.run_id):
+            self.writer.warn(f"{self.folder} was removed: made again")
+        self.log.save()
+        return self.log.size

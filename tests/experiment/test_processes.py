@@ -1,0 +1,111 @@
+"""Two real processes that train one run together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from experiment.test_devices import figures
+from experiment.test_resume import arrays, same_logs
+
+SHORT = [
+    *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
+    *("eval_episodes=2", "network.guider.embed_dim=8", "network.learner.hidden_dim=8"),
+    *("absolute_metric=false", "logger.plot=false", "keep=30"),
+]
+TWO_SEEDS = [*SHORT, "seeds=[0,1]", "total_steps=1920", "num_evaluations=30"]
+
+
+def begin(overrides, environment=None):
+    """A process that trains with these overrides."""
+    command = [sys.executable, "-m", "magpo.systems.magpo", *overrides]
+    pipe = subprocess.PIPE
+    env = os.environ | (environment or {})
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+
+
+def begin_two(overrides):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    of_both = [f"distributed.coordinator={coordinator}", "distributed.num_processes=2"]
+    return [begin([*overrides, *of_both, f"distributed.process_id={i}"]) for i in range(2)]
+
+
+def ends(processes, code):
+    """What each printed, once both have ended with this code."""
+    printed = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), printed
+    return printed
+
+
+def only_run(root):
+    (folder,) = root.glob("*/*/*/*")
+    return folder
+
+
+def test_one_seed_over_two_tasks_of_a_slurm_step_is_the_same_run(tmp_path):
+    one_seed = [*SHORT, "total_steps=192", "num_evaluations=3"]
+    ends([begin([*one_seed, f"results_dir={tmp_path / 'one'}"])], 0)
+    step = {"SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
+    step |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid())}
+    both = [*one_seed, f"results_dir={tmp_path / 'two'}"]
+    first, second = ends([begin(both, step | {"SLURM_PROCID": str(i)}) for i in range(2)], 0)
+    assert "2 x cpu" in first[0] and "in 2 processes" in first[0]
+    assert "steps" not in second[0]
+    alone, together = (figures(only_run(tmp_path / name)) for name in ("one", "two"))
+    assert alone.keys() == together.keys()
+    np.testing.assert_allclose(
+        list(together.values()), [alone[name] for name in together], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
+    ends(begin_two([*TWO_SEEDS, f"results_dir={tmp_path / 'whole'}"]), 0)
+    stopped = [*TWO_SEEDS, f"results_dir={tmp_path / 'stopped'}", "resume=auto"]
+    both = begin_two(stopped)
+    while not list((tmp_path / "stopped").glob("*/*/*/*/checkpoints/0*")):
+        assert both[0].poll() is None
+        time.sleep(0.01)
+    for process in both:
+        process.send_signal(signal.SIGTERM)
+    ends(both, 143)
+    folder, whole = only_run(tmp_path / "stopped"), only_run(tmp_path / "whole")
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    done = len(list((folder / "checkpoints").iterdir()))
+    assert 0 < done < 30
+    ends(begin_two(stopped), 0)
+    same_logs(only_run(tmp_path / "stopped"), whole)
+    again, expected = arrays(folder, 30), arrays(whole, 30)
+    assert again.keys() == expected.keys()
+    for name in again:
+        np.testing.assert_array_equal(again[name], expected[name], err_msg=name)
+
+
+def test_what_the_first_process_refuses_ends_all(tmp_path):
+    (tmp_path / "file").write_text("")
+    printed = ends(begin_two([*TWO_SEEDS, f"results_dir={tmp_path / 'file'}"]), 2)
+    for _, stderr in printed:
+        assert f"error: results_dir={tmp_path / 'file'}: cannot write there" in stderr
+        assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["coordinator=localhost:80"], "distributed: needs coordinator, num_processes and proc"),
+        (["coordinator=here", "num_processes=2", "process_id=0"], "must be host:port, not 'here'"),
+        (["coordinator=a:1", "num_processes=2", "process_id=2"], "process_id must be below num_"),
+    ],
+)
+def test_half_said_is_refused(overrides, message):
+    from magpo.config import ConfigError, load
+
+    with pytest.raises(ConfigError, match=message):
+        load("magpo", [*SHORT, *(f"distributed.{text}" for text in overrides)])
