@@ -98,6 +98,12 @@ class Console:
         if config.budget == "quick" and self.run.suite in SPARSE_SUITES:
             self.line(HINT.format(system=self.run.system), "yellow")
 
+    def memory(self, needed: int, available: int) -> None:
+        """Bytes on each device, told before they are taken."""
+        self.line(f"memory: about {short(needed)}B of {short(available)}B on each device")
+        if needed > available:
+            self.warn("that is too much: num_envs, or seeds_per_batch, makes it less")
+
     def line(self, text: str, style: str = "") -> None:
         """One line as it is: never wrapped, so that paths and commands can be copied."""
         self.terminal.print(Text(text, style), soft_wrap=True)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magpo import config as configuration
-from magpo import devices, envs, processes, runs, saving
+from magpo import devices, envs, memory, processes, runs, saving
 from magpo.config import ConfigError, RunConfig
 from magpo.console import Console
 from magpo.evaluate import evaluate
@@ -183,6 +183,9 @@ def _run(
     try:
         with Writer(sinks, console.warn) as writer:
             console.header(env, shapes.params, shapes.state.params)
+            traced = programs.train_chunk.trace(shapes.state)
+            needed = memory.estimate(traced, shapes.state, devices.layout(config).mesh)
+            console.memory(needed, memory.available())
             with console.compiling(programs._fields) as done:
                 programs = compile_programs(programs, shapes, config, done.append)
             recorder = _Recorder(config, writer, console, earlier)

@@ -11,7 +11,7 @@ import pytest
 
 from magpo import console as console_module
 from magpo import plotting
-from magpo.config import EnvConfig, LoggerConfig, RunConfig
+from magpo.config import DistributedConfig, EnvConfig, LoggerConfig, RunConfig
 from magpo.console import Console, short, spread
 from magpo.loggers import (
     JsonLines,
@@ -288,6 +288,7 @@ def make_console(folder, suite="lbf", budget="quick", headline="episode_return")
         keep=2,
         resume=None,
         allow_changes=(),
+        distributed=DistributedConfig(None, None, None),
     )
     return Console(make_run(folder, headline=headline)._replace(suite=suite), config, 10)
 
