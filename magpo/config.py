@@ -8,16 +8,11 @@ have none. A system module's own `Config` checks its part, so this file knows no
 
 import difflib
 import json
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
-from itertools import groupby
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
@@ -25,9 +20,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import hydra
 import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -47,13 +39,6 @@ OF_THIS_PROCESS: dict[str, Any] = {
     "allow_changes": [],
     "distributed": {"coordinator": None, "num_processes": None, "process_id": None},
 }
-HYDRA_SETTINGS = (
-    "hydra.output_subdir=null",
-    "hydra.run.dir=.",
-    "hydra.sweep.dir=${results_dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}",
-    "hydra.sweep.subdir=.",
-    "hydra/job_logging=none",
-)
 
 
 class ConfigError(ValueError):
@@ -187,11 +172,11 @@ def load(
     module's name and lies beside it, or in `config_dir`. That folder may hold budget/, logger/ and
     tuned/ files too. Raises ConfigError.
     """
-    name, folders = _locate(system, config_dir)
+    name, folders = locate(system, config_dir)
     resumed = [text for text in overrides if re.match(r"resume=(?!auto$|null$)", text)]
     if resumed:
-        return _resumed(system, name, folders, Path(_parsed(resumed[-1]).value()), overrides)
-    return _build(system, name, folders, *_compose(name, overrides, folders))
+        return _resumed(system, name, folders, Path(parse(resumed[-1]).value()), overrides)
+    return build(system, name, folders, *_compose(name, overrides, folders))
 
 
 def dump(config: RunConfig) -> dict[str, Any]:
@@ -209,7 +194,7 @@ def dump(config: RunConfig) -> dict[str, Any]:
 
 def read(system: str | ModuleType, file: Path) -> RunConfig:
     """A run's config.yaml, checked like a new one. Raises ConfigError."""
-    name, _ = _locate(system, None)
+    name, _ = locate(system, None)
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         run = values["run"]
@@ -261,7 +246,7 @@ def _resumed(
     values |= deepcopy(OF_THIS_PROCESS) | {"resume": str(folder)}
     task = values["run"]["env"]
     for text in _checked(overrides, folders):
-        override = _parsed(text)
+        override = parse(text)
         key, value = override.key_or_group, override.value()
         if key == "env" and value != task:
             raise ConfigError(f"resume={folder}: is a run on {task}, not on {value}")
@@ -269,75 +254,19 @@ def _resumed(
             values["run"][key] = value == "true" if key == "tuned" else value
         elif key == "logger":
             chosen, choices = _compose(name, [f"env={task}", f"logger={value}"], folders)
-            values["logger"] = dump(_build(system, name, folders, chosen, choices))["logger"]
+            values["logger"] = dump(build(system, name, folders, chosen, choices))["logger"]
         elif key != "resume":
             *parents, last = key.split(".")
             group = values
             for parent in parents:
                 group = group.get(parent, {}) if isinstance(group, dict) else {}
             if last not in group or override.is_add() or override.is_delete():
-                raise ConfigError(_unknown_key(key, list(_keys(values))))
+                raise ConfigError(unknown_key(key, list(_keys(values))))
             group[last] = value
     return _check(system, name, values)
 
 
-def hydra_main(
-    system: str | ModuleType,
-    run: Callable[[ModuleType, RunConfig], object],
-    config_dir: Path | None = None,
-) -> None:
-    """The command line of a system: its arguments are overrides and a few of Hydra's flags.
-
-    Without flags this is `run(module, load(system, arguments))`: no Hydra application, no outputs/
-    folder, no change of folder or of logging. --help is ours; --cfg, --info, --multirun and shell
-    completion are Hydra's. All jobs of a --multirun are checked before the first starts; its record
-    and a launcher's files go to <results_dir>/sweeps/. A ConfigError, also one that `run` raises,
-    ends the process with its line on stderr and exit code 2.
-    """
-    arguments = sys.argv[1:]
-    with exit_on_config_error():
-        if {"-h", "--help"} & set(arguments):
-            print(_help(*_locate(system, config_dir)))
-        elif any(argument.startswith("-") for argument in arguments):
-            _hydra_app(system, run, config_dir)
-        else:
-            module = system if isinstance(system, ModuleType) else _import(system, None)
-            run(module, load(system, arguments, config_dir))
-
-
-def key_values(
-    arguments: Sequence[str], keys: Mapping[str, type], open_group: str = ""
-) -> dict[str, Any]:
-    """The arguments of a command with these keys and types; `open_group` may have any below it.
-
-    Raises ConfigError.
-    """
-    values: dict[str, Any] = {}
-    for text in arguments:
-        override = _parsed(text)
-        key, value = override.key_or_group, override.value()
-        if key not in keys and not (open_group and key.startswith(f"{open_group}.")):
-            raise ConfigError(_unknown_key(key, list(keys)))
-        kind = keys.get(key, type(value))
-        if kind is str and isinstance(value, int | float):
-            value = str(value)
-        if type(value) is not kind:
-            raise ConfigError(f"{key} must be of type {kind.__name__}, not {value!r}")
-        values[key] = value
-    return values
-
-
-@contextmanager
-def exit_on_config_error() -> Iterator[None]:
-    """Turn a ConfigError into one line on stderr and exit code 2."""
-    try:
-        yield
-    except ConfigError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-
-
-def _locate(system: str | ModuleType, config_dir: Path | None) -> tuple[str, list[Path]]:
+def locate(system: str | ModuleType, config_dir: Path | None) -> tuple[str, list[Path]]:
     """The system's name and the folders with YAML files, the one with the system's own first."""
     if isinstance(system, ModuleType):
         source = Path(str(system.__file__))
@@ -353,21 +282,21 @@ def _locate(system: str | ModuleType, config_dir: Path | None) -> tuple[str, lis
     return name, folders
 
 
-def _options(folders: Sequence[Path], group: str) -> list[str]:
+def option_names(folders: Sequence[Path], group: str) -> list[str]:
     """The names that `group=` can take: its YAML files."""
     roots = [folder / group for folder in folders]
     files = [file.relative_to(root) for root in roots for file in root.rglob("*.yaml")]
     return sorted({file.with_suffix("").as_posix() for file in files})
 
 
-def _build(
+def build(
     system: str | ModuleType,
     name: str,
     folders: Sequence[Path],
     config: DictConfig,
     choices: Mapping[str, str],
 ) -> RunConfig:
-    """Check what was composed; `choices` has each group's file."""
+    """Check what was composed; `choices` has each group's file. Raises ConfigError."""
     try:
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -376,7 +305,7 @@ def _build(
         "system": name,
         "env": choices["env"],
         "budget": choices.get("budget", "none"),
-        "tuned": choices.get("tuned") in _options(folders, "tuned"),
+        "tuned": choices.get("tuned") in option_names(folders, "tuned"),
     }
     return _check(system, name, values)
 
@@ -414,22 +343,22 @@ def _hydra_compose(
     name: str, overrides: Sequence[str], folders: Sequence[Path]
 ) -> tuple[DictConfig, dict[str, str]]:
     with hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
-        config = hydra.compose(name, [_search(folders), *overrides], return_hydra_config=True)
+        config = hydra.compose(name, [search_path(folders), *overrides], return_hydra_config=True)
     ours = [str(key) for key in config if key != "hydra"]
     return OmegaConf.masked_copy(config, ours), dict(config.hydra.runtime.choices)
 
 
-def _search(folders: Sequence[Path]) -> str:
+def search_path(folders: Sequence[Path]) -> str:
     """The override that lets Hydra look beyond the first folder."""
     return f"hydra.searchpath={json.dumps([folder.as_uri() for folder in folders[1:]])}"
 
 
 def _checked(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """The overrides as Hydra takes them, if each can be read and chooses from what there is."""
-    known = {group: _options(folders, group) for group in GROUPS} | {"env": registry.tasks()}
-    overrides = _tuned(overrides)
+    known = {group: option_names(folders, group) for group in GROUPS} | {"env": registry.tasks()}
+    overrides = spell_tuned(overrides)
     for text in overrides:
-        override = _parsed(text)
+        override = parse(text)
         key, value = override.key_or_group, override.value()
         if override.is_sweep_override():
             raise ConfigError(f"{text!r}: a list is written [0,1], a sweep needs --multirun")
@@ -441,8 +370,12 @@ def _checked(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     return overrides
 
 
-def _tuned(overrides: Sequence[str]) -> list[str]:
-    """To Hydra tuned/ is a group of files: true is what its YAML chooses, false no file's name."""
+def spell_tuned(overrides: Sequence[str]) -> list[str]:
+    """`tuned=` as Hydra takes it.
+
+    To it tuned/ is a group of files: true is what its YAML chooses, false no file's name.
+    Raises ConfigError.
+    """
     off = "tuned='false'"
     words = {"tuned=true": [], "tuned=false": [off], off: [off]}
     for text in overrides:
@@ -451,7 +384,8 @@ def _tuned(overrides: Sequence[str]) -> list[str]:
     return [new for text in overrides for new in words.get(text.lower(), [text])]
 
 
-def _parsed(text: str) -> Override:
+def parse(text: str) -> Override:
+    """One argument, key=value in Hydra's grammar. Raises ConfigError."""
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -467,7 +401,7 @@ def _suites() -> list[str]:
 
 def _explain(error: Exception, name: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:
     """One line for an error of Hydra's: those have several, and no nearest match."""
-    parsed = [(text, _parsed(text)) for text in overrides]
+    parsed = [(text, parse(text)) for text in overrides]
     if not any(o.key_or_group == "env" and not o.is_delete() for _, o in parsed):
         return f"no task chosen: write env=<suite>/<task>, of {', '.join(_suites())}"
     try:  # with the files chosen, and no value overridden
@@ -478,7 +412,7 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], folders: Seq
     for _, o in parsed:
         key = o.key_or_group
         if not o.is_add() and key not in known:
-            return _unknown_key(key, known)
+            return unknown_key(key, known)
     return str(error).partition("\n")[0]
 
 
@@ -490,8 +424,8 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(node[key], f"{prefix}{key}.")
 
 
-def _unknown_key(key: str, known: Sequence[str]) -> str:
-    """`known` are dotted names; one with the same last part is the nearest."""
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """The line that says so. `known` are dotted names; one with the same last part is nearest."""
     leaf = key.rpartition(".")[2]
     near = [name for name in known if name.rpartition(".")[2] == leaf]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -517,83 +451,10 @@ def _line(error: ErrorDetails, schema: type) -> str:
     if error["type"] == "unexpected_keyword_argument":
         for parent in parents:
             schema = get_type_hints(schema)[parent]
-        return _unknown_key(key, [".".join((*parents, field.name)) for field in fields(schema)])
+        return unknown_key(key, [".".join((*parents, field.name)) for field in fields(schema)])
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     rule = error["msg"].replace("Input should", "must").replace("a valid array", "a list")
     return f"{key} {rule.replace('an object', 'a group of keys')}, not {error['input']!r}"
-
-
-def _hydra_app(
-    system: str | ModuleType,
-    run: Callable[[ModuleType, RunConfig], object],
-    config_dir: Path | None,
-) -> None:
-    """Hand arguments with flags to Hydra, all its jobs checked."""
-    name, folders = _locate(system, config_dir)
-    # A launcher's jobs may be other processes, where `__main__` is another module.
-    source = str(system.__file__) if isinstance(system, ModuleType) else None
-    if isinstance(system, ModuleType):
-        _loaded[str(source)] = system
-    flags, unknown = get_args_parser().parse_known_args()
-    if unknown or flags.config_name or flags.config_path or flags.config_dir:
-        raise ConfigError(f"unknown flag {(unknown or ['--config-...'])[0]!r}: see --help")
-    asked = ("run", "multirun", "cfg", "info", "shell_completion")
-    if len(given := [f"--{flag}" for flag in asked if getattr(flags, flag)]) > 1:
-        raise ConfigError(f"{' and '.join(given)} do not go together")
-    overrides = _tuned(flags.overrides)
-
-    def run_job(config: DictConfig) -> None:
-        module = _import(name, source)
-        with exit_on_config_error():
-            run(module, _build(module, name, folders, config, HydraConfig.get().runtime.choices))
-
-    others = [argument for argument in sys.argv[1:] if argument not in flags.overrides]
-    sys.argv[1:] = [*others, *HYDRA_SETTINGS, _search(folders), *overrides]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing its own account
-    try:
-        parsed = [_parsed(text) for text in overrides]
-        if not (flags.hydra_help or flags.shell_completion) and all(
-            override.key_or_group != "hydra/sweeper" for override in parsed
-        ):
-            for job in BasicSweeper.split_arguments(parsed, None)[0]:
-                load(system, job, config_dir)
-        hydra.main(config_path=str(folders[0]), config_name=name, version_base="1.3")(run_job)()
-    except HydraException as error:
-        raise ConfigError(str(error).partition("\n")[0]) from error
-
-
-_loaded: dict[str, ModuleType] = {}  # by file, in this process
-
-
-def _import(name: str, source: str | None) -> ModuleType:
-    """A system's module: the package's, or the one in the file `source`."""
-    if source in _loaded:
-        return _loaded[source]
-    packaged = import_module(f"magpo.systems.{name}") if name in systems() else None
-    if packaged and source in (None, packaged.__file__):
-        return packaged
-    # Under a name of its own: a file may have the name of a package.
-    spec = spec_from_file_location(f"_system_{name}", str(source))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _help(name: str, folders: Sequence[Path]) -> str:
-    """What can be given on the command line, out of the YAML files and their comments."""
-    package = "magpo.systems." if name in systems() else ""
-    text = [f"usage: python -m {package}{name} env=<suite>/<task> [key=value ...] [flags]"]
-    text += ["", "tasks:"]
-    for suite, tasks in groupby(registry.tasks(), lambda task: task.partition("/")[0]):
-        text.append(f"  {suite}/ " + " ".join(task.partition("/")[2] for task in tasks))
-    text += [f"{group}: " + " | ".join(_options(folders, group)) for group in ("budget", "logger")]
-    text += ["flags: --cfg job (print the configuration), --multirun (a=1,2 sweeps), --help"]
-    for file in ("experiment", "budget/paper", "logger/default", name):
-        path = next(path for folder in folders if (path := folder / f"{file}.yaml").is_file())
-        body = re.sub(r"(?m)^(# @package.*|defaults:\n(  - .*\n)*)\n?", "", path.read_text())
-        text += ["", f"{file}.yaml", *(f"  {line}".rstrip() for line in body.strip().splitlines())]
-    return "\n".join(text)

@@ -93,7 +93,7 @@ def _measure(timestep: TimeStep, episode_return: Array, episode_length: Array) -
 
 def main() -> None:
     """`python -m magpo.evaluate run=<folder> [key=value ...]`"""
-    from magpo.config import exit_on_config_error
+    from magpo.cli import exit_on_config_error
 
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
@@ -118,12 +118,12 @@ def _main(arguments: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from magpo import config, envs, policy
+    from magpo import cli, envs, policy
     from magpo.config import ConfigError
     from magpo.console import spread
 
     keys = {"run": str, "episodes": int, "greedy": bool, "seed": int, "env": str}
-    given = config.key_values(arguments, keys, open_group="env")
+    given = cli.key_values(arguments, keys, open_group="env")
     if "run" not in given:
         raise ConfigError("run=<folder> is missing")
     trained = policy.read(given["run"])

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magpo import cli, devices, envs, memory, processes, runs, saving
 from magpo import config as configuration
-from magpo import devices, envs, memory, processes, runs, saving
 from magpo.config import ConfigError, RunConfig
 from magpo.console import Console
 from magpo.evaluate import evaluate
@@ -102,7 +102,7 @@ def main(system_module: ModuleType) -> None:
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        configuration.hydra_main(system_module, run)
+        cli.hydra_main(system_module, run)
         return
     except (DivergenceError, LoggingError) as error:
         print("error:", error, file=sys.stderr)

@@ -19,7 +19,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from magpo import config
+from magpo import cli
 from magpo.config import ConfigError
 from magpo.policy import Policy, load_policy
 from magpo.types import Array, Observation
@@ -92,8 +92,8 @@ def main() -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return
-    with config.exit_on_config_error():
-        given = config.key_values(arguments, {"run": str, "out": str, "seed": int, "agent": int})
+    with cli.exit_on_config_error():
+        given = cli.key_values(arguments, {"run": str, "out": str, "seed": int, "agent": int})
         if "run" not in given:
             raise ConfigError("run=<folder> is missing")
         policy = load_policy(given["run"], seed=given.get("seed"), agent=given.get("agent", 0))

@@ -2,12 +2,16 @@
 
     python scripts/benchmark.py magpo env=coordsum/3x10-30 num_envs=64
     python scripts/benchmark.py magpo env=rware/tiny-4ag seeds=[0,1,2] --json figures.json
+    python scripts/benchmark.py --overhead 5 magpo env=coordsum/3x10-30 num_envs=64
 
 Overrides are those of `python -m magpo.systems.<system>`. One process, the programs of a real run:
 start-up counts from the start of the process, and a chunk is one update. FLOPs are XLA's count of
 the unoptimised update, each loop's body as often as it runs; the share is of the rate of a large
 float32 matmul on the same machine. Memory is the process's peak before that matmul. The last shares
 are of the time that XLA's operations of an update took, on all threads together.
+
+With --overhead, that many chunks are trained as they are, with their evaluations, and a checkpoint
+after each, and the writer thread's time is measured. Where it has a core of its own, it costs less.
 """
 
 import time
@@ -21,12 +25,14 @@ import resource  # noqa: E402
 import statistics  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
-from collections import Counter  # noqa: E402
+from collections import Counter, defaultdict  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from importlib import import_module  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import ModuleType  # noqa: E402
 from typing import Any  # noqa: E402
+from unittest import mock  # noqa: E402
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -34,8 +40,8 @@ from jax.extend.core import jaxpr_as_fun  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from magpo import cli, envs, experiment, loggers, saving  # noqa: E402
 from magpo import config as configuration  # noqa: E402
-from magpo import envs, experiment  # noqa: E402
 from magpo.config import RunConfig  # noqa: E402
 from magpo.envs.wrappers import AutoReset  # noqa: E402
 from magpo.types import Array, Environment  # noqa: E402
@@ -182,6 +188,32 @@ def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
     return figures | shares(compiled.train_chunk, lambda: compiled.train_chunk(state))
 
 
+def overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
+    """What checkpoints and logs take of a run's time."""
+    spent: dict[str, float] = defaultdict(float)
+    attempt = loggers.Writer._try
+
+    def timed(writer: Any, errors: Any, name: str, job: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        attempt(writer, errors, name, job)
+        spent["checkpoint" if name == "checkpoint" else "logging"] += time.perf_counter() - start
+
+    with mock.patch.object(loggers.Writer, "_try", timed), tempfile.TemporaryDirectory() as folder:
+        saving.TIME_SHARE = float("inf")
+        result = experiment.run(module, replace(config, results_dir=folder))
+        (written,) = Path(result.folder, "checkpoints").glob("*")
+        size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
+    run_s = result.measurements[-1].wall_s
+    return {
+        "run_s": run_s,
+        "chunk_s": run_s / config.num_evaluations,
+        "checkpoint_s": spent["checkpoint"] / config.num_evaluations,
+        "checkpoint_mb": size / 1e6,
+        "share_of_checkpoints": spent["checkpoint"] / run_s,
+        "share_of_logging": spent["logging"] / run_s,
+    }
+
+
 def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(
@@ -189,16 +221,22 @@ def main() -> None:
     )
     parser.add_argument("system", help="one of " + ", ".join(configuration.systems()))
     parser.add_argument("overrides", nargs="*", help="env=<suite>/<task> key=value ...")
+    parser.add_argument("--overhead", type=int, metavar="CHUNKS", help="of checkpoints and logs")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    with configuration.exit_on_config_error():
+    with cli.exit_on_config_error():
         config = configuration.load(arguments.system, arguments.overrides)
-        one_update = [f"total_steps={config.steps_per_update}", "num_evaluations=1"]
-        config = configuration.load(arguments.system, [*arguments.overrides, *one_update])
         module = import_module(f"magpo.systems.{arguments.system}")
-        figures = measure(module, config)
+        chunks, steps = 1, config.steps_per_update
+        if arguments.overhead:
+            chunks, steps = arguments.overhead, arguments.overhead * config.steps_per_chunk
+        short = [f"total_steps={steps}", f"num_evaluations={chunks}"]
+        if arguments.overhead:
+            short += ["absolute_metric=false", "keep=1"]
+        config = configuration.load(arguments.system, [*arguments.overrides, *short])
+        figures = (overhead if arguments.overhead else measure)(module, config)
 
     seeds = f", {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
     table = Table(title=f"{config.system} on {config.env.name}{seeds}", title_justify="left")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from magpo import checkpoint, config
+from magpo import checkpoint, cli, config
 
 # A checkpoint after every chunk, however short: more writing to be killed in.
 CHILD = (
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with config.exit_on_config_error():
+    with cli.exit_on_config_error():
         run = config.load(arguments.system, arguments.overrides)
     parent = Path(run.results_dir, run.system, *run.env.name.split("/"))
     random.seed(arguments.seed)

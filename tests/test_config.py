@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from magpo import config, envs, paths
+from magpo import cli, config, envs, paths
 from magpo.config import ConfigError, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, load
 
 TINY = "env=rware/tiny-4ag"
@@ -92,7 +92,7 @@ def mine(tmp_path) -> types.ModuleType:
 def command_line(monkeypatch, system: Any, *arguments: str) -> list[config.RunConfig]:
     runs: list[config.RunConfig] = []
     monkeypatch.setattr(sys, "argv", ["mine.py", *arguments])
-    config.hydra_main(system, lambda module, run: runs.append(run))
+    cli.hydra_main(system, lambda module, run: runs.append(run))
     return runs
 
 
@@ -332,7 +332,7 @@ def test_an_error_of_the_run_ends_it_too(mine, monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["mine.py", TINY])
     with pytest.raises(SystemExit) as stop:
-        config.hydra_main(mine, run)
+        cli.hydra_main(mine, run)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: results_dir=/proc: cannot write there\n"
 
@@ -340,7 +340,7 @@ def test_an_error_of_the_run_ends_it_too(mine, monkeypatch, capsys):
 def test_other_errors_keep_their_traceback(mine, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mine.py", TINY])
     with pytest.raises(ZeroDivisionError):
-        config.hydra_main(mine, lambda *_: 1 // 0)
+        cli.hydra_main(mine, lambda *_: 1 // 0)
 
 
 # The command line
@@ -428,7 +428,7 @@ def test_bad_input_with_flags(mine, arguments, expected, monkeypatch, capsys, tm
 SCRIPT = """
 import sys
 from dataclasses import dataclass
-from magpo import config
+from magpo import cli, config
 
 @dataclass(frozen=True)
 class Part:
@@ -446,7 +446,7 @@ def report(module, run):
     print(run.system, run.algorithm.system.a)
 
 if __name__ == "__main__":
-    config.hydra_main(sys.modules["__main__"], report)
+    cli.hydra_main(sys.modules["__main__"], report)
 """
 
 

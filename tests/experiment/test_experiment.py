@@ -321,9 +321,7 @@ def test_exit_codes(config, monkeypatch, capsys, error, code, line):
         raise error
 
     monkeypatch.setattr(experiment, "run", fail)
-    monkeypatch.setattr(
-        experiment.configuration, "hydra_main", lambda system, run: run(system, config)
-    )
+    monkeypatch.setattr(experiment.cli, "hydra_main", lambda system, run: run(system, config))
     monkeypatch.setattr(experiment.os, "_exit", sys.exit)
     monkeypatch.setattr(experiment.signal, "signal", lambda *args: None)
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,70 @@
+"""Many seeds in one program against as many runs one after another.
+
+    python scripts/seeds.py scripts/results/seeds.csv magpo env=coordsum/3x10-30 num_envs=4,16,64
+
+Each row is one call of scripts/benchmark.py with all seeds in one program; `speedup` is against the
+program of one seed as often, start-up and compilation left out, and `start_up_s` says what that is.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+BENCHMARK = str(Path(__file__).with_name("benchmark.py"))
+
+
+def benchmark(system: str, overrides: list[str]) -> dict[str, Any]:
+    """The figures of one program, measured in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "figures.json")
+        command = [sys.executable, BENCHMARK, system, *overrides, "--json", str(file)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        figures: dict[str, Any] = json.loads(file.read_text())
+    return figures
+
+
+def main() -> None:
+    """Measure each size alone, together and in batches of one, and write a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path)
+    parser.add_argument("system")
+    parser.add_argument("overrides", nargs="+", help="one of them may list sizes: num_envs=4,16")
+    parser.add_argument("--seeds", type=int, default=10)
+    arguments = parser.parse_args()
+    listed = next(text for text in reversed(arguments.overrides) if "=" in text)
+    key, _, values = listed.partition("=")
+    others = [text for text in arguments.overrides if text is not listed]
+    seeds = f"seeds={list(range(arguments.seeds))}".replace(" ", "")
+    rows = []
+    for value in values.split(","):
+        size = [*others, f"{key}={value}"]
+        alone = benchmark(arguments.system, size)["steps_per_s"]
+        for at_once in ([], ["seeds_per_batch=1"]):
+            figures = benchmark(arguments.system, [*size, seeds, *at_once])
+            rows.append(
+                {
+                    "overrides": " ".join([*size, seeds, *at_once]),
+                    "device": figures["device"],
+                    "steps_per_s": round(figures["steps_per_s"]),
+                    "steps_per_s_of_one_seed_alone": round(alone),
+                    "speedup": round(figures["steps_per_s"] / alone, 2),
+                    "start_up_s": round(figures["first_update_s"] - figures["update_s"], 1),
+                    "peak_memory_gb": round(figures["peak_memory_gb"], 2),
+                }
+            )
+            print(rows[-1], flush=True)
+    with arguments.table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
