@@ -100,7 +100,7 @@ class Console:
 
     def memory(self, needed: int, available: int) -> None:
         """Bytes on each device, told before they are taken."""
-        self.line(f"memory: about {short(needed)}B of {short(available)}B on each device")
+        self.line(f"memory: about {short(needed)} of {short(available)} bytes on each device")
         if needed > available:
             self.warn("that is too much: num_envs, or seeds_per_batch, makes it less")
 

@@ -67,6 +67,8 @@ def test_too_much_is_said(tmp_path, capsys):
     info = Run(tmp_path, "magpo", "a", "b", run.seeds, "episode_return", 1)
     Console(info, run, 0).memory(needed=3_000_000_000, available=2_000_000_000)
     printed = capsys.readouterr().out
-    assert printed.startswith("memory: about 3.00GB of 2.00GB on each device\nwarning: that is too")
+    assert printed.startswith(
+        "memory: about 3.00G of 2.00G bytes on each device\nwarning: that is too"
+    )
     Console(info, run, 0).memory(needed=1, available=2)
     assert "warning" not in capsys.readouterr().out

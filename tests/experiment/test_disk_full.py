@@ -1,0 +1,75 @@
+"""A real file system that fills up while a run writes to it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from magpo import checkpoint
+
+SHORT = [
+    *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
+    *("total_steps=1280", "num_evaluations=20", "eval_episodes=2", "absolute_metric=false"),
+    *("network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"),
+]
+TRAIN = (
+    "from magpo import saving; from magpo.systems import magpo; import sys; "
+    "saving.TIME_SHARE = float('inf'); from magpo import experiment; experiment.main(magpo)"
+)
+SCRIPT = """
+mount -t tmpfs -o size=300k tmpfs {disk} || exit 99
+"$@" > {out}/full.txt 2>&1
+echo $? > {out}/full.code
+cp -a {disk}/magpo {out}/full
+mount -o remount,size=50M {disk}
+"$@" > {out}/again.txt 2>&1
+echo $? > {out}/again.code
+cp -a {disk}/magpo {out}/again
+"""
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A run on a full disk, then, on a larger one, its continuation."""
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir()
+    out.mkdir()
+    own = [] if os.geteuid() == 0 else ["--map-root-user", "--user"]
+    train = [sys.executable, "-c", TRAIN, *SHORT, f"results_dir={disk}", "keep=9", "resume=auto"]
+    script = ["sh", "-c", SCRIPT.format(disk=disk, out=out), "-", *train]
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare")
+    done = subprocess.run(["unshare", "--mount", *own, *script], capture_output=True, check=False)
+    if not (out / "full.code").exists():
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode()}")
+    return out
+
+
+def last_lines(out, name):
+    return (out / f"{name}.txt").read_text(), int((out / f"{name}.code").read_text())
+
+
+def test_a_full_disk_is_said_and_what_was_saved_is_whole(results):
+    printed, code = last_lines(results, "full")
+    assert code == 1
+    assert printed.count("No space left on device; training goes on") >= 1
+    assert "1.28k of 1.28k steps" in printed
+    assert "error: not everything could be written: " in printed
+    assert "Traceback" not in printed
+    (folder,) = (results / "full").glob("*/*/*")
+    found = checkpoint.checkpoints(folder / "checkpoints")
+    assert found
+    for path in found:
+        checkpoint.read_meta(path)
+    assert not list((folder / "checkpoints").glob(".*"))
+
+    printed, code = last_lines(results, "again")
+    assert code == 0, printed
+    (folder,) = (results / "again").glob("*/*/*")
+    assert checkpoint.checkpoints(folder / "checkpoints")[0].name == "00000020"
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [r["env_steps"] for r in records if r["name"] == "eval/episode_return"]
+    assert steps == [64 * chunk for chunk in range(21)]
