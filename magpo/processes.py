@@ -7,7 +7,11 @@ what depends on files or clocks; the others are told.
 import contextlib
 import json
 import os
-from collections.abc import Callable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 import jax
@@ -27,11 +31,26 @@ def join(config: DistributedConfig) -> None:
         return
     settings: Any = jax.config
     settings.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    where = config.coordinator or "the first task of this SLURM step"
+    print(f"waiting, at most 5 minutes, for all processes: {where}", file=sys.stderr, flush=True)
     try:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+        with _killable():
+            jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"distributed: cannot join the other processes: {reason}") from error
+
+
+@contextlib.contextmanager
+def _killable() -> Iterator[None]:
+    """Let signals end the process: Python could not answer them while JAX waits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = {number: signal.signal(number, signal.SIG_DFL) for number in (SIGINT, SIGTERM)}
+    yield
+    for number, handler in ours.items():
+        signal.signal(number, handler)
 
 
 def is_first() -> bool:

@@ -88,6 +88,15 @@ def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
         np.testing.assert_array_equal(again[name], expected[name], err_msg=name)
 
 
+def test_waiting_for_the_others_is_said_and_can_be_ended(tmp_path):
+    alone, other = begin_two([*TWO_SEEDS, f"results_dir={tmp_path}"])
+    other.kill()
+    assert "waiting, at most 5 minutes, for all processes: localhost:" in alone.stderr.readline()
+    time.sleep(0.5)
+    alone.send_signal(signal.SIGTERM)
+    assert alone.wait(timeout=20) == -signal.SIGTERM
+
+
 def test_what_the_first_process_refuses_ends_all(tmp_path):
     (tmp_path / "file").write_text("")
     printed = ends(begin_two([*TWO_SEEDS, f"results_dir={tmp_path / 'file'}"]), 2)
