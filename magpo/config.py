@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -342,6 +343,9 @@ def _compose(
 def _hydra_compose(
     name: str, overrides: Sequence[str], folders: Sequence[Path]
 ) -> tuple[DictConfig, dict[str, str]]:
+    for task, (_, options) in registry.registered.items():
+        suite, _, last = task.partition("/")
+        ConfigStore.instance().store(last, options, f"env/{suite}", "env")
     with hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
         config = hydra.compose(name, [search_path(folders), *overrides], return_hydra_config=True)
     ours = [str(key) for key in config if key != "hydra"]
@@ -365,7 +369,7 @@ def _checked(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
         if override.is_delete():
             continue
         if key in known and value not in known[key]:
-            what, allowed = ("task", _suites()) if key == "env" else (key, None)
+            what, allowed = ("task", registry.suites()) if key == "env" else (key, None)
             raise ConfigError(registry.unknown(what, str(value), known[key], allowed))
     return overrides
 
@@ -395,15 +399,11 @@ def parse(text: str) -> Override:
         ) from error
 
 
-def _suites() -> list[str]:
-    return list(dict.fromkeys(task.partition("/")[0] + "/..." for task in registry.tasks()))
-
-
 def _explain(error: Exception, name: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:
     """One line for an error of Hydra's: those have several, and no nearest match."""
     parsed = [(text, parse(text)) for text in overrides]
     if not any(o.key_or_group == "env" and not o.is_delete() for _, o in parsed):
-        return f"no task chosen: write env=<suite>/<task>, of {', '.join(_suites())}"
+        return f"no task chosen: write env=<suite>/<task>, of {', '.join(registry.suites())}"
     try:  # with the files chosen, and no value overridden
         choices = [text for text, o in parsed if o.key_or_group in GROUPS]
         known = [*_keys(_hydra_compose(name, choices, folders)[0]), *GROUPS, "tuned"]

@@ -61,6 +61,9 @@ class Environment(Protocol):
     headline: str  # the metric its papers report: "episode_return" or "win_rate"
 
     @property
+    def terminates(self) -> str: ...  # what ends an episode before its limit; "": nothing
+
+    @property
     def observation_spec(self) -> Observation: ...  # leaves are jax.ShapeDtypeStruct
 
     @property

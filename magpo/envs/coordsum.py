@@ -6,7 +6,7 @@ action: the one it took most often for that target so far in the episode, the sm
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class CoordSum:
     action_kind: Literal["discrete", "continuous"] = field(default="discrete", init=False)
     truncates: bool = field(default=False, init=False)
     headline: str = field(default="episode_return", init=False)
+    terminates: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         self.action_dim = self.num_actions

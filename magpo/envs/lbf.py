@@ -5,7 +5,7 @@ are summed and given to each. Eating everything terminates; the time limit trunc
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jumanji.environments.routing.lbf.types import Observation as RawObservation
 from jumanji.environments.routing.lbf.types import State
 
 from magpo.envs import wrappers
-from magpo.envs.registry import at_least, at_most
+from magpo.envs.registry import at_least, at_most, one_of
 from magpo.types import Array, Observation, TimeStep, restart
 
 
@@ -34,15 +34,19 @@ class Lbf:
     normalize_reward: bool
     penalty: float
     time_limit: int
+    ends: str
     simulator: LevelBasedForaging = field(init=False, repr=False, compare=False)
     action_dim: int = field(default=6, init=False)  # wait, up, down, left, right, load
     action_kind: Literal["discrete", "continuous"] = field(default="discrete", init=False)
-    truncates: bool = field(default=True, init=False)
+    truncates: bool = field(init=False)
     headline: str = field(default="episode_return", init=False)
+    terminates: ClassVar[str] = "all food eaten"
 
     def __post_init__(self) -> None:
         at_least(self, grid_size=5, fov=1, num_agents=1, num_food=1, max_agent_level=2)
         at_least(self, penalty=0, time_limit=1)
+        one_of(self, ends=wrappers.ENDS)
+        self.truncates = self.ends == "bootstrapped"
         # Only the first and the last row are sure to be open to the agents (jumanji's generator).
         at_most(self, fov=self.grid_size, num_agents=2 * self.grid_size)
         at_most(self, num_food=((self.grid_size - 2) ** 2 - self.num_agents - 1) // 5)
@@ -84,7 +88,7 @@ class Lbf:
         timestep = TimeStep(
             step_type=raw.step_type,
             reward=jnp.full(self.num_agents, raw.reward.sum()),
-            discount=raw.discount[0],
+            discount=wrappers.discount(raw.last(), raw.discount[0] > 0, self.ends),
             observation=self._observe(raw.observation),
             metrics=raw.extras,  # percent_eaten, 0 .. 100
         )

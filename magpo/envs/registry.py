@@ -4,7 +4,8 @@ A new task is a new YAML file; a new suite is a new file beside this one and a l
 """
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -14,17 +15,52 @@ from magpo import paths
 from magpo.types import Environment
 
 # The class in each suite's module, imported when first asked for: simulators are slow to import.
-SUITES = {"coordsum": "CoordSum", "lbf": "Lbf", "rware": "Rware"}
+SUITES = {
+    "coordsum": "CoordSum",
+    "lbf": "Lbf",
+    "connector": "Connector",
+    "mpe": "Mpe",
+    "rware": "Rware",
+    "smax": "Smax",
+    "mabrax": "Mabrax",
+}
+
+
+# Tasks of the user's own: what builds each, and its options.
+registered: dict[str, tuple[Callable[..., Environment], dict[str, Any]]] = {}
+
+
+def register(task: str, build: Callable[..., Environment], **options: Any) -> None:
+    """Add a task of your own, "suite/task", to those that `make` and `env=` know.
+
+    It is built as build(name=task, global_state=..., **options), with overrides of the options.
+    Raises ValueError where the name is taken, or is not "suite/task".
+    """
+    suite, _, name = task.partition("/")
+    if suite in SUITES or not re.fullmatch(r"[\w.-]+", suite) or not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"{task!r}: name it <a suite of your own>/<task>, of letters and digits")
+    registered[task] = build, options
 
 
 def tasks() -> list[str]:
     """Every task's name, "suite/task"."""
     root = paths.configs() / "env"
-    return [
+    published = [
         f"{suite}/{task}"
         for suite in SUITES
-        for task in sorted(f.stem for f in root.glob(f"{suite}/*.yaml"))
+        for task in sorted((f.stem for f in root.glob(f"{suite}/*.yaml")), key=_in_order)
     ]
+    return [*published, *registered]
+
+
+def _in_order(task: str) -> list[str | int]:
+    """Numbers by their value: 5x5 before 10x10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", task)]
+
+
+def suites() -> list[str]:
+    """What `tasks` begin with, "suite/..."."""
+    return list(dict.fromkeys(task.partition("/")[0] + "/..." for task in tasks()))
 
 
 def options(task: str) -> dict[str, Any]:
@@ -36,7 +72,9 @@ def options(task: str) -> dict[str, Any]:
     if task not in known:
         suite = task.partition("/")[0]
         siblings = [name for name in known if name.startswith(f"{suite}/")]
-        raise unknown("task", task, known, siblings or [f"{suite}/..." for suite in SUITES])
+        raise unknown("task", task, known, siblings or suites())
+    if task in registered:
+        return dict(registered[task][1])
     values = OmegaConf.to_container(OmegaConf.load(paths.configs() / "env" / f"{task}.yaml"))
     assert isinstance(values, dict)
     return {str(option): value for option, value in values.items()}
@@ -57,9 +95,12 @@ def make(task: str, *, global_state: bool = False, **overrides: Any) -> Environm
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{task}: {option} must be of type {kind.__name__}, not {value!r}")
         values[option] = value
-    suite = task.partition("/")[0]
-    environment = getattr(import_module(f"magpo.envs.{suite}"), SUITES[suite])
-    return environment(name=task, global_state=global_state, **values)
+    if task in registered:
+        build = registered[task][0]
+    else:
+        suite = task.partition("/")[0]
+        build = getattr(import_module(f"magpo.envs.{suite}"), SUITES[suite])
+    return build(name=task, global_state=global_state, **values)
 
 
 def unknown(

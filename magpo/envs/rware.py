@@ -5,7 +5,7 @@ jumanji defines them.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class Rware:
     action_kind: Literal["discrete", "continuous"] = field(default="discrete", init=False)
     truncates: bool = field(default=False, init=False)
     headline: str = field(default="episode_return", init=False)
+    terminates: ClassVar[str] = "a collision"
 
     def __post_init__(self) -> None:
         at_least(self, shelf_rows=1, shelf_columns=1, column_height=1, num_agents=1)

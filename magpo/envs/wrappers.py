@@ -1,7 +1,6 @@
 """What every suite shares: agent ids, the global state, automatic restarts, episode statistics."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,32 +8,59 @@ import jax.numpy as jnp
 
 from magpo.types import Array, Environment, Observation, TimeStep
 
+ENDS = ("bootstrapped", "released")  # how an episode that a limit cuts off counts
 
-def observe(views: Array, action_mask: Array, step_count: Array, global_state: bool) -> Observation:
+
+def discount(last: Array, truncated: Array, ends: str) -> Array:
+    """() float32: 0 where an episode terminated; with `ends` released also where it was cut off."""
+    terminated = last & ~truncated if ends == "bootstrapped" else last
+    return 1.0 - terminated.astype(jnp.float32)
+
+
+def observe(
+    views: Array,
+    action_mask: Array,
+    step_count: Array,
+    global_state: bool,
+    own_state: Array | None = None,
+) -> Observation:
     """An observation from what each agent sees, (N, F), and may do, (N, A).
 
-    The one-hot agent id becomes the first N features of the agents' views; the global state, where
-    asked for, is all agents' features without it, (N * F,).
+    The one-hot agent id becomes the first N features of the agents' views. The global state, where
+    asked for, is the simulator's own, (G,), or else all agents' features without the id, (N * F,).
     """
     views = views.astype(jnp.float32)
+    whole = views.reshape(-1) if own_state is None else own_state
     return Observation(
         agents_view=jnp.concatenate([jnp.eye(len(views)), views], axis=1),
         action_mask=action_mask,
         step_count=step_count,
-        global_state=views.reshape(-1) if global_state else None,
+        global_state=whole if global_state else None,
     )
 
 
 def observation_spec(
-    num_agents: int, num_features: int, num_actions: int, global_state: bool
+    num_agents: int,
+    num_features: int,
+    num_actions: int,
+    global_state: bool,
+    state_size: int | None = None,
 ) -> Observation:
-    """The shapes and dtypes of what `observe` returns for F = num_features; nothing is computed."""
-    return jax.eval_shape(
-        partial(observe, global_state=global_state),
-        jax.ShapeDtypeStruct((num_agents, num_features), jnp.float32),
-        jax.ShapeDtypeStruct((num_agents, num_actions), jnp.bool),
-        jax.ShapeDtypeStruct((), jnp.int32),
+    """The shapes and dtypes of what `observe` returns for F = num_features and, where the simulator
+    has a state of its own, G = state_size."""
+    shaped: Any = jax.ShapeDtypeStruct
+    whole = num_agents * num_features if state_size is None else state_size
+    return Observation(
+        agents_view=shaped((num_agents, num_agents + num_features), jnp.float32),
+        action_mask=shaped((num_agents, num_actions), jnp.bool),
+        step_count=shaped((), jnp.int32),
+        global_state=shaped((whole,), jnp.float32) if global_state else None,
     )
+
+
+def strong(tree: Any) -> Any:
+    """The same values, none weakly typed: what a scan carries must come out as it went in."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
 
 
 class AutoResetState(NamedTuple):
@@ -50,6 +76,15 @@ class AutoResetState(NamedTuple):
     begun: Array  # () int32, episodes begun: the number of the next one
     spares: tuple[Any, Observation]  # (E, ...) states and first observations
     first_spare: Array  # () int32, the number of the first of them, at most `begun`
+
+
+class _Restarts(NamedTuple):
+    """What is at hand when episodes have ended, and after they began again."""
+
+    due: Array  # () bool
+    running: tuple[Any, Observation]  # (E, ...)
+    spares: tuple[Any, Observation]  # (E, ...)
+    first_spare: Array  # ()
 
 
 @dataclass(frozen=True)
@@ -100,21 +135,39 @@ class AutoReset:
         metrics = _with_statistics(timestep.metrics, state)
 
         begun = state.begun + ended.sum()
-        spares, first_spare = self._refill(state, begun)
-        taken = state.begun + jnp.cumsum(ended) - 1 - first_spare  # only where ended
-        env_state, observation = jax.tree.map(
-            lambda spare, old: _where(ended, spare.at[taken].get(mode="clip"), old),
-            spares,
-            (env_state, timestep.observation),
+        number = state.begun + jnp.cumsum(ended) - 1  # of the next episode, where one ended
+
+        # A loop of at most one turn: most steps end no episode, and vmapped over seeds `lax.cond`
+        # would run on every step.
+        def restart_ended(restarts: _Restarts) -> _Restarts:
+            spares, first_spare = self._refill(state, begun, restarts)
+            taken = number - first_spare
+            running = jax.tree.map(
+                lambda spare, old: _where(ended, spare.at[taken].get(mode="clip"), old),
+                spares,
+                restarts.running,
+            )
+            return _Restarts(jnp.bool_(False), running, spares, first_spare)
+
+        restarts = jax.lax.while_loop(
+            lambda restarts: restarts.due,
+            restart_ended,
+            _Restarts(
+                due=ended.any(),
+                running=(env_state, timestep.observation),
+                spares=state.spares,
+                first_spare=state.first_spare,
+            ),
         )
+        env_state, observation = restarts.running
         state = AutoResetState(
             env=env_state,
             episode_return=jnp.where(ended, 0.0, state.episode_return),
             episode_length=jnp.where(ended, 0, state.episode_length),
             key=state.key,
             begun=begun,
-            spares=spares,
-            first_spare=first_spare,
+            spares=restarts.spares,
+            first_spare=restarts.first_spare,
         )
         timestep = timestep._replace(
             observation=observation,
@@ -123,19 +176,23 @@ class AutoReset:
         )
         return state, timestep
 
-    def _refill(self, state: AutoResetState, begun: Array) -> tuple[tuple[Any, Observation], Array]:
+    def _refill(
+        self, state: AutoResetState, begun: Array, restarts: "_Restarts"
+    ) -> tuple[tuple[Any, Observation], Array]:
         """The spares and the number of the first, enough for the episodes up to number `begun`."""
-        used = state.begun - state.first_spare
+        used = state.begun - restarts.first_spare
 
-        # A loop of at most one turn: vmapped over seeds, `lax.cond` would draw on every step. What
-        # is drawn hangs on the carry, or XLA would move the drawing out of the loop.
+        # Again at most one turn. What is drawn hangs on the carry, or XLA would move the drawing
+        # out of the loop.
         def draw(carry: tuple[Any, Array]) -> tuple[Any, Array]:
             first = carry[1] + used
             spare_state, spare = self._starts(state.key, first + jnp.arange(self.num_envs))
             return (spare_state, spare.observation), first
 
         return jax.lax.while_loop(
-            lambda carry: begun > carry[1] + self.num_envs, draw, (state.spares, state.first_spare)
+            lambda carry: begun > carry[1] + self.num_envs,
+            draw,
+            (restarts.spares, restarts.first_spare),
         )
 
     def _starts(self, key: Array, numbers: Array) -> tuple[Any, TimeStep]:

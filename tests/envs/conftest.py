@@ -14,13 +14,15 @@ class Play(NamedTuple):
 
     keys: jax.Array  # (B,) given to reset
     first: TimeStep  # (B, ...)
-    actions: np.ndarray  # (T, B, N)
+    actions: np.ndarray  # (T, B, N[, A])
     timesteps: TimeStep  # (T, B, ...)
     ends: np.ndarray  # (B,) the index of the step that ended the episode
 
 
-def random_actions(key, mask):
+def random_actions(env, key, mask):
     """Uniform over the legal actions; mask (..., A)."""
+    if env.action_kind == "continuous":
+        return jax.random.uniform(key, mask.shape, minval=-1.0)
     return jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf)).astype(jnp.int32)
 
 
@@ -28,7 +30,7 @@ def random_actions(key, mask):
 def episodes(env: Environment, key, batch: int):
     def step(carry, key):
         state, mask = carry
-        action = random_actions(key, mask)
+        action = random_actions(env, key, mask)
         state, timestep = jax.vmap(env.step)(state, action)
         return (state, timestep.observation.action_mask), (action, timestep)
 

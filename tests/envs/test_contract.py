@@ -1,90 +1,131 @@
-"""What every environment promises, over whole episodes of random legal actions."""
+"""What every environment promises: all tasks, under auto-reset and random legal actions."""
 
 import jax
 import numpy as np
 import pytest
 
+from envs.conftest import random_actions
 from magpo import envs
+from magpo.envs.wrappers import AutoReset
+from magpo.types import StepType
 
-TASKS = {
-    "coordsum/3x10-30": {},
+B = 6
+# Shorter episodes, that the batch see some end; coverage of a suite's options.
+SHORT = {"rware": {"time_limit": 60}, "mabrax": {"time_limit": 25}, "coordsum": {"time_limit": 30}}
+OPTIONS = {
     "coordsum/5x20-80": {"opponent_history": "released", "observation": "one_hot"},
-    "lbf/15x15-4p-5f": {},
-    "rware/tiny-2ag": {"column_height": 2, "request_queue_size": 7, "time_limit": 60},
-    "rware/medium-6ag": {"time_limit": 20},
+    "coordsum/8x15-100": {"observation": "scaled"},
+    "lbf/8x8-2p-2f-coop": {"ends": "released"},
+    "mpe/simple_spread_5ag": {"ends": "released", "action_range": "released"},
+    "mabrax/halfcheetah-6x1": {"mapping": "corrected"},
+    "mabrax/ant-8x1": {"mapping": "corrected", "backend": "spring"},
+    "mabrax/humanoid-9-8": {"mapping": "corrected"},
+    "smax/smacv2_5_units": {"ends": "released"},
 }
-B = 32
 
 
-@pytest.fixture(scope="module", params=TASKS)
-def episodes(request, play):
-    env = envs.make(request.param, global_state=True, **TASKS[request.param])
-    return env, play(env, 1, B)
+class Played:
+    """T steps of B environments; `first` is (B, ...), actions and timesteps are (T, B, ...)."""
+
+    def __init__(self, task):
+        options = SHORT.get(task.partition("/")[0], {}) | OPTIONS.get(task, {})
+        self.env = env = envs.make(task, global_state=True, **options)
+        self.T = env.time_limit + 7
+        batch = AutoReset(env, B)
+
+        @jax.jit
+        def run(key):
+            def step(carry, key):
+                state, mask = carry
+                action = random_actions(env, key, mask)
+                state, timestep = batch.step(state, action)
+                return (state, timestep.observation.action_mask), (action, timestep)
+
+            begin, act = jax.random.split(key)
+            state, first = batch.reset(begin)
+            loop = state, first.observation.action_mask
+            _, played = jax.lax.scan(step, loop, jax.random.split(act, self.T))
+            return first, *played
+
+        self.run = lambda seed: jax.tree.map(np.asarray, run(jax.random.key(seed)))
+        self.first, self.actions, self.timesteps = self.run(1)
 
 
-def test_shapes_and_dtypes_are_the_spec_s(episodes):
-    env, played = episodes
-    first, timesteps = played.first, played.timesteps
-    T, spec = env.time_limit, env.observation_spec
-    for found, promised in zip(first.observation, spec, strict=True):
-        assert (found.shape, found.dtype) == ((B, *promised.shape), promised.dtype)
-    for found, promised in zip(timesteps.observation, spec, strict=True):
-        assert (found.shape, found.dtype) == ((T, B, *promised.shape), promised.dtype)
-    assert played.actions.shape[2:] == env.action_spec.shape
-    for timestep, lead in ((first, (B,)), (timesteps, (T, B))):
-        assert (timestep.step_type.shape, timestep.step_type.dtype) == (lead, np.int8)
-        assert timestep.reward.shape == (*lead, env.num_agents)
-        assert timestep.reward.dtype == timestep.discount.dtype == np.float32
-        assert timestep.discount.shape == lead
-        assert timestep.terminal_observation is None
-        assert all(value.shape == lead for value in timestep.metrics.values())
-    assert first.metrics.keys() == timesteps.metrics.keys()
+@pytest.fixture(scope="module", params=envs.tasks())
+def played(request):
+    return Played(request.param)
 
 
-def test_a_scan_can_carry_the_state(episodes):
+def test_a_scan_can_carry_the_state(played):
     """Same structure, shapes and dtypes after reset and step, and nothing weakly typed."""
-    env, _ = episodes
-    key = jax.random.key(0)
-    state, first = jax.eval_shape(env.reset, key)
+    env = played.env
+    state, first = jax.eval_shape(env.reset, jax.random.key(0))
     after = jax.eval_shape(env.step, state, env.action_spec)
     assert jax.tree.structure((state, first)) == jax.tree.structure(after)
     for leaf, other in zip(jax.tree.leaves((state, first)), jax.tree.leaves(after), strict=True):
         assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
-        assert not leaf.weak_type
-        assert not other.weak_type
+        assert not leaf.weak_type and not other.weak_type
 
 
-def test_values_are_sound(episodes):
-    env, played = episodes
-    first, timesteps = played.first, played.timesteps
-    for timestep in (first, timesteps):
+def test_shapes_and_dtypes_are_the_specs(played):
+    env, spec = played.env, played.env.observation_spec
+    assert played.actions.shape[2:] == env.action_spec.shape
+    for timestep, lead in ((played.first, (B,)), (played.timesteps, (played.T, B))):
+        for found, promised in zip(timestep.observation, spec, strict=True):
+            assert (found.shape, found.dtype) == ((*lead, *promised.shape), promised.dtype)
+        assert (timestep.step_type.shape, timestep.step_type.dtype) == (lead, np.int8)
+        assert timestep.reward.shape == (*lead, env.num_agents)
+        assert timestep.reward.dtype == timestep.discount.dtype == np.float32
+        assert timestep.discount.shape == lead
+        assert (timestep.terminal_observation is not None) == env.truncates
+        assert all(value.shape == lead for value in timestep.metrics.values())
+        assert env.headline in timestep.metrics
+    assert played.first.metrics.keys() == played.timesteps.metrics.keys()
+
+
+def test_values_are_sound(played):
+    env = played.env
+    for timestep in (played.first, played.timesteps):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(timestep))
-        assert timestep.observation.action_mask.any(axis=-1).all()
-        ids = timestep.observation.agents_view[..., : env.num_agents]
-        assert (ids == np.eye(env.num_agents)).all()
-        features = timestep.observation.agents_view[..., env.num_agents :]
-        flat = features.reshape(*features.shape[:-2], -1)
-        np.testing.assert_array_equal(timestep.observation.global_state, flat)
-    assert (first.step_type == 0).all()
-    assert (first.discount == 1).all()
-    assert (first.reward == 0).all()
-    assert (first.observation.step_count == 0).all()
-    for b, end in enumerate(played.ends):
-        assert timesteps.step_type[: end + 1, b].tolist() == [1] * end + [2]
-        assert (timesteps.discount[:end, b] == 1).all()
-        count = timesteps.observation.step_count[: end + 1, b]
-        assert count.tolist() == list(range(1, end + 2))
-        if env.truncates:
-            assert end == env.time_limit - 1 or timesteps.discount[end, b] == 0
+        seen = timestep.observation
+        assert seen.action_mask.any(axis=-1).all()
+        views, ids = seen.agents_view, np.eye(env.num_agents)
+        if getattr(env, "mapping", "") == "jaxmarl":  # its ids and features overlap
+            assert (np.diagonal(views[..., : env.num_agents], axis1=-2, axis2=-1) == 1).all()
         else:
-            assert timesteps.discount[end, b] == 0
+            assert (views[..., : env.num_agents] == ids).all()
+    assert (played.first.step_type == StepType.FIRST).all()
+    assert (played.first.discount == 1).all() and (played.first.reward == 0).all()
+    assert (played.first.observation.step_count == 0).all()
 
 
-def test_the_same_key_is_the_same_episode(episodes, play):
-    env, episode = episodes
-    again = play.__wrapped__(env, 1, B)  # past the fixture's cache
-    for field in ("first", "actions", "timesteps"):
-        ours, theirs = getattr(again, field), getattr(episode, field)
-        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    views = play(env, 2, B).first.observation.agents_view
-    assert (views != episode.first.observation.agents_view).any()
+def test_episodes_end_where_they_should_and_begin_again(played):
+    """Against an account with lists, environment by environment."""
+    env, steps = played.env, played.timesteps
+    assert steps.last().any()
+    for e in range(B):
+        length, total = 0, 0.0
+        for t in range(played.T):
+            at = jax.tree.map(lambda leaf, t=t, e=e: leaf[t, e], steps)
+            length, total = length + 1, total + np.mean(at.reward, dtype=np.float64)
+            assert at.metrics["episode_length"] == length <= env.time_limit
+            np.testing.assert_allclose(at.metrics["episode_return"], total, rtol=2e-4, atol=2e-4)
+            if env.truncates:
+                assert at.terminal_observation.step_count == length
+            if at.last():
+                assert at.observation.step_count == 0
+                if at.discount > 0:
+                    assert env.truncates and length == env.time_limit
+                length, total = 0, 0.0
+            else:
+                assert (at.step_type, at.discount) == (StepType.MID, 1)
+                assert at.observation.step_count == length < env.time_limit
+
+
+def test_the_same_key_is_the_same_episode(played):
+    first, actions, timesteps = played.run(1)
+    found, expected = (first, actions, timesteps), (played.first, played.actions, played.timesteps)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    other, _, _ = played.run(2)
+    if played.env.name not in ("coordsum/3x10-30",):  # 30 targets: they may be the same
+        assert (other.observation.agents_view != first.observation.agents_view).any()

@@ -1,14 +1,43 @@
+import csv
 import re
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from magpo import envs
 
+ROOT = Path(__file__).parents[2]
+
 # num_agents, features without the agent id, num_actions, time_limit; ENVIRONMENTS tables.
 TASKS = {
+    "connector/con-5x5x3a": (3, 54, 5, 25),
+    "connector/con-7x7x5a": (5, 54, 5, 49),
+    "connector/con-10x10x10a": (10, 54, 5, 100),
+    "connector/con-15x15x23a": (23, 54, 5, 225),
+    "mabrax/ant-4x2": (4, 18, 2, 1000),
+    "mabrax/ant-8x1": (8, 17, 1, 1000),
+    "mabrax/halfcheetah-6x1": (6, 9, 1, 1000),
+    "mabrax/hopper-3x1": (3, 9, 1, 1000),
+    "mabrax/humanoid-9-8": (2, 248, 9, 1000),
+    "mabrax/walker2d-6x1": (6, 7, 1, 1000),
+    "mpe/simple_spread_3ag": (3, 18, 5, 26),
+    "mpe/simple_spread_5ag": (5, 30, 5, 26),
+    "mpe/simple_spread_10ag": (10, 60, 5, 26),
+    "smax/2s3z": (5, 127, 10, 101),
+    "smax/3s5z": (8, 205, 13, 101),
+    "smax/3s5z_vs_3s6z": (8, 218, 14, 101),
+    "smax/3s_vs_5z": (3, 101, 10, 101),
+    "smax/6h_vs_8z": (6, 179, 13, 101),
+    "smax/5m_vs_6m": (5, 140, 11, 101),
+    "smax/10m_vs_11m": (10, 270, 16, 101),
+    "smax/27m_vs_30m": (27, 738, 35, 101),
+    "smax/smacv2_5_units": (5, 127, 10, 101),
+    "smax/smacv2_10_units": (10, 257, 15, 101),
+    "smax/3m": (3, 75, 8, 101),
+    "smax/1s1z": (2, 49, 7, 101),
     "coordsum/3x10-30": (3, 2, 10, 100),
     "coordsum/3x30-50": (3, 2, 30, 100),
     "coordsum/5x20-80": (5, 2, 20, 100),
@@ -71,8 +100,14 @@ def made(task):
     return envs.make(task)
 
 
-def test_tasks_are_the_paper_s():
-    assert sorted(envs.tasks()) == sorted(TASKS)
+def test_tasks_are_the_papers_and_two_more():
+    published = set()
+    for table in ("magpo_table1", "gpae_table2"):
+        with (ROOT / "scripts" / "published" / f"{table}.csv").open() as file:
+            published |= {f"{row['suite']}/{row['task']}" for row in csv.DictReader(file)}
+    named = {task.replace("|", "-") for task in published}  # a shell leaves that alone
+    assert len(published) == 49
+    assert sorted(envs.tasks()) == sorted(TASKS) == sorted(named | {"smax/3m", "smax/1s1z"})
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -81,13 +116,15 @@ def test_every_task_has_its_sizes(task):
     env = made(task)
     spec = env.observation_spec
     assert (env.name, env.num_agents, env.time_limit) == (task, num_agents, time_limit)
-    assert (env.action_dim, env.action_kind) == (num_actions, "discrete")
-    assert env.action_spec.shape == (num_agents,)
+    continuous = task.startswith(("mabrax/", "mpe/"))
+    assert (env.action_dim, env.action_kind == "continuous") == (num_actions, continuous)
+    assert env.action_spec.shape == ((num_agents, num_actions) if continuous else (num_agents,))
     assert spec.agents_view.shape == (num_agents, num_agents + num_features)
     assert spec.action_mask.shape == (num_agents, num_actions)
     assert spec.global_state is None
-    assert env.truncates == task.startswith("lbf/")
-    assert env.headline == "episode_return"
+    assert env.truncates != task.startswith(("coordsum/", "rware/"))
+    won = task.startswith(("connector/", "smax/"))
+    assert env.headline == ("win_rate" if won else "episode_return")
 
 
 @pytest.mark.parametrize("task", WAREHOUSES)
@@ -163,6 +200,17 @@ def test_the_global_state_is_on_request():
         ("lbf/8x8-2p-2f-coop", {"grid_size": 5, "fov": 5}, ["num_food must be at most 1, not 2"]),
         ("lbf/8x8-2p-2f-coop", {"penalty": -0.1}, ["penalty must be at least 0, not -0.1"]),
         ("lbf/8x8-2p-2f-coop", {"penalty": float("nan")}, ["penalty must be at least 0"]),
+        ("lbf/8x8-2p-2f-coop", {"ends": "realeased"}, ["did you mean 'released'"]),
+        ("connector/con-5x5x3a", {"num_agents": 9}, ["num_agents must be at most 8, not 9"]),
+        ("connector/con-5x5x3a", {"grid_size": 2}, ["grid_size must be at least 3, not 2"]),
+        ("connector/con-5x5x3a", {"num_agents": 0}, ["num_agents must be at least 1, not 0"]),
+        ("mpe/simple_spread_3ag", {"local_ratio": 1.5}, ["local_ratio must be at most 1"]),
+        ("mpe/simple_spread_3ag", {"num_agents": 1}, ["num_agents must be at least 2"]),
+        ("smax/3m", {"scenario": "5m_vs_6"}, ["did you mean '5m_vs_6m'"]),
+        ("smax/3m", {"attack_mode": "nearest"}, ["closest, random"]),
+        ("mabrax/ant-4x2", {"split": "ant_2x4"}, ["unknown split of mabrax/ant-4x2 'ant_2x4'"]),
+        ("mabrax/ant-4x2", {"backend": "mjc"}, ["did you mean 'mjx'"]),
+        ("mabrax/ant-4x2", {"mapping": "correct"}, ["did you mean 'corrected'"]),
     ],
 )
 def test_bad_requests_are_one_clear_line(task, overrides, parts):
@@ -176,6 +224,16 @@ def test_bad_requests_are_one_clear_line(task, overrides, parts):
 
 def test_an_integer_will_do_for_a_real_number():
     assert envs.make("lbf/8x8-2p-2f-coop", penalty=1).penalty == 1
+
+
+def test_a_missing_library_is_named_with_what_installs_it():
+    code = "import sys; sys.modules['brax'] = None; from magpo import envs; envs.make('{}')"
+    command = [sys.executable, "-c", code.format("mabrax/ant-4x2")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    message = "needs brax, which is not installed: pip install 'magpo[mabrax]'"
+    assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
+    others = [sys.executable, "-c", code.format("mpe/simple_spread_3ag")]
+    assert subprocess.run(others, capture_output=True, text=True, check=True).stdout == ""
 
 
 def test_only_the_chosen_suite_s_library_is_imported():

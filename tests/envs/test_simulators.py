@@ -1,10 +1,11 @@
-"""RWARE and LBF against jumanji's own environments, stepped by hand with the same actions."""
+"""RWARE, LBF and Connector against jumanji, stepped by hand with the same actions."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jumanji.environments import LevelBasedForaging, RobotWarehouse
+from jumanji.environments import Connector, LevelBasedForaging, RobotWarehouse
+from jumanji.environments.routing.connector.generator import LegacyRandomWalkGenerator as Walks
 from jumanji.environments.routing.lbf.generator import RandomGenerator as Boards
 from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator as Warehouses
 
@@ -116,3 +117,71 @@ def test_lbf_terminates_when_all_is_eaten_and_truncates_at_the_limit(board):
     np.testing.assert_array_equal(final.truncated(), ~cleared)
     np.testing.assert_array_equal(ends[~cleared], 99)
     np.testing.assert_allclose(final.metrics["episode_return"], cleared, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def wires(play):
+    env = envs.make("connector/con-5x5x3a", time_limit=12)
+    played = play(env, 1, 64)
+    raw = by_hand(Connector(Walks(5, 3), time_limit=12), played.keys, played.actions)
+    return played, raw
+
+
+def until_end(played):
+    """(T, B) bool: the steps up to each episode's end."""
+    return np.arange(len(played.actions))[:, None] <= played.ends
+
+
+def test_connector_is_jumanji_s(wires):
+    played, raw = wires
+    ours, until = played.timesteps, until_end(played)
+    np.testing.assert_array_equal(ours.step_type[until], raw.step_type[1:][until])
+    mask = raw.observation.action_mask
+    np.testing.assert_array_equal(ours.observation.action_mask[until], mask[1:][until])
+    np.testing.assert_array_equal(played.first.observation.action_mask, mask[0])
+    team = raw.reward.sum(-1)[1:][until]
+    for agent in range(3):
+        np.testing.assert_allclose(ours.reward[until][:, agent], team, rtol=1e-5)
+    ratio = raw.extras["ratio_connections"][1:]
+    np.testing.assert_array_equal(ours.metrics["ratio_connections"][until], ratio[until])
+    np.testing.assert_array_equal(ours.metrics["win_rate"][until], ratio[until] == 1)
+
+
+def test_connector_terminates_when_all_are_connected_or_stuck_and_truncates_at_the_limit(wires):
+    played, raw = wires
+    over = (raw.discount[1:] == 0).all(-1)
+    for b, end in enumerate(played.ends):
+        assert played.timesteps.discount[end, b] == (0 if over[end, b] else 1)
+        assert over[end, b] or end == 11
+    ended = over[played.ends, np.arange(64)]
+    assert 0 < ended.sum() < 64
+    won = played.timesteps.metrics["win_rate"][played.ends, np.arange(64)]
+    assert 0 < won.sum() < 64
+
+
+def slow_view(grid, agent):
+    """The 54 features, cell by cell."""
+    size, cell = len(grid), {kind: 3 * agent + kind for kind in (2, 3)}
+    (row, column), *_ = np.argwhere(grid == cell[2])
+    own_target = [*np.argwhere(grid == cell[3]), np.zeros(2)][0]
+    blocked, targets = [], []
+    for i in range(row - 2, row + 3):
+        for j in range(column - 2, column + 3):
+            inside = 0 <= i < size and 0 <= j < size
+            value = grid[i, j] if inside else None
+            blocked.append(1 if not inside or value % 3 == 2 else -1 if value % 3 == 1 else 0)
+            own = value == cell[3]
+            targets.append(1 if not inside or own else -1 if value and value % 3 == 0 else 0)
+    return [row / size**2, column / size**2, *own_target / size**2, *blocked, *targets]
+
+
+def test_connector_views(wires):
+    played, raw = wires
+    connected = 0
+    for t, b in [(0, 0), (3, 1), (6, 2), (9, 3), (11, 4), *((5, b) for b in range(5, 30))]:
+        grid = raw.observation.grid[t + 1, b]
+        for agent in range(3):
+            view = played.timesteps.observation.agents_view[t, b, agent, 3:]
+            np.testing.assert_allclose(view, slow_view(grid, agent), rtol=1e-6)
+            connected += not (grid == 3 * agent + 3).any()
+    assert connected

@@ -1,0 +1,104 @@
+"""Connector: agents draw paths to their targets that must not cross (jumanji's Connector, v3).
+
+An agent is worth 1 when it connects and costs 0.03 for each step until then; the agents' rewards
+are summed and given to each. All connected or stuck terminates; the time limit truncates. Boards
+come from jumanji's legacy generator, the paper's.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jumanji.environments import Connector as Simulator
+from jumanji.environments.routing.connector.constants import PATH, POSITION, TARGET
+from jumanji.environments.routing.connector.generator import LegacyRandomWalkGenerator
+from jumanji.environments.routing.connector.types import Observation as RawObservation
+from jumanji.environments.routing.connector.types import State
+from jumanji.types import TimeStep as RawTimeStep
+
+from magpo.envs import wrappers
+from magpo.envs.registry import at_least, at_most, one_of
+from magpo.types import Array, Observation, TimeStep, restart
+
+FOV = 2  # cells seen in each direction
+WINDOW = 2 * FOV + 1
+AROUND = np.indices((WINDOW, WINDOW)).reshape(2, -1) - FOV  # rows and columns, from the agent's
+
+
+@dataclass(unsafe_hash=True)
+class Connector:
+    """One environment; the options are explained in configs/env/connector."""
+
+    name: str
+    global_state: bool
+    grid_size: int
+    num_agents: int
+    time_limit: int
+    ends: str
+    simulator: Simulator = field(init=False, repr=False, compare=False)
+    action_dim: int = field(default=5, init=False)  # wait, up, right, down, left
+    action_kind: Literal["discrete", "continuous"] = field(default="discrete", init=False)
+    truncates: bool = field(init=False)
+    headline: str = field(default="win_rate", init=False)
+    terminates: ClassVar[str] = "all connected or stuck"
+
+    def __post_init__(self) -> None:
+        at_least(self, grid_size=3, num_agents=1, time_limit=1)
+        at_most(self, num_agents=self.grid_size**2 // 3)  # a start, a target and room to walk
+        one_of(self, ends=wrappers.ENDS)
+        self.truncates = self.ends == "bootstrapped"
+        generator = LegacyRandomWalkGenerator(self.grid_size, self.num_agents)
+        self.simulator = Simulator(generator, time_limit=self.time_limit)
+
+    @property
+    def observation_spec(self) -> Observation:
+        num_features = 4 + 2 * WINDOW**2
+        return wrappers.observation_spec(
+            self.num_agents, num_features, self.action_dim, self.global_state
+        )
+
+    @property
+    def action_spec(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.num_agents,), jnp.int32)
+
+    def reset(self, key: Array) -> tuple[State, TimeStep]:
+        state, raw = self.simulator.reset(key)
+        return state, restart(self.num_agents, self._observe(state), self._metrics(raw))
+
+    def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
+        state, raw = self.simulator.step(state, action)
+        timestep = TimeStep(
+            step_type=raw.step_type,
+            reward=jnp.full(self.num_agents, raw.reward.sum()),
+            # jumanji's is each agent's, and 1 at the limit only for those that could go on.
+            discount=wrappers.discount(raw.last(), raw.discount.max() > 0, self.ends),
+            observation=self._observe(state),
+            metrics=self._metrics(raw),
+        )
+        return state, timestep
+
+    def _metrics(self, raw: RawTimeStep[RawObservation]) -> dict[str, Array]:
+        won = raw.extras["ratio_connections"] == 1.0
+        return {"win_rate": won.astype(jnp.float32), **raw.extras}
+
+    def _observe(self, state: State) -> Observation:
+        """54 features an agent, as in the released code: its own and its target's row and column
+        (0, 0 once connected) over the number of cells; then of the cells around it what blocks (1 a
+        head or beyond the board, -1 a path), and the targets (1 its own or beyond, -1 another's).
+        """
+        own, size = state.agents, self.grid_size
+        target_at = jnp.where(own.connected[:, None], 0, own.target)  # (N, 2)
+        places = jnp.concatenate([own.position, target_at], axis=1) / size**2
+
+        row, column = (own.position[:, axis, None] + AROUND[axis] for axis in (0, 1))  # (N, W * W)
+        outside = (row < 0) | (row >= size) | (column < 0) | (column >= size)
+        cell = state.grid.reshape(-1).at[row * size + column].get(mode="clip")
+        kind = cell % TARGET
+        blocked = jnp.where(outside | (kind == POSITION), 1.0, jnp.where(kind == PATH, -1.0, 0.0))
+        is_own = cell == TARGET * (1 + jnp.arange(self.num_agents)[:, None])
+        is_target = (kind == 0) & (cell > 0)
+        targets = jnp.where(outside | is_own, 1.0, jnp.where(is_target, -1.0, 0.0))
+        views = jnp.concatenate([places, blocked, targets], axis=1)
+        return wrappers.observe(views, state.action_mask, state.step_count, self.global_state)

@@ -1,0 +1,209 @@
+"""MABrax: each agent moves some joints of one body (jaxmarl's MABrax, on brax).
+
+All agents get the body's reward. A fall terminates, where brax says so; the time limit truncates.
+Each agent sees the joints near its own. Views and actions that are shorter than the longest are
+padded; padded action dimensions are masked.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magpo.envs import simulators, wrappers
+from magpo.envs.registry import at_least, one_of
+from magpo.types import Array, Observation, StepType, TimeStep, restart
+
+mabrax = simulators.load("mabrax.mabrax_env", needs="mabrax")
+mujoco = import_module("mujoco")  # brax has it
+Indices = dict[str, list[int]]  # by agent
+
+# brax's ant: 0-4 torso, then 5 + 2l hip and 6 + 2l ankle of leg l, 13-18 the torso's velocities,
+# 19 + 2l and 20 + 2l the joints'. What an agent sees follows jaxmarl's ant_4x2: the torso, all
+# hips, and its own leg's ankle.
+ROOT, HIPS, ROOT_VELOCITIES = [0, 1, 2, 3, 4], [5, 7, 9, 11], [13, 14, 15, 16, 17, 18]
+ANT_8X1 = {
+    f"agent_{2 * leg + joint}": sorted(
+        {*ROOT, *ROOT_VELOCITIES, 6 + 2 * leg, 19 + 2 * leg + joint, 5 + 2 * leg}
+        | (set(HIPS) if joint == 0 else set())
+    )
+    for leg in range(4)
+    for joint in range(2)
+}
+WALKER2D_6X1 = {
+    "agent_0": [0, 2, 3, 5, 8, 9, 11],
+    "agent_1": [0, 2, 3, 4, 8, 9, 12],
+    "agent_2": [0, 3, 4, 8, 9, 13],
+    "agent_3": [0, 2, 5, 6, 8, 9, 14],
+    "agent_4": [0, 5, 6, 7, 8, 9, 15],
+    "agent_5": [0, 6, 7, 8, 9, 16],
+}
+BACKENDS = ("positional", "spring", "generalized", "mjx")
+
+
+def _humanoid(index: int) -> int | None:
+    """Where brax has what MuJoCo's humanoid has at `index`, for which jaxmarl's mapping was made:
+    22 positions, 23 velocities, inertia (10) and velocity (6) of each of 14 bodies, 23 forces, and
+    contact forces. brax has 11 bodies, no world and no feet apart from the shins, and no contacts.
+    """
+    links = [None, 0, 1, 2, 3, 4, None, 5, 6, None, 7, 8, 9, 10]  # by MuJoCo's body
+    if index < 45:
+        return index
+    if index < 185:
+        link, place = links[(index - 45) // 10], (index - 45) % 10
+        return None if link is None else 45 + 10 * link + place
+    if index < 269:
+        link, place = links[(index - 185) // 6], (index - 185) % 6
+        return None if link is None else 155 + 6 * link + place
+    return index - 269 + 221 if index < 292 else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings that brax and MABrax are no longer developed, and without MuJoCo's on
+    old models, which it would write to a file in the current folder."""
+    handler = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda text: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            mujoco.set_mju_user_warning(handler)
+
+
+def splits() -> dict[str, tuple[Indices, Indices]]:
+    """What each agent sees of a body, and what it moves, as jaxmarl has it, and two of our own."""
+    seen, moved = mabrax._agent_observation_mapping, mabrax._agent_action_mapping
+    listed = {
+        name: (
+            {agent: [int(i) for i in indices] for agent, indices in seen[name].items()},
+            {agent: [int(i) for i in indices] for agent, indices in moved[name].items()},
+        )
+        for name in seen
+    }
+    one_each = {agent: [i] for i, agent in enumerate(ANT_8X1)}
+    listed["ant_8x1"] = ANT_8X1, one_each
+    listed["walker2d_6x1"] = WALKER2D_6X1, dict(list(one_each.items())[:6])
+    return listed
+
+
+def corrected(split: str, seen: Indices, moved: Indices) -> tuple[Indices, Indices]:
+    """The split mended: jaxmarl's were made for other observations and another order of joints."""
+    body = split.partition("_")[0]
+    if body == "ant":  # brax moves leg 4 first
+        moved = {agent: [(i + 2) % 8 for i in indices] for agent, indices in moved.items()}
+    if body == "halfcheetah":  # counted with x, which brax leaves out
+        seen = {agent: [i - 1 for i in indices] for agent, indices in seen.items()}
+    if body == "humanoid":
+        known = {a: [_humanoid(i) for i in indices] for a, indices in seen.items()}
+        seen = {a: [i for i in indices if i is not None] for a, indices in known.items()}
+    return seen, moved
+
+
+@dataclass(unsafe_hash=True)
+class Mabrax:
+    """One environment; the options are explained in configs/env/mabrax."""
+
+    name: str
+    global_state: bool
+    split: str
+    mapping: str
+    backend: str
+    time_limit: int
+    ends: str
+    simulator: Any = field(init=False, repr=False, compare=False)
+    num_agents: int = field(init=False)
+    action_dim: int = field(init=False)
+    action_kind: Literal["discrete", "continuous"] = field(default="continuous", init=False)
+    truncates: bool = field(init=False)
+    headline: str = field(default="episode_return", init=False)
+
+    def __post_init__(self) -> None:
+        at_least(self, time_limit=1)
+        known = splits()
+        one_of(
+            self,
+            split=tuple(known),
+            mapping=("jaxmarl", "corrected"),
+            backend=BACKENDS,
+            ends=wrappers.ENDS,
+        )
+        seen, moved = known[self.split]
+        if self.mapping == "corrected":
+            seen, moved = corrected(self.split, seen, moved)
+        with _quiet():
+            self.simulator = mabrax.MABraxEnv(
+                self.split,
+                episode_length=self.time_limit,
+                auto_reset=False,
+                homogenisation_method="max",
+                backend=self.backend,
+                agent_obs_mapping={agent: jnp.array(indices) for agent, indices in seen.items()},
+                agent_action_mapping={
+                    agent: jnp.array(indices) for agent, indices in moved.items()
+                },
+            )
+        self.truncates = self.ends == "bootstrapped"
+        self.num_agents = len(seen)
+        self.action_dim = max(map(len, moved.values()))
+        self._mask = np.array([np.arange(self.action_dim) < len(m) for m in moved.values()])
+        self._seen = [np.array(indices) for indices in seen.values()]
+
+    @property
+    def terminates(self) -> str:
+        return "" if self.split.startswith("halfcheetah") else "a fall"
+
+    @property
+    def observation_spec(self) -> Observation:
+        return wrappers.observation_spec(
+            self.num_agents,
+            max(map(len, self._seen)),
+            self.action_dim,
+            self.global_state,
+            self.simulator.env.observation_size,
+        )
+
+    @property
+    def action_spec(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.num_agents, self.action_dim), jnp.float32)
+
+    def reset(self, key: Array) -> tuple[Any, TimeStep]:
+        state = wrappers.strong(self.simulator.env.reset(key))
+        return state, restart(self.num_agents, self._observe(state), {})
+
+    def step(self, state: Any, action: Array) -> tuple[Any, TimeStep]:
+        actions = dict(zip(self.simulator.agents, action, strict=True))
+        joints = self.simulator.map_agents_to_global_action(actions)
+        state = wrappers.strong(self.simulator.env.step(state, joints))
+        last, truncated = state.done > 0, state.info["truncation"] > 0
+        timestep = TimeStep(
+            step_type=jnp.where(last, StepType.LAST, StepType.MID).astype(jnp.int8),
+            reward=jnp.full(self.num_agents, state.reward),
+            discount=wrappers.discount(last, truncated, self.ends),
+            observation=self._observe(state),
+            metrics={},
+        )
+        return state, timestep
+
+    def _observe(self, state: Any) -> Observation:
+        step_count = state.info["steps"].astype(jnp.int32)
+        if self.mapping == "jaxmarl":  # its views begin with the id, and overlap with it
+            views = self.simulator.map_global_obs_to_agents(state.obs)
+            return Observation(
+                agents_view=jnp.stack([views[agent] for agent in self.simulator.agents]),
+                action_mask=jnp.array(self._mask),
+                step_count=step_count,
+                global_state=state.obs if self.global_state else None,
+            )
+        longest = max(map(len, self._seen))
+        views = [jnp.pad(state.obs[seen], (0, longest - len(seen))) for seen in self._seen]
+        return wrappers.observe(
+            jnp.stack(views), jnp.array(self._mask), step_count, self.global_state, state.obs
+        )

@@ -1,0 +1,29 @@
+"""jaxmarl's simulators, imported quietly.
+
+Importing jaxmarl prints, and puts `sys.stdout` and `sys.stderr` back to the process's first ones.
+Raises a one-line ValueError where a simulator's own library is missing.
+"""
+
+import io
+import sys
+import warnings
+from importlib import import_module
+from typing import Any
+
+
+def load(module: str, needs: str = "") -> Any:
+    """A module of jaxmarl's environments, "mpe"; `needs` is the extra of ours that it takes."""
+    process: Any = sys
+    streams = process.stdout, process.stderr, process.__stdout__
+    process.stdout = process.__stdout__ = io.StringIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module(f"jaxmarl.environments.{module}")
+    except ImportError as error:
+        missing = error.name or "jaxmarl"
+        install = f"pip install 'magpo[{needs}]'" if needs else "pip install jaxmarl"
+        suite = module.partition(".")[0]
+        raise ValueError(f"{suite} needs {missing}, which is not installed: {install}") from error
+    finally:
+        process.stdout, process.stderr, process.__stdout__ = streams

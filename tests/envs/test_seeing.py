@@ -1,0 +1,106 @@
+"""What is shown of the environments: pictures, the table of tasks, the README's example."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from magpo import config, envs, experiment, render
+from magpo.systems import magpo as system
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+TASKS = {
+    "coordsum/3x10-30": 3,
+    "lbf/2s-8x8-2p-2f-coop": 2,
+    "connector/con-5x5x3a": 3,
+    "mpe/simple_spread_3ag": 3,
+    "rware/tiny-2ag": 2,
+    "smax/1s1z": 2,
+}
+
+
+def rendered(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["render", *map(str, arguments)])
+    render.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_episode_is_a_gif_with_a_frame_for_each_state(task, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.gif"
+    printed = rendered(monkeypatch, capsys, f"env={task}", "steps=3", f"out={out}")
+    steps = int(re.search(r"(\d+) steps, return", printed)[1])
+    picture = Image.open(out)
+    assert 1 <= steps <= 3 and picture.n_frames == steps + 1
+    frames = []
+    for frame in range(picture.n_frames):
+        picture.seek(frame)
+        frames.append(picture.convert("RGB").tobytes())
+    assert len(set(frames)) == steps + 1  # at least the step's number and reward change
+
+
+def test_mabrax_is_a_page_of_braxs(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.html"
+    rendered(monkeypatch, capsys, "env=mabrax/hopper-3x1", "steps=2", f"out={out}")
+    assert "<html" in out.read_text()[:200].lower()
+
+
+def test_a_trained_policy_is_shown(tmp_path, monkeypatch, capsys):
+    overrides = [
+        *("env=lbf/2s-8x8-2p-2f-coop", "env.time_limit=9", "tuned=false", "num_envs=4"),
+        *("rollout_length=16", "total_steps=64", "num_evaluations=1", "eval_episodes=2"),
+        *("network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"),
+        f"results_dir={tmp_path}",
+    ]
+    folder = experiment.run(system, config.load("magpo", overrides)).folder
+    out = tmp_path / "a.gif"
+    printed = rendered(monkeypatch, capsys, f"run={folder}", "greedy=true", f"out={out}")
+    steps = int(re.search(r"a\.gif: (\d+) steps, return", printed)[1])
+    assert steps <= 9 and Image.open(out).n_frames == steps + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["env=lbf/8x8"], "did you mean"),
+        (["env=lbf/8x8-2p-2f-coop", "run=here"], "one of them"),
+        (["steps=3"], "one of them"),
+        (["env=lbf/8x8-2p-2f-coop", "steps=0"], "steps must be at least 1"),
+        (["env=lbf/8x8-2p-2f-coop", "env.fov=9"], "fov must be at most 8"),
+        (["env=lbf/8x8-2p-2f-coop", "steps=1", "out=/proc/a.gif"], "cannot write there"),
+        (["run=nowhere"], "no run there"),
+    ],
+)
+def test_bad_requests_are_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["render", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        render.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_the_readmes_table_is_the_commands():
+    command = [sys.executable, "-m", "magpo.envs", "--markdown"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table in README
+    assert len(table.splitlines()) == 2 + len(envs.tasks())
+
+
+def test_the_readmes_own_environment_trains(tmp_path):
+    _, _, section = README.partition("### Your own environment")
+    (tmp_path / "rendezvous.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
+    short = [
+        *("env=ring/rendezvous", "env.size=3", "budget=quick", "num_envs=16", "rollout_length=16"),
+        *("total_steps=15360", "num_evaluations=3", "network.guider.embed_dim=16"),
+        *("network.learner.hidden_dim=16", "logger.plot=false", "absolute_metric=false"),
+    ]
+    command = [sys.executable, "rendezvous.py", *short]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "results/magpo/ring/rendezvous").glob("*/metrics.jsonl"))
+    wrong = [*command[:2], "env=ring/rendezvous", "env.sise=3"]
+    done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "did you mean 'env.size'" in done.stderr
