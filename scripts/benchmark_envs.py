@@ -1,0 +1,153 @@
+"""What our wrappers cost on top of the simulators: one task of each suite, 128 environments.
+
+    python scripts/benchmark_envs.py scripts/results/envs.csv [lbf/8x8-2p-2f-coop ...]
+
+Random actions, the same for all; every output is summed up, so that no program leaves any out.
+`wrapper` is our step's time over the simulator's own; `auto_reset` is the time of a step with
+restarts over that of the step and of the resets that were due. Medians of turns taken in a row.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from magpo import envs
+from magpo.envs.wrappers import AutoReset
+from magpo.types import Array
+
+NUM_ENVS, STEPS, TURNS = 128, 256, 5
+TASKS = [
+    "coordsum/3x10-30",
+    "lbf/15x15-4p-5f",
+    "connector/con-10x10x10a",
+    "mpe/simple_spread_3ag",
+    "rware/tiny-4ag",
+    "smax/2s3z",
+    "mabrax/hopper-3x1",
+]
+wait: Any = jax.block_until_ready
+
+
+def simulator_of(env: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The simulator's reset(key) -> state and step(state, action, key) -> (state, outputs)."""
+    suite, simulator = env.name.partition("/")[0], env.simulator
+
+    def jumanji_step(state: Any, action: Array, key: Array) -> Any:
+        return simulator.step(state, action)
+
+    def jaxmarl_step(state: Any, action: Array, key: Array) -> Any:
+        if suite == "mpe":
+            action = (action + 1) / 2
+        actions = dict(zip(simulator.agents, action, strict=True))
+        views, state, rewards, dones, _ = simulator.step_env(key, state, actions)
+        legal = simulator.get_avail_actions(state) if suite == "smax" else ()
+        return state, (views, rewards, dones, legal)
+
+    if suite in ("lbf", "connector", "rware"):
+        return lambda key: simulator.reset(key)[0], jumanji_step
+    return lambda key: simulator.reset(key)[1], jaxmarl_step
+
+
+def strong(state: Any) -> Any:
+    """What a scan carries has to come out as it went in."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
+
+
+def scanned(step: Callable[..., Any]) -> Callable[..., Any]:
+    """T steps of a batch, the sum of each step's outputs; jitted."""
+
+    def run(state: Any, actions: Array, keys: Array) -> Any:
+        def one(state: Any, given: Any) -> Any:
+            state, outputs = step(state, *given)
+            return strong(state), sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(outputs))
+
+        return jax.lax.scan(one, strong(state), (actions, keys))
+
+    return jax.jit(run)
+
+
+def measure(task: str) -> dict[str, Any]:
+    """A task's times, in microseconds for each environment and step."""
+    env = envs.make(task)
+    batch = AutoReset(env, NUM_ENVS)
+    keys = jax.random.split(jax.random.key(0), NUM_ENVS)
+    shape = STEPS, NUM_ENVS, *env.action_spec.shape
+    if env.action_kind == "discrete":
+        actions = jax.random.randint(jax.random.key(1), shape, 0, env.action_dim)
+    else:
+        actions = jax.random.uniform(jax.random.key(1), shape, minval=-1.0)
+    step_keys = jax.random.split(jax.random.key(2), (STEPS, NUM_ENVS))
+
+    reset = jax.jit(jax.vmap(env.reset))
+    ours = scanned(lambda state, action, _: jax.vmap(env.step)(state, action))
+
+    def step_with_resets(state: Any, action: Array, key: Array) -> Any:
+        state, timestep = batch.step(state, action)
+        seen, cut_off = timestep.terminal_observation, timestep.truncated().any()
+        if seen is None:
+            return state, timestep
+        # A rollout looks at it where an episode was cut off, and does not keep it.
+        value = jax.lax.cond(cut_off, lambda: seen.agents_view.sum(), lambda: 0.0)
+        return state, (timestep._replace(terminal_observation=None), value)
+
+    restarted = scanned(step_with_resets)
+    first, (auto_first, _) = reset(keys)[0], jax.jit(batch.reset)(jax.random.key(0))
+    calls = {
+        "reset": lambda: reset(keys),
+        "step": lambda: ours(first, actions, step_keys),
+        "step_with_resets": lambda: restarted(auto_first, actions, step_keys),
+    }
+    if hasattr(env, "simulator"):
+        raw_reset, raw_step = simulator_of(env)
+        raw, raw_first = scanned(jax.vmap(raw_step)), jax.jit(jax.vmap(raw_reset))(keys)
+        calls["simulator"] = lambda: raw(raw_first, actions, step_keys)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name in [*calls, *TURNS * list(calls)]:  # the first of each compiles
+        start = time.perf_counter()
+        wait(calls[name]())
+        times[name].append(time.perf_counter() - start)
+    seconds = {name: statistics.median(turns[1:]) for name, turns in times.items()}
+    ended = float(calls["step_with_resets"]()[0].begun - NUM_ENVS) / (NUM_ENVS * STEPS)
+    unit = 1e6 / (NUM_ENVS * STEPS)
+    step, reset_us = unit * seconds["step"], unit * STEPS * seconds["reset"]
+    with_resets = unit * seconds["step_with_resets"]
+    simulator = unit * seconds["simulator"] if "simulator" in seconds else None
+    return {
+        "task": task,
+        "simulator_us": f"{simulator:.2f}" if simulator else "",
+        "step_us": f"{step:.2f}",
+        "wrapper": f"{step / simulator - 1:+.1%}" if simulator else "",
+        "reset_us": f"{reset_us:.2f}",
+        "ends_per_step": f"{ended:.4f}",
+        "with_resets_us": f"{with_resets:.2f}",
+        "auto_reset": f"{with_resets / (step + ended * reset_us) - 1:+.1%}",
+    }
+
+
+def main() -> None:
+    """Measure and write a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path)
+    parser.add_argument("tasks", nargs="*", default=TASKS)
+    arguments = parser.parse_args()
+    rows = []
+    for task in arguments.tasks:
+        rows.append(measure(task))
+        print(rows[-1], flush=True)
+    with arguments.table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
