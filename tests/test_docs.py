@@ -31,9 +31,3 @@ def test_the_readmes_commands_are_accepted(command):
     if "--multirun" in overrides:  # its jobs: each value of the sweep by itself
         overrides = [text.partition(",")[0] for text in overrides if not re.match("--|hydra", text)]
     config.load(module.rpartition(".")[2], overrides)
-
-
-def test_the_readme_names_every_task():
-    for task in magpo.envs.tasks():
-        name = task.partition("/")[2].removesuffix("-hard")
-        assert f"`{name}`" in README, task

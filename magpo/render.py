@@ -1,0 +1,142 @@
+"""See an episode: `python -m magpo.render env=<suite>/<task>` or `run=<folder>`.
+
+Writes a GIF, for MABrax brax's HTML: under random legal actions, or of a run's best policy.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magpo import cli, envs, policy
+from magpo.config import ConfigError
+from magpo.types import Array, Environment
+
+USAGE = """\
+usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
+
+  env=<suite>/<task>     a task, under random legal actions
+  run=<folder>           a run's results folder: its best policy, on its task
+  env.<option>=<value>   options of the task
+  out=<file>             where to (default: <task>.gif, for MABrax <task>.html)
+  steps=500              at most this many, >= 1
+  greedy=false           true: the policy's most likely actions
+  seed=0                 of the episode, >= 0"""
+
+
+class Episode(NamedTuple):
+    """An episode on the host."""
+
+    states: list[Any]  # L + 1
+    actions: np.ndarray  # (L, N[, A])
+    rewards: np.ndarray  # (L,) mean over agents
+
+
+def play(
+    env: Environment, acting: policy.Policy | None, steps: int, seed: int, greedy: bool
+) -> Episode:
+    """One episode, up to its end or `steps` steps; random legal actions without a policy."""
+    reset_key, act_key = jax.random.split(jax.random.key(seed))
+    state, timestep = jax.jit(env.reset)(reset_key)
+    step = jax.jit(env.step)
+    carry = acting.initial_carry() if acting else None
+    states, actions, rewards = [state], [], []
+    for t in range(min(steps, env.time_limit)):
+        key = jax.random.fold_in(act_key, t)
+        if acting:
+            action, carry = acting.act(carry, timestep.observation, key, greedy)
+        else:
+            action = _random_action(env, timestep.observation.action_mask, key)
+        state, timestep = step(state, action)
+        states.append(state)
+        actions.append(np.asarray(action))
+        rewards.append(float(timestep.reward.mean()))
+        if timestep.last():
+            break
+    return Episode(jax.device_get(states), np.stack(actions), np.array(rewards))
+
+
+def _random_action(env: Environment, mask: Array, key: Array) -> Array:
+    if env.action_kind == "continuous":
+        return jax.random.uniform(key, mask.shape, minval=-1.0)
+    return jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf))
+
+
+def write_gif(path: Path, env: Environment, episode: Episode) -> None:
+    """A frame for each step: the state, what is done in it, and what that is worth."""
+    from matplotlib.animation import PillowWriter
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from magpo.drawing import DRAW
+
+    draw = DRAW[env.name.partition("/")[0]]
+    figure = Figure(figsize=(4.8, 5.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    writer = PillowWriter(fps=4)
+    with writer.saving(figure, str(path), dpi=80):
+        for t, state in enumerate(episode.states):
+            axes.clear()
+            over = t == len(episode.actions)
+            draw(axes, env, state, None if over else episode.actions[t])
+            reward = "the end" if over else f"reward {episode.rewards[t]:+.2f}"
+            done = episode.rewards[: t + (not over)].sum()
+            axes.set_title(f"{env.name}, step {t}: {reward}, return {done:.2f}", fontsize=9)
+            writer.grab_frame()
+
+
+def write_html(path: Path, env: Any, episode: Episode) -> None:
+    """brax's own viewer; it loads its script from the web."""
+    from brax.io import html
+
+    poses = [state.pipeline_state for state in episode.states]
+    brax_env = env.simulator.env
+    path.write_text(html.render(brax_env.sys.tree_replace({"opt.timestep": brax_env.dt}), poses))
+
+
+def main() -> None:
+    """`python -m magpo.render`"""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return
+    with cli.exit_on_config_error():
+        _main(arguments)
+
+
+def _main(arguments: list[str]) -> None:
+    keys = {"run": str, "env": str, "out": str, "steps": int, "greedy": bool, "seed": int}
+    given = cli.key_values(arguments, keys, open_group="env")
+    if ("run" in given) == ("env" in given):
+        raise ConfigError("give env=<suite>/<task> or run=<folder>, one of them")
+    steps, seed = given.get("steps", 500), given.get("seed", 0)
+    if steps < 1 or seed < 0:
+        raise ConfigError("steps must be at least 1 and seed at least 0")
+    trained = policy.read(given["run"]) if "run" in given else None
+    task = trained.env.name if trained else given["env"]
+    options = trained.config.env.options if trained else {}
+    options |= {k.removeprefix("env."): v for k, v in given.items() if k.startswith("env.")}
+    try:
+        env = envs.make(task, **options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    suite = task.partition("/")[0]
+    as_html = suite == "mabrax"
+    out = Path(given.get("out") or task.replace("/", "_") + (".html" if as_html else ".gif"))
+    if trained:
+        policy.check_fits(trained, env)
+    acting = policy.build(trained, env=env) if trained else None
+    episode = play(env, acting, steps, seed, given.get("greedy", False))
+    try:
+        (write_html if as_html else write_gif)(out, env, episode)
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot write there: {error.strerror}") from error
+    print(f"{out}: {len(episode.actions)} steps, return {episode.rewards.sum():.3f}")
+
+
+if __name__ == "__main__":
+    main()
