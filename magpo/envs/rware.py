@@ -60,7 +60,10 @@ class Rware:
     @property
     def observation_spec(self) -> Observation:
         return wrappers.observation_spec(
-            self.num_agents, self.simulator.num_obs_features, self.action_dim, self.global_state
+            self.num_agents,
+            int(self.simulator.num_obs_features),
+            self.action_dim,
+            self.global_state,
         )
 
     @property

@@ -1,5 +1,8 @@
 """What every environment promises: all tasks, under auto-reset and random legal actions."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import pytest
 from envs.conftest import random_actions
 from magpo import envs
 from magpo.envs.wrappers import AutoReset
-from magpo.types import StepType
+from magpo.types import EnvSpec, StepType, spec
 
 B = 6
 # Shorter episodes, that the batch see some end; coverage of a suite's options.
@@ -65,6 +68,11 @@ def test_a_scan_can_carry_the_state(played):
     for leaf, other in zip(jax.tree.leaves((state, first)), jax.tree.leaves(after), strict=True):
         assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
         assert not leaf.weak_type and not other.weak_type
+
+
+def test_what_a_policy_depends_on_can_be_saved(played):
+    saved = json.loads(json.dumps(dataclasses.asdict(spec(played.env))))
+    assert EnvSpec(**saved) == spec(played.env)
 
 
 def test_shapes_and_dtypes_are_the_specs(played):

@@ -168,6 +168,18 @@ def test_with_the_corrected_mapping_an_agent_sees_the_joint_it_moves(task, first
         assert not others
 
 
+def test_the_corrected_humanoid_reads_nothing_that_is_not_there():
+    jaxmarls, env = (
+        envs.make("mabrax/humanoid-9-8", mapping=mapping) for mapping in ("jaxmarl", "corrected")
+    )
+    size = env.simulator.env.observation_size
+    assert max(max(seen) for seen in jaxmarls._seen) >= size  # clamped: the last one, many times
+    for seen in env._seen:
+        assert seen.max() < size and len(set(seen.tolist())) == len(seen)
+    arms = set(range(22 + 17, 22 + 23))  # their velocities, after 22 positions
+    assert arms <= set(env._seen[0].tolist()) and not arms & set(env._seen[1].tolist())
+
+
 def test_the_padded_action_of_a_smaller_agent_is_masked():
     env = envs.make("mabrax/humanoid-9-8")
     _, timestep = jax.eval_shape(env.reset, jax.random.key(0))
