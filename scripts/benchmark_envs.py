@@ -2,9 +2,10 @@
 
     python scripts/benchmark_envs.py scripts/results/envs.csv [lbf/8x8-2p-2f-coop ...]
 
-Random actions, the same for all; every output is summed up, so that no program leaves any out.
+Random actions, the same for all; every step writes all of its outputs over the last one's.
 `wrapper` is our step's time over the simulator's own; `auto_reset` is the time of a step with
-restarts over that of the step and of the resets that were due. Medians of turns taken in a row.
+restarts over that of the step and of the resets that were due; `part` is what takes much of a slow
+simulator's step. Medians of turns taken in a row.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from magpo import envs
 from magpo.envs.wrappers import AutoReset
 from magpo.types import Array
 
-NUM_ENVS, STEPS, TURNS = 128, 256, 5
+NUM_ENVS, STEPS, TURNS = 128, 256, 3
 TASKS = [
     "coordsum/3x10-30",
     "lbf/15x15-4p-5f",
@@ -30,6 +31,7 @@ TASKS = [
     "mpe/simple_spread_3ag",
     "rware/tiny-4ag",
     "smax/2s3z",
+    "smax/27m_vs_30m",
     "mabrax/hopper-3x1",
 ]
 wait: Any = jax.block_until_ready
@@ -55,20 +57,56 @@ def simulator_of(env: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return lambda key: simulator.reset(key)[1], jaxmarl_step
 
 
+def slow_part(env: Any) -> tuple[str, Callable[..., Any]] | None:
+    """What takes much of a slow simulator's step, and a step that does that alone."""
+    suite = env.name.partition("/")[0]
+    simulator: Any = getattr(env, "simulator", None)
+
+    def request_queue(state: Any, action: Array, key: Array) -> Any:
+        def at_goal(carry: Any, goal: Array) -> Any:
+            key, reward, queue, shelves = carry
+            return simulator._update_reward_and_request_queue(
+                key, reward, queue, state.grid, shelves, goal
+            ), None
+
+        start = state.key, jnp.float32(0), state.request_queue, state.shelves
+        (key, reward, queue, shelves), _ = jax.lax.scan(at_goal, start, simulator.goals)
+        return state.replace(key=key, request_queue=queue, shelves=shelves), reward
+
+    def views(state: Any, action: Array, key: Array) -> Any:
+        units = state.battle.state
+        moved = units.unit_positions + 1e-3 * action.sum()  # another state every time
+        units = units.replace(unit_positions=moved)
+        seen = simulator._env.get_obs_unit_list(units)
+        return state._replace(battle=state.battle.replace(state=units)), seen
+
+    def physics(state: Any, action: Array, key: Array) -> Any:
+        body = simulator.env.unwrapped
+        joints = action.reshape(-1)[: body.action_size]
+        return state.replace(
+            pipeline_state=body.pipeline_step(state.pipeline_state, joints)
+        ), joints
+
+    parts = {"rware": request_queue, "smax": views, "mabrax": physics}
+    return (parts[suite].__name__, parts[suite]) if suite in parts else None
+
+
 def strong(state: Any) -> Any:
     """What a scan carries has to come out as it went in."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
 
 def scanned(step: Callable[..., Any]) -> Callable[..., Any]:
-    """T steps of a batch, the sum of each step's outputs; jitted."""
+    """T steps of a batch, each of which writes all of its outputs; jitted."""
 
     def run(state: Any, actions: Array, keys: Array) -> Any:
-        def one(state: Any, given: Any) -> Any:
-            state, outputs = step(state, *given)
-            return strong(state), sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(outputs))
+        def one(carry: Any, given: Any) -> Any:
+            state, outputs = step(carry[0], *given)
+            return (strong(state), strong(outputs)), None
 
-        return jax.lax.scan(one, strong(state), (actions, keys))
+        _, outputs = jax.eval_shape(step, state, actions[0], keys[0])
+        unwritten = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+        return jax.lax.scan(one, (strong(state), unwritten), (actions, keys))[0]
 
     return jax.jit(run)
 
@@ -108,6 +146,10 @@ def measure(task: str) -> dict[str, Any]:
         raw_reset, raw_step = simulator_of(env)
         raw, raw_first = scanned(jax.vmap(raw_step)), jax.jit(jax.vmap(raw_reset))(keys)
         calls["simulator"] = lambda: raw(raw_first, actions, step_keys)
+    part = slow_part(env)
+    if part:
+        alone = scanned(jax.vmap(part[1]))
+        calls["part"] = lambda: alone(first, actions, step_keys)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for name in [*calls, *TURNS * list(calls)]:  # the first of each compiles
         start = time.perf_counter()
@@ -127,6 +169,8 @@ def measure(task: str) -> dict[str, Any]:
         "reset_us": f"{reset_us:.2f}",
         "ends_per_step": f"{ended:.4f}",
         "with_resets_us": f"{with_resets:.2f}",
+        "part": part[0] if part else "",
+        "part_of_step": f"{seconds['part'] / seconds['step']:.0%}" if part else "",
         "auto_reset": f"{with_resets / (step + ended * reset_us) - 1:+.1%}",
     }
 
