@@ -78,6 +78,16 @@ def key_values(
     return values
 
 
+def command(usage: str, run: Callable[[Sequence[str]], None]) -> None:
+    """A command of key=value arguments; without any, or with --help, its usage is printed."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(usage)
+        return
+    with exit_on_config_error():
+        run(arguments)
+
+
 @contextmanager
 def exit_on_config_error() -> Iterator[None]:
     """Turn a ConfigError into one line on stderr and exit code 2."""

@@ -6,7 +6,7 @@ plays the best policies of a run, of all its seeds, on its task, or with env=<su
 another where the shapes allow; env.<option>=<value> changes the task.
 """
 
-import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -93,14 +93,9 @@ def _measure(timestep: TimeStep, episode_return: Array, episode_length: Array) -
 
 def main() -> None:
     """`python -m magpo.evaluate run=<folder> [key=value ...]`"""
-    from magpo.cli import exit_on_config_error
+    from magpo import cli
 
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
-    with exit_on_config_error():
-        _main(arguments)
+    cli.command(USAGE, _main)
 
 
 USAGE = """\
@@ -114,7 +109,7 @@ usage: python -m magpo.evaluate run=<folder> [key=value ...]
   env.<option>=<value>   options of the task; by default the run's"""
 
 
-def _main(arguments: list[str]) -> None:
+def _main(arguments: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -41,6 +41,7 @@ from magpo.loggers import (
     TensorBoard,
     Writer,
     defined,
+    require_neptune,
 )
 from magpo.saving import Saver, Start
 from magpo.types import Array, Environment, spec
@@ -135,6 +136,8 @@ def run(system_module: ModuleType, config: RunConfig, env: Environment | None = 
     was measured.
     """
     set_up_jax(config)
+    if config.logger.neptune:
+        require_neptune()
     if env is None:
         try:
             env = envs.make(config.env.name, **config.env.options)

@@ -11,7 +11,7 @@ size stays free. Without this library:
 """
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +88,22 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
 
 def main() -> None:
     """`python -m magpo.export run=<folder>`"""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
-    with cli.exit_on_config_error():
-        given = cli.key_values(arguments, {"run": str, "out": str, "seed": int, "agent": int})
-        if "run" not in given:
-            raise ConfigError("run=<folder> is missing")
-        policy = load_policy(given["run"], seed=given.get("seed"), agent=given.get("agent", 0))
-        data, description = export(policy)
-        out = Path(given.get("out") or Path(given["run"]) / "policy")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "policy.stablehlo").write_bytes(data)
-            (out / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(f"out={out}: cannot write there: {error.strerror}") from error
+    cli.command(USAGE, _main)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    given = cli.key_values(arguments, {"run": str, "out": str, "seed": int, "agent": int})
+    if "run" not in given:
+        raise ConfigError("run=<folder> is missing")
+    policy = load_policy(given["run"], seed=given.get("seed"), agent=given.get("agent", 0))
+    data, description = export(policy)
+    out = Path(given.get("out") or Path(given["run"]) / "policy")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "policy.stablehlo").write_bytes(data)
+        (out / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot write there: {error.strerror}") from error
     print(f"{out / 'policy.stablehlo'}: {len(data):,} bytes")
 
 

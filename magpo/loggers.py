@@ -221,14 +221,18 @@ class TensorBoard:
             writer.flush()
 
 
+def require_neptune() -> None:
+    """Raise ConfigError where its client is not installed."""
+    if find_spec("neptune") is None:
+        raise ConfigError("logger.neptune: needs the neptune client: install magpo[neptune]")
+
+
 class Neptune:
     """A Neptune run for each seed, in a group with the run's name; offline without a token."""
 
     def __init__(
         self, run: Run, project: str | None, tags: Sequence[str], config: dict[str, Any]
     ) -> None:
-        if find_spec("neptune") is None:
-            raise ConfigError("logger.neptune: needs the neptune client: install magpo[neptune]")
         self.run, self.project, self.tags, self.config = run, project, list(tags), config
         self.runs: list[Any] = []
         self.refused: Exception | None = None

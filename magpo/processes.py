@@ -48,9 +48,11 @@ def _killable() -> Iterator[None]:
         yield
         return
     ours = {number: signal.signal(number, signal.SIG_DFL) for number in (SIGINT, SIGTERM)}
-    yield
-    for number, handler in ours.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def is_first() -> bool:

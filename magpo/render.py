@@ -3,7 +3,7 @@
 Writes a GIF, for MABrax brax's HTML: under random legal actions, or of a run's best policy.
 """
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,15 +100,10 @@ def write_html(path: Path, env: Any, episode: Episode) -> None:
 
 def main() -> None:
     """`python -m magpo.render`"""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
-    with cli.exit_on_config_error():
-        _main(arguments)
+    cli.command(USAGE, _main)
 
 
-def _main(arguments: list[str]) -> None:
+def _main(arguments: Sequence[str]) -> None:
     keys = {"run": str, "env": str, "out": str, "steps": int, "greedy": bool, "seed": int}
     given = cli.key_values(arguments, keys, open_group="env")
     if ("run" in given) == ("env" in given):
@@ -118,8 +113,8 @@ def _main(arguments: list[str]) -> None:
         raise ConfigError("steps must be at least 1 and seed at least 0")
     trained = policy.read(given["run"]) if "run" in given else None
     task = trained.env.name if trained else given["env"]
-    options = trained.config.env.options if trained else {}
-    options |= {k.removeprefix("env."): v for k, v in given.items() if k.startswith("env.")}
+    own = trained.config.env.options if trained else {}
+    options = own | {k.removeprefix("env."): v for k, v in given.items() if k.startswith("env.")}
     try:
         env = envs.make(task, **options)
     except ValueError as error:

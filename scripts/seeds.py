@@ -35,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("table", type=Path)
     parser.add_argument("system")
-    parser.add_argument("overrides", nargs="+", help="one of them may list sizes: num_envs=4,16")
+    parser.add_argument("overrides", nargs="+", help="the last may list sizes: num_envs=4,16")
     parser.add_argument("--seeds", type=int, default=10)
     arguments = parser.parse_args()
     listed = next(text for text in reversed(arguments.overrides) if "=" in text)

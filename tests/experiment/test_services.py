@@ -1,13 +1,15 @@
 """TensorBoard and Neptune, each read back by its own means."""
 
 import dataclasses
+from pathlib import Path
 
 import neptune
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiment.counting import SEEDS, K, U, records, run
-from magpo import experiment, saving
+from magpo import experiment, loggers, saving
+from magpo.config import ConfigError
 
 
 def test_tensorboard_has_what_the_log_has(config):
@@ -62,6 +64,13 @@ def test_neptune_without_a_token_writes_to_disk(config, monkeypatch):
     )
     assert operations.count(folder.name) >= len(SEEDS)
     assert "rollout" in operations and "episode_return" in operations
+
+
+def test_a_missing_client_is_said_before_anything_is_written(config, monkeypatch):
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"install magpo\[neptune\]"):
+        run(config, logger=dataclasses.replace(config.logger, neptune=True))
+    assert not Path(config.results_dir).exists()
 
 
 def test_a_service_that_fails_does_not_stop_the_run(config, monkeypatch, capsys):
