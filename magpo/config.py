@@ -324,8 +324,9 @@ def _check(system: str | ModuleType, name: str, values: dict[str, Any]) -> RunCo
     values |= {**run, "env": {"name": task, "options": options}, "algorithm": None}
     config = _validate(RunConfig, values)
     module = system if isinstance(system, ModuleType) else import_module(f"magpo.systems.{name}")
-    for number in ("num_envs", "rollout_length", "updates_per_chunk"):
-        algorithm[number] = getattr(config, number)
+    numbers = ("num_envs", "rollout_length", "updates_per_chunk", "num_updates")
+    asked = {field.name for field in fields(module.Config)}
+    algorithm |= {number: getattr(config, number) for number in numbers if number in asked}
     return replace(config, algorithm=_validate(module.Config, algorithm))
 
 

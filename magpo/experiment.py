@@ -138,11 +138,7 @@ def run(system_module: ModuleType, config: RunConfig, env: Environment | None = 
     set_up_jax(config)
     if config.logger.neptune:
         require_neptune()
-    if env is None:
-        try:
-            env = envs.make(config.env.name, **config.env.options)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    env = env or make_env(config)
     system = system_module.make(config.algorithm, env)
     programs = build_programs(system_module, system, env, config)
     shapes = shapes_of(programs, config)
@@ -152,6 +148,16 @@ def run(system_module: ModuleType, config: RunConfig, env: Environment | None = 
         if processes.is_first():
             stack.enter_context(runs.recorded(folder))
         return _run(programs, shapes, env, config, folder, start)
+
+
+def make_env(config: RunConfig) -> Environment:
+    """The run's environment, with a global state where the system asks for it by a property
+    `global_state` of its Config. Raises ConfigError."""
+    global_state = getattr(config.algorithm, "global_state", False)
+    try:
+        return envs.make(config.env.name, global_state=global_state, **config.env.options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _claimed_folder(config: RunConfig, stack: ExitStack) -> Path:

@@ -40,7 +40,7 @@ from jax.extend.core import jaxpr_as_fun  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from magpo import cli, envs, experiment, loggers, saving  # noqa: E402
+from magpo import cli, experiment, loggers, saving  # noqa: E402
 from magpo import config as configuration  # noqa: E402
 from magpo.config import RunConfig  # noqa: E402
 from magpo.envs.wrappers import AutoReset  # noqa: E402
@@ -142,7 +142,7 @@ def random_steps_per_s(env: Environment, num_envs: int, length: int) -> float:
 def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
     """All figures, by name and unit."""
     experiment.set_up_jax(config)
-    env = envs.make(config.env.name, **config.env.options)
+    env = experiment.make_env(config)
     system = module.make(config.algorithm, env)
     programs = experiment.build_programs(module, system, env, config)
     started = time.perf_counter()

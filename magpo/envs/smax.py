@@ -48,6 +48,7 @@ class Smax:
     truncates: bool = field(init=False)
     headline: str = field(default="win_rate", init=False)
     terminates: ClassVar[str] = "a dead team"
+    stop_action: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         at_least(self, time_limit=1)

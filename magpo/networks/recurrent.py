@@ -1,4 +1,4 @@
-"""A GRU over a sequence, and the recurrent actor of the decentralised policies.
+"""A GRU over a sequence, the decentralised actors, and the recurrent critics.
 
 The GRU's input projections are one matmul over all timesteps; only the recurrence is scanned. Its
 reverse pass is written out because automatic differentiation of a scan adds up the weight gradient
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import lecun_normal, orthogonal, zeros_init
 
-from magpo.networks.heads import ActionKind, Policy, PolicyHead
+from magpo.networks.heads import ActionKind, Policy, PolicyHead, executed_action
 from magpo.networks.torsos import Dense
 from magpo.types import Array
 
@@ -144,3 +144,93 @@ class RecurrentActor(nn.Module):
     def remember(self, hidden: Array, agents_view: Array, reset_before: Array) -> Array:
         """The hidden states alone, (T, B, H)."""
         return self.memory(hidden, nn.relu(self.embed(agents_view)), reset_before)
+
+
+class FeedForwardActor(nn.Module):
+    """As `RecurrentActor`, without memory: two tanh layers, for continuous control."""
+
+    action_dim: int
+    action_kind: ActionKind
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(
+        self, hidden: tuple[()], agents_view: Array, action_mask: Array, reset_before: Array
+    ) -> tuple[tuple[()], Policy]:
+        """agents_view (T, B, O), action_mask (T, B, A); nothing is remembered or reset."""
+        del reset_before
+        x = agents_view
+        for _ in range(2):
+            x = nn.tanh(Dense(self.hidden_dim, kernel_init=orthogonal(2**0.5))(x))
+        return hidden, PolicyHead(self.action_dim, self.action_kind)(x, action_mask)
+
+
+class RecurrentCritic(nn.Module):
+    """Values from an agent's observations or the global state: Dense, GRU, Dense, head."""
+
+    num_values: int
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(self, hidden: Array, inputs: Array, reset_before: Array) -> tuple[Array, Array]:
+        """hidden (B, H), inputs (T, B, D), reset_before (T, B) to hidden and values (T, B, V)."""
+        init = orthogonal(2**0.5)
+        embedded = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="embed")(inputs))
+        hiddens = GRU(self.hidden_dim, name="memory")(hidden, embedded, reset_before)
+        mixed = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="mix")(hiddens))
+        head = Dense(self.num_values, kernel_init=orthogonal(1.0), name="head")
+        return hiddens[-1], head(mixed)
+
+
+class PerAgentCritic(nn.Module):
+    """EQ^i(s, a^-i): what a state is worth to agent i, given the actions of all others.
+
+    Dense and GRU on the global state, then one layer on that, the others' actions and the agent's
+    id (Kim et al., 2026, Section 4.1). With `sees_actions: false` the value of the state alone, the
+    same for all agents.
+    """
+
+    num_agents: int
+    action_dim: int
+    action_kind: ActionKind
+    hidden_dim: int
+    sees_actions: bool
+
+    def setup(self) -> None:
+        init = orthogonal(2**0.5)
+        self.embed = Dense(self.hidden_dim, kernel_init=init)
+        self.memory = GRU(self.hidden_dim)
+        self.head = Dense(1, kernel_init=orthogonal(1.0))
+        num_features = self.hidden_dim
+        if self.sees_actions:
+            num_features += self.num_agents * (self.action_dim + 1)
+        self.kernel = self.param("kernel", init, (num_features, self.hidden_dim))
+        self.bias = self.param("bias", zeros_init(), (self.hidden_dim,))
+
+    def remember(self, hidden: Array, global_state: Array, reset_before: Array) -> Array:
+        """hidden (B, H), global_state (T, B, G), reset_before (T, B) to hidden states (T, B, H)."""
+        return self.memory(hidden, nn.relu(self.embed(global_state)), reset_before)
+
+    def value(self, hiddens: Array, action: Array) -> Array:
+        """hiddens (..., H) after the state, raw actions (..., N[, A]) to values (..., N)."""
+        of_state, of_actions, of_id = jnp.split(
+            self.kernel, [self.hidden_dim, self.hidden_dim + self.num_agents * self.action_dim]
+        )
+        mixed = (hiddens @ of_state + self.bias)[..., None, :]  # (..., 1, H)
+        if self.sees_actions:
+            executed = executed_action(action, self.action_kind)
+            if self.action_kind == "discrete":
+                executed = jax.nn.one_hot(executed, self.action_dim)
+            of_actions = of_actions.reshape(self.num_agents, self.action_dim, self.hidden_dim)
+            each = jnp.einsum("...na,nah->...nh", executed, of_actions)
+            others = 1.0 - jnp.eye(self.num_agents)  # an agent's own action counts exactly nothing
+            mixed = mixed + jnp.einsum("in,...nh->...ih", others, each) + of_id
+        value = self.head(nn.relu(mixed))[..., 0]
+        return jnp.broadcast_to(value, (*hiddens.shape[:-1], self.num_agents))
+
+    def __call__(
+        self, hidden: Array, global_state: Array, action: Array, reset_before: Array
+    ) -> tuple[Array, Array]:
+        """Hidden states (T, B, H) and values (T, B, N)."""
+        hiddens = self.remember(hidden, global_state, reset_before)
+        return hiddens, self.value(hiddens, action)

@@ -26,15 +26,21 @@ def decays(n_head: int, scaling_factor: float) -> np.ndarray:
     return (1 - np.exp(np.linspace(fastest, slowest, n_head))) * scaling_factor
 
 
+class AcrossChunks(NamedTuple):
+    """Decay and episode boundaries from chunk to chunk."""
+
+    entering: Array  # (B, K, C*N, H, 1) the incoming state's weight at each token
+    leaving: Array  # (B, K, C*N, H, 1) each token's weight in its chunk's contribution
+    between: Array  # (B, H, K, K) chunk j's contribution to the state that enters chunk i
+    initial: Array  # (B, K, H, 1, 1) the sequence's initial state in the one that enters chunk i
+
+
 class ChunkWeights(NamedTuple):
     """Decay and episode boundaries of chunkwise retention, the same for all blocks."""
 
     within: Array  # (B, K, H, C*N, C*N) token j's weight at token i of the same chunk
     causal: Array  # the same, 0 where j is a later agent of i's timestep
-    entering: Array  # (B, K, C*N, H, 1) the incoming state's weight at each token
-    leaving: Array  # (B, K, C*N, H, 1) each token's weight in its chunk's contribution
-    between: Array  # (B, H, K, K) chunk j's contribution to the state that enters chunk i
-    initial: Array  # (B, K, H, 1, 1) the sequence's initial state in the one that enters chunk i
+    across: AcrossChunks | None  # None where nothing passes from one timestep to the next
 
 
 def chunk_weights(
@@ -65,11 +71,19 @@ def chunk_weights(
     return ChunkWeights(
         within=within,
         causal=jnp.tril(within),
-        entering=per_token(enters),
-        leaving=per_token(leaves),
-        between=same(first, last)[:, None] * chunk_powers,
-        initial=((first == 0)[..., None] * powers(chunk_size * chunk).T)[..., None, None],
+        across=AcrossChunks(
+            entering=per_token(enters),
+            leaving=per_token(leaves),
+            between=same(first, last)[:, None] * chunk_powers,
+            initial=((first == 0)[..., None] * powers(chunk_size * chunk).T)[..., None, None],
+        ),
     )
+
+
+def timestep_weights(num_agents: int) -> ChunkWeights:
+    """Those of timesteps by themselves: (B, T, N) tokens are chunks already."""
+    within = jnp.ones((1, 1, 1, num_agents, num_agents))
+    return ChunkWeights(within, jnp.tril(within), across=None)
 
 
 class Retention(nn.Module):
@@ -97,24 +111,32 @@ class Retention(nn.Module):
         return self.output(nn.swish(gate) * self.norm(retained.reshape(gate.shape)))
 
     def chunkwise(
-        self, x_query: Array, x_key: Array, state: Array, weights: ChunkWeights, causal: bool
+        self,
+        x_query: Array,
+        x_key: Array,
+        state: Array | None,
+        weights: ChunkWeights,
+        causal: bool,
     ) -> Array:
-        """All tokens (B, T, N, F) of a sequence that starts from `state` (B, H, D, D).
+        """All tokens (B, T, N, F) of a sequence that starts from `state` (B, H, D, D), if any.
 
         `causal`: a token sees the agents before it in its own timestep, else all of them.
         """
         projections, gate = self.project(x_query, x_key)
-        chunked = (*weights.leaving.shape[:-1], -1)  # (B, K, C*N, H, D)
-        query, key, value = (x.reshape(chunked) for x in projections)
+        across = weights.across
+        chunked = (*across.leaving.shape[:-1], -1) if across else projections.key.shape
+        query, key, value = (x.reshape(chunked) for x in projections)  # (B, K, C*N, H, D)
 
         scores = jnp.einsum("bkihd,bkjhd->bkhij", query, key)
         scores *= weights.causal if causal else weights.within
         inner = jnp.einsum("bkhij,bkjhd->bkihd", scores, value)
+        if across is None or state is None:
+            return self.finish(inner, gate)
 
-        contribution = jnp.einsum("bkjhd,bkjhe->bkhde", key * weights.leaving, value)
-        entering = jnp.einsum("bhij,bjhde->bihde", weights.between, contribution)
-        entering += weights.initial * state[:, None]
-        cross = jnp.einsum("bkihd,bkhde->bkihe", query, entering) * weights.entering
+        contribution = jnp.einsum("bkjhd,bkjhe->bkhde", key * across.leaving, value)
+        entering = jnp.einsum("bhij,bjhde->bihde", across.between, contribution)
+        entering += across.initial * state[:, None]
+        cross = jnp.einsum("bkihd,bkhde->bkihe", query, entering) * across.entering
         return self.finish((inner + cross).reshape(gate.shape), gate)
 
     def timestep(self, x: Array, state: Array) -> tuple[Array, Array]:

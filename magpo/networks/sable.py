@@ -14,27 +14,26 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import orthogonal
 
-from magpo.networks.heads import ActionKind, Policy, PolicyHead, executed_action
-from magpo.networks.retention import Cache, ChunkWeights, Retention, chunk_weights, decays
+from magpo.networks.autoregressive import Acted, Turn, decode, shifted
+from magpo.networks.heads import ActionKind, Policy, PolicyHead
+from magpo.networks.retention import (
+    Cache,
+    ChunkWeights,
+    Retention,
+    chunk_weights,
+    decays,
+    timestep_weights,
+)
 from magpo.networks.torsos import Dense, SwiGLU, sinusoidal_encoding
 from magpo.types import Array, Observation
 
 
 class SableCarry(NamedTuple):
-    """The retention states, (B, H, D, D) for each block."""
+    """The retention states, (B, H, D, D) for each block; none without memory."""
 
-    encoder: tuple[Array, ...]
-    decoder_self: tuple[Array, ...]
-    decoder_cross: tuple[Array, ...]
-
-
-class SableAct(NamedTuple):
-    """One timestep's outcome."""
-
-    carry: SableCarry
-    action: Array  # (B, N[, A]), raw: see `magpo.networks.heads`
-    log_prob: Array  # (B, N)
-    value: Array  # (B, N)
+    encoder: tuple[Any, ...]
+    decoder_self: tuple[Any, ...]
+    decoder_cross: tuple[Any, ...]
 
 
 class _EncoderBlock(nn.Module):
@@ -114,7 +113,8 @@ class _DecoderBlock(nn.Module):
 
 
 class Sable(nn.Module):
-    """All agents' policy and values. `ffn: false` leaves the feed-forward layers out."""
+    """All agents' policy and values. `ffn: false` leaves the feed-forward layers out,
+    `memory: false` all timesteps but the present one."""
 
     num_agents: int
     action_dim: int
@@ -125,6 +125,7 @@ class Sable(nn.Module):
     decay_scaling_factor: float
     chunk_size: int  # timesteps
     ffn: bool = True
+    memory: bool = True
 
     def setup(self) -> None:
         def dense(bias: bool) -> nn.Module:
@@ -144,6 +145,9 @@ class Sable(nn.Module):
         self.policy_head = PolicyHead(self.action_dim, self.action_kind)
 
     def initial_carry(self, batch_size: int) -> SableCarry:
+        return self._zeros(batch_size) if self.memory else SableCarry((), (), ())
+
+    def _zeros(self, batch_size: int) -> SableCarry:
         head_dim = self.embed_dim // self.n_head
         state = jnp.zeros((batch_size, self.n_head, head_dim, head_dim))
         return SableCarry(*[(state,) * self.n_block] * 3)
@@ -158,11 +162,16 @@ class Sable(nn.Module):
             action: (B, T, N[, A]), raw; each agent's policy is conditioned on those before it.
             reset_before: (B, T) bool, where an episode starts.
         """
-        weights = chunk_weights(reset_before, self.num_agents, self.chunk_size, self.kappa)
+        if self.memory:
+            weights = chunk_weights(reset_before, self.num_agents, self.chunk_size, self.kappa)
+        else:
+            weights = timestep_weights(self.num_agents)
+            carry = SableCarry(*[(None,) * self.n_block] * 3)
         position = self._position(observation)
         x = self.embed_observation(observation.agents_view)
         encoded = self._scan_blocks("encoder", x, carry.encoder, position, weights)
-        x = self.decoder_norm(self.embed_action(self._shifted(action)))
+        tokens = shifted(action, self.action_dim, self.action_kind)
+        x = self.decoder_norm(self.embed_action(tokens))
         states = list(zip(carry.decoder_self, carry.decoder_cross, strict=True))
         x = self._scan_blocks("decoder", x, states, encoded, position, weights)
         policy = self.policy_head(self.policy_torso(x), observation.action_mask)
@@ -173,51 +182,41 @@ class Sable(nn.Module):
         return self._encode(self._decayed(carry, reset_before), observation)[1]
 
     def act(
-        self, carry: SableCarry, observation: Observation, reset_before: Array, key: Array
-    ) -> SableAct:
+        self,
+        carry: SableCarry,
+        observation: Observation,
+        reset_before: Array,
+        key: Array,
+        greedy: bool = False,
+    ) -> Acted:
         """One timestep, agent after agent; observation and reset_before have a leading axis B."""
         carry = self._decayed(carry, reset_before)
         encoded, value, encoder_state = self._encode(carry, observation)
         position = self._position(observation)[:, 0]
-        batch, agents = value.shape
-        head_dim = self.embed_dim // self.n_head
-        empty = jnp.zeros((batch, agents, self.n_head, head_dim))
+        empty = jnp.zeros((*value.shape, self.n_head, self.embed_dim // self.n_head))
 
-        class Decoding(NamedTuple):
-            previous: Array
-            caches: list[tuple[Cache, Cache]]
-
-        def decode(decoding: Decoding, agent_inputs):
-            agent, encoded, action_mask, key = agent_inputs
-            x = self.decoder_norm(self.embed_action(decoding.previous))
-            caches = []
+        def take_turn(caches: list, token: Array, turn: Turn) -> tuple[list, Policy]:
+            x = self.decoder_norm(self.embed_action(token))
+            after = []
             for i, block in enumerate(self.decoder):
                 states = carry.decoder_self[i], carry.decoder_cross[i]
-                x, cache = block.token(x, encoded, position, *states, decoding.caches[i], agent)
-                caches.append(cache)
-            policy = self.policy_head(self.policy_torso(x), action_mask)
-            action = policy.sample(key)
-            token = self._token(executed_action(action, self.action_kind))
-            return Decoding(token, caches), (action, policy.log_prob(action))
+                x, cache = block.token(x, turn.encoded, position, *states, caches[i], turn.agent)
+                after.append(cache)
+            return after, self.policy_head(self.policy_torso(x), turn.action_mask)
 
-        start = Decoding(
-            self._start_token((batch,)),
-            [(Cache(empty, empty), Cache(empty, empty)) for _ in self.decoder],
+        caches = [(Cache(empty, empty), Cache(empty, empty)) for _ in self.decoder]
+        caches, action, log_prob = decode(
+            take_turn, caches, encoded, observation.action_mask, key, self.action_kind, greedy
         )
-        inputs = (
-            jnp.arange(agents),
-            encoded.swapaxes(0, 1),
-            observation.action_mask.swapaxes(0, 1),
-            jax.random.split(key, agents),
-        )
-        final, (action, log_prob) = jax.lax.scan(decode, start, inputs)
-        own, cross = zip(*final.caches, strict=True)
+        if not self.memory:
+            return Acted(self.initial_carry(len(value)), action, log_prob, value)
+        own, cross = zip(*caches, strict=True)
         carry = SableCarry(
             encoder_state,
             tuple(map(Cache.into, own, carry.decoder_self)),
             tuple(map(Cache.into, cross, carry.decoder_cross)),
         )
-        return SableAct(carry, action.swapaxes(0, 1), log_prob.swapaxes(0, 1), value)
+        return Acted(carry, action, log_prob, value)
 
     def encoder_block(
         self, i: int, x: Array, state: Array, position: Array, weights: ChunkWeights
@@ -257,6 +256,8 @@ class Sable(nn.Module):
         return jax.lax.scan(step, x, jax.tree.map(lambda *each: jnp.stack(each), *blocks))[0]
 
     def _decayed(self, carry: SableCarry, reset_before: Array) -> SableCarry:
+        if not self.memory:
+            return self._zeros(len(reset_before))
         keep = jnp.where(reset_before[:, None], 0.0, jnp.asarray(self.kappa, jnp.float32))
         return jax.tree.map(lambda state: state * keep[..., None, None], carry)
 
@@ -278,18 +279,3 @@ class Sable(nn.Module):
     def _position(self, observation: Observation) -> Array:
         """(..., 1, F), the same for all agents of a timestep."""
         return sinusoidal_encoding(observation.step_count[..., None], self.embed_dim)
-
-    def _token(self, action: Array) -> Array:
-        """What the decoder reads of an executed action; feature 0 marks the start token."""
-        if self.action_kind == "discrete":
-            return jax.nn.one_hot(action + 1, self.action_dim + 1)
-        return jnp.concatenate([jnp.zeros_like(action[..., :1]), action], axis=-1)
-
-    def _start_token(self, batch_shape: tuple[int, ...]) -> Array:
-        return jnp.zeros((*batch_shape, self.action_dim + 1)).at[..., 0].set(1.0)
-
-    def _shifted(self, action: Array) -> Array:
-        """Tokens (B, T, N, A + 1): agent i's is the action of agent i - 1 of the same timestep."""
-        tokens = self._token(executed_action(action[:, :, :-1], self.action_kind))
-        start = self._start_token((*action.shape[:2], 1))
-        return jnp.concatenate([start, tokens], axis=2)

@@ -1,0 +1,80 @@
+"""Acting one agent after the other: what each reads of those before it, and the loop over agents.
+
+Axis letters beyond `magpo.types`: B environments, F embedding features.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from magpo.networks.heads import ActionKind, Policy, executed_action
+from magpo.types import Array
+
+
+class Acted(NamedTuple):
+    """One timestep's outcome."""
+
+    carry: Any
+    action: Array  # (B, N[, A]), raw: see `magpo.networks.heads`
+    log_prob: Array  # (B, N)
+    value: Array  # (B, N)
+
+
+def token(action: Array, action_dim: int, action_kind: ActionKind) -> Array:
+    """What the next agent reads of a raw action, (..., A + 1); feature 0 marks the start token."""
+    if action_kind == "discrete":
+        return jax.nn.one_hot(action + 1, action_dim + 1)
+    executed = executed_action(action, action_kind)
+    return jnp.concatenate([jnp.zeros_like(executed[..., :1]), executed], axis=-1)
+
+
+def start_token(batch_shape: tuple[int, ...], action_dim: int) -> Array:
+    """What the first agent reads, (*batch_shape, A + 1)."""
+    return jnp.zeros((*batch_shape, action_dim + 1)).at[..., 0].set(1.0)
+
+
+def shifted(action: Array, action_dim: int, action_kind: ActionKind) -> Array:
+    """Raw actions (..., N[, A]) to tokens (..., N, A + 1): agent i reads agent i - 1's action."""
+    tokens = token(action, action_dim, action_kind)
+    start = start_token((*tokens.shape[:-2], 1), action_dim)
+    return jnp.concatenate([start, tokens[..., :-1, :]], axis=-2)
+
+
+class Turn(NamedTuple):
+    """What an agent acts on."""
+
+    agent: Array  # () its number
+    encoded: Array  # (B, F) the encoder's output for it
+    action_mask: Array  # (B, A)
+
+
+def decode(
+    take_turn: Callable[[Any, Array, Turn], tuple[Any, Policy]],
+    caches: Any,
+    encoded: Array,
+    action_mask: Array,
+    key: Array,
+    action_kind: ActionKind,
+    greedy: bool,
+) -> tuple[Any, Array, Array]:
+    """The agents' raw actions (B, N[, A]), their log-probs (B, N), and the caches after them.
+
+    `take_turn(caches, token (B, A + 1), turn)` gives the caches after an agent, and its policy.
+    """
+    batch, num_agents, action_dim = action_mask.shape
+
+    def act(loop: tuple[Any, Array], inputs: tuple[Turn, Array]) -> tuple[Any, tuple[Array, Array]]:
+        turn, key = inputs
+        caches, policy = take_turn(*loop, turn)
+        action = policy.mode() if greedy else policy.sample(key)
+        read_next = token(action, action_dim, action_kind)
+        return (caches, read_next), (action, policy.log_prob(action))
+
+    turns = Turn(jnp.arange(num_agents), encoded.swapaxes(0, 1), action_mask.swapaxes(0, 1))
+    start = caches, start_token((batch,), action_dim)
+    (caches, _), (action, log_prob) = jax.lax.scan(
+        act, start, (turns, jax.random.split(key, num_agents))
+    )
+    return caches, action.swapaxes(0, 1), log_prob.swapaxes(0, 1)

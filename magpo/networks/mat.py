@@ -1,0 +1,142 @@
+"""MAT: an autoregressive joint policy and its values by attention (Wen et al., 2022).
+
+An encoder reads the observations of all agents at one timestep and gives each agent's value; a
+decoder gives each agent's policy from the encoding and the actions of the agents before it. It has
+no memory, and otherwise the methods of `magpo.networks.sable.Sable`. Axis letters beyond
+`magpo.types`: B environments or sequences, F embedding features.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.initializers import orthogonal
+
+from magpo.networks.attention import Attention, KeysValues
+from magpo.networks.autoregressive import Acted, Turn, decode, shifted
+from magpo.networks.heads import ActionKind, Policy, PolicyHead
+from magpo.networks.torsos import Dense
+from magpo.types import Array, Observation
+
+
+def _dense(width: int, gain: float = 2**0.5, use_bias: bool = True) -> nn.Module:
+    return Dense(width, use_bias=use_bias, kernel_init=orthogonal(gain))
+
+
+class _EncoderBlock(nn.Module):
+    embed_dim: int
+    n_head: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        attended = Attention(self.embed_dim, self.n_head)(x, x, causal=False)
+        x = nn.LayerNorm()(x + attended)
+        mixed = nn.Sequential([_dense(self.embed_dim), nn.gelu, _dense(self.embed_dim, 0.01)])(x)
+        return nn.LayerNorm()(x + mixed)
+
+
+class _DecoderBlock(nn.Module):
+    embed_dim: int
+    n_head: int
+
+    def setup(self) -> None:
+        self.self_attention = Attention(self.embed_dim, self.n_head)
+        self.cross_attention = Attention(self.embed_dim, self.n_head)
+        self.norms = [nn.LayerNorm() for _ in range(3)]
+        self.mix = nn.Sequential([_dense(self.embed_dim), nn.gelu, _dense(self.embed_dim, 0.01)])
+
+    def _finish(self, encoded: Array, attended: Array) -> Array:
+        x = self.norms[1](encoded + attended)
+        return self.norms[2](x + self.mix(x))
+
+    def __call__(self, x: Array, encoded: Array) -> Array:
+        x = self.norms[0](x + self.self_attention(x, x, causal=True))
+        return self._finish(encoded, self.cross_attention(encoded, x, causal=True))
+
+    def token(
+        self, x: Array, encoded: Array, caches: tuple[KeysValues, KeysValues], agent: Array
+    ) -> tuple[Array, tuple[KeysValues, KeysValues]]:
+        attended, own = self.self_attention.token(x, x, caches[0], agent)
+        x = self.norms[0](x + attended)
+        attended, cross = self.cross_attention.token(encoded, x, caches[1], agent)
+        return self._finish(encoded, attended), (own, cross)
+
+
+class MAT(nn.Module):
+    """All agents' policy and values."""
+
+    action_dim: int
+    action_kind: ActionKind
+    embed_dim: int
+    n_head: int
+    n_block: int
+
+    def setup(self) -> None:
+        block = (self.embed_dim, self.n_head)
+        embed = self.embed_dim
+        self.embed_observation = nn.Sequential(
+            [nn.LayerNorm(), _dense(embed), nn.gelu, nn.LayerNorm()]
+        )
+        self.encoder = [_EncoderBlock(*block) for _ in range(self.n_block)]
+        self.value_torso = nn.Sequential([_dense(embed), nn.gelu, nn.LayerNorm()])
+        self.value_head = _dense(1, 0.01)
+        self.embed_action = nn.Sequential([_dense(embed, use_bias=False), nn.gelu, nn.LayerNorm()])
+        self.decoder = [_DecoderBlock(*block) for _ in range(self.n_block)]
+        self.policy_torso = nn.Sequential([_dense(embed), nn.gelu, nn.LayerNorm()])
+        self.policy_head = PolicyHead(self.action_dim, self.action_kind)
+
+    def initial_carry(self, batch_size: int) -> tuple[()]:
+        del batch_size
+        return ()
+
+    def __call__(
+        self, carry: tuple[()], observation: Observation, action: Array, reset_before: Array | None
+    ) -> tuple[Array, Policy]:
+        """Values and policies (..., N) of any leading axes.
+
+        `action` (..., N[, A]) is raw. `carry` and `reset_before` say nothing.
+        """
+        del carry, reset_before
+        encoded, value = self._encode(observation)
+        x = self.embed_action(shifted(action, self.action_dim, self.action_kind))
+        for block in self.decoder:
+            x = block(x, encoded)
+        return value, self.policy_head(self.policy_torso(x), observation.action_mask)
+
+    def value(
+        self, carry: tuple[()], observation: Observation, reset_before: Array | None
+    ) -> Array:
+        """(B, N) values of one timestep."""
+        del carry, reset_before
+        return self._encode(observation)[1]
+
+    def act(
+        self,
+        carry: tuple[()],
+        observation: Observation,
+        reset_before: Array | None,
+        key: Array,
+        greedy: bool = False,
+    ) -> Acted:
+        """One timestep, agent after agent; the observation has a leading axis B."""
+        del reset_before
+        encoded, value = self._encode(observation)
+        empty = jnp.zeros((*value.shape, self.n_head, self.embed_dim // self.n_head))
+
+        def take_turn(caches: list, token: Array, turn: Turn) -> tuple[list, Policy]:
+            x, after = self.embed_action(token), []
+            for block, cache in zip(self.decoder, caches, strict=True):
+                x, cache = block.token(x, turn.encoded, cache, turn.agent)
+                after.append(cache)
+            return after, self.policy_head(self.policy_torso(x), turn.action_mask)
+
+        caches = [(KeysValues(empty, empty), KeysValues(empty, empty)) for _ in self.decoder]
+        _, action, log_prob = decode(
+            take_turn, caches, encoded, observation.action_mask, key, self.action_kind, greedy
+        )
+        return Acted(carry, action, log_prob, value)
+
+    def _encode(self, observation: Observation) -> tuple[Array, Array]:
+        """The encoding (..., N, F) and the values (..., N)."""
+        x = self.embed_observation(observation.agents_view)
+        for block in self.encoder:
+            x = block(x)
+        return x, self.value_head(self.value_torso(x))[..., 0]

@@ -1,0 +1,436 @@
+"""Sable: retention over all agents and all steps of an episode, trained by PPO.
+
+One network, centralised in acting as in training: an encoder reads all agents' observations and
+gives each agent's value; a decoder gives one agent's policy after the other, from the encoding and
+the actions of the agents before it. Retention remembers the episode at a cost per step that does
+not grow with it. `network.memory: false` drops the time axis: each timestep stands alone.
+
+Source: "Sable: a Performant, Efficient and Scalable Sequence Model for MARL" (Mahjoub et al.,
+2025); the network is `magpo.networks.sable`.
+    `ppo_loss`      the clipped surrogate objective, the entropy bonus and the clipped value loss
+    `advantages`    generalised advantage estimation from the encoder's values
+Unlike the released code: the feed-forward layers train (`network.ffn`), the agents keep their order
+in training, and truncated episodes bootstrap.
+
+    python -m magpo.systems.sable env=rware/tiny-4ag
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from magpo import experiment
+from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from magpo.envs.wrappers import AutoReset
+from magpo.networks.heads import Policy, executed_action
+from magpo.networks.sable import Sable, SableCarry
+from magpo.types import Array, Environment, Observation, TimeStep
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """`system.*`"""
+
+    actor_lr: PositiveFloat
+    ppo_epochs: PositiveInt
+    num_minibatches: PositiveInt
+    clip_eps: PositiveFloat
+    ent_coef: NonNegativeFloat
+    vf_coef: NonNegativeFloat
+    max_grad_norm: PositiveFloat
+    gamma: Fraction
+    gae_lambda: Fraction
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """`network.*`"""
+
+    embed_dim: PositiveInt
+    n_head: PositiveInt
+    n_block: PositiveInt
+    decay_scaling_factor: Fraction
+    chunk_size: PositiveInt
+    ffn: bool
+    memory: bool
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % (2 * self.n_head):
+            raise ValueError(
+                f"embed_dim must be a multiple of 2 * n_head = {2 * self.n_head}, "
+                f"not {self.embed_dim}"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    num_envs: int
+    rollout_length: int
+    updates_per_chunk: int
+    system: SystemConfig
+    network: NetworkConfig
+
+    def __post_init__(self) -> None:
+        if self.num_sequences % self.system.num_minibatches:
+            raise ValueError(
+                f"system.num_minibatches must divide the number of sequences, num_envs"
+                f"{'' if self.network.memory else ' * rollout_length'} = {self.num_sequences}, "
+                f"not {self.system.num_minibatches}"
+            )
+        if self.network.memory and self.rollout_length % self.network.chunk_size:
+            raise ValueError(
+                f"network.chunk_size must divide rollout_length = {self.rollout_length}, "
+                f"not {self.network.chunk_size}"
+            )
+
+    @property
+    def sequence_length(self) -> int:
+        """Steps of what a minibatch is drawn from."""
+        return self.rollout_length if self.network.memory else 1
+
+    @property
+    def num_sequences(self) -> int:
+        return self.num_envs * self.rollout_length // self.sequence_length
+
+
+class TrainState(NamedTuple):
+    params: Any
+    opt_state: Any
+    key: Array
+    env_state: Any  # (E, ...)
+    timestep: TimeStep  # (E, ...), whose observation is acted on next
+    memory: SableCarry  # (E, ...)
+
+
+class Transition(NamedTuple):
+    """One step of E environments. `rollout` stacks T of them."""
+
+    observation: Observation  # (E, ...)
+    reset_before: Array  # (E,) bool, the observation is an episode's first
+    action: Array  # (E, N[, A]), raw: a squashed action before tanh
+    log_prob: Array  # (E, N)
+    value: Array  # (E, N)
+    reward: Array  # (E, N)
+    discount: Array  # (E,) 0 where the episode terminated
+    ended: Array  # (E,) bool, terminated or truncated
+    terminal_value: Array | None  # (E, N) where truncated; None on suites that never truncate
+
+
+class Rollout(NamedTuple):
+    transitions: Transition  # (T, E, ...)
+    memory: SableCarry  # (E, ...) at the start
+    last_value: Array  # (E, N) of the observation after the last transition
+    episodes: dict[str, Array]  # () sums over the episodes that ended, and their number
+
+
+class Batch(NamedTuple):
+    """What a minibatch is drawn from: B sequences of C steps, agents in order.
+
+    With memory an environment's whole rollout is one (B = E, C = T), else each step.
+    """
+
+    observation: Observation  # (B, C, ...)
+    reset_before: Array  # (B, C)
+    action: Array  # (B, C, N[, A])
+    log_prob: Array  # (B, C, N)
+    value: Array  # (B, C, N)
+    advantage: Array  # (B, C, N)
+    target: Array  # (B, C, N)
+    memory: SableCarry  # (B, ...) at the start of the sequence
+
+
+@dataclass(frozen=True)
+class System:
+    """All that is static."""
+
+    config: Config
+    env: Environment
+    envs: AutoReset  # num_envs of them
+    network: Sable
+    optimiser: optax.GradientTransformation
+
+
+def make(config: Config, env: Environment) -> System:
+    """Assemble network and optimiser for an environment."""
+    return System(
+        config=config,
+        env=env,
+        envs=AutoReset(env, config.num_envs),
+        network=Sable(
+            num_agents=env.num_agents,
+            action_dim=env.action_dim,
+            action_kind=env.action_kind,
+            **asdict(config.network),
+        ),
+        optimiser=optax.flatten(  # one vector: a kernel for each step of Adam, not for each leaf
+            optax.chain(
+                optax.clip_by_global_norm(config.system.max_grad_norm),
+                optax.adam(config.system.actor_lr, eps=1e-5),
+            )
+        ),
+    )
+
+
+def advantages(
+    transitions: Transition, last_value: Array, gamma: float, gae_lambda: float
+) -> tuple[Array, Array]:
+    """Generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
+
+    A terminated episode's end is worth 0, a truncated one's the value of its last observation; the
+    trace is cut at both.
+    """
+    next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
+    if transitions.terminal_value is not None:
+        ended = transitions.ended[..., None]
+        next_value = jnp.where(ended, transitions.terminal_value, next_value)
+    discount = gamma * transitions.discount[..., None]
+    delta = transitions.reward + discount * next_value - transitions.value
+    trace = gamma * gae_lambda * (1.0 - transitions.ended[..., None])
+
+    def step(advantage: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        delta, trace = inputs
+        advantage = delta + trace * advantage
+        return advantage, advantage
+
+    _, advantage = jax.lax.scan(step, jnp.zeros_like(last_value), (delta, trace), reverse=True)
+    return advantage, advantage + transitions.value
+
+
+def ppo_loss(
+    config: SystemConfig, policy: Policy, value: Array, batch: Batch, key: Array
+) -> tuple[Array, dict[str, Array]]:
+    """PPO's clipped surrogate objective for each agent, entropy bonus and clipped value loss."""
+    ratio = jnp.exp(policy.log_prob(batch.action) - batch.log_prob)
+    clipped = jnp.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps)
+    surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
+    entropy = policy.entropy(key).mean()
+
+    near = batch.value + jnp.clip(value - batch.value, -config.clip_eps, config.clip_eps)
+    errors = (value - batch.target) ** 2, (near - batch.target) ** 2
+    value_loss = 0.5 * jnp.maximum(*errors).mean()
+
+    return -surrogate - config.ent_coef * entropy + config.vf_coef * value_loss, {
+        "loss/policy": -surrogate,
+        "loss/value": value_loss,
+        "policy/entropy": entropy,
+        "policy/clipped_share": (ratio != clipped).mean(),
+        "policy/ratio_std": ratio.std(),
+    }
+
+
+def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
+    """Act for T steps, one agent after the other."""
+
+    class Loop(NamedTuple):
+        env_state: Any
+        timestep: TimeStep
+        memory: SableCarry
+
+    def step(loop: Loop, key: Array) -> tuple[Loop, tuple[Transition, dict[str, Array]]]:
+        observation, reset_before = loop.timestep.observation, loop.timestep.last()
+        acted = system.network.apply(
+            state.params, loop.memory, observation, reset_before, key, method="act"
+        )
+        action = executed_action(acted.action, system.env.action_kind)
+        env_state, timestep = system.envs.step(loop.env_state, action)
+        transition = Transition(
+            observation=observation,
+            reset_before=reset_before,
+            action=acted.action,
+            log_prob=acted.log_prob,
+            value=acted.value,
+            reward=timestep.reward,
+            discount=timestep.discount,
+            ended=timestep.last(),
+            terminal_value=terminal_value(system, state.params, acted.carry, timestep),
+        )
+        ended = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
+        episodes = jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), ended)
+        return Loop(env_state, timestep, acted.carry), (transition, episodes)
+
+    key, key_steps = jax.random.split(state.key)
+    keys = jax.random.split(key_steps, system.config.rollout_length)
+    loop = Loop(state.env_state, state.timestep, state.memory)
+    loop, (transitions, episodes) = jax.lax.scan(step, loop, keys)
+    last = loop.timestep
+    last_value = system.network.apply(
+        state.params, loop.memory, last.observation, last.last(), method="value"
+    )
+    episodes = jax.tree.map(jnp.sum, episodes)
+    collected = Rollout(transitions, state.memory, last_value, episodes)
+    return state._replace(key=key, **loop._asdict()), collected
+
+
+def terminal_value(
+    system: System, params: Any, memory: SableCarry, timestep: TimeStep
+) -> Array | None:
+    """Values (E, N) of truncated episodes' last observations, 0 elsewhere."""
+    terminal = timestep.terminal_observation
+    if terminal is None:
+        return None
+    truncated = timestep.truncated()
+
+    def value() -> Array:
+        never = jnp.zeros_like(truncated)
+        value = system.network.apply(params, memory, terminal, never, method="value")
+        return jnp.where(truncated[:, None], value, 0.0)
+
+    return jax.lax.cond(truncated.any(), value, lambda: jnp.zeros_like(timestep.reward))
+
+
+def losses(params: Any, system: System, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+    """One forward pass over a minibatch's sequences, and its loss."""
+    value, policy = system.network.apply(
+        params, batch.memory, batch.observation, batch.action, batch.reset_before
+    )
+    return ppo_loss(system.config.system, policy, value, batch, key)
+
+
+class Learning(NamedTuple):
+    """What a gradient step changes."""
+
+    params: Any
+    opt_state: Any
+
+
+def update_minibatch(
+    system: System, learning: Learning, batch: Batch, key: Array
+) -> tuple[Learning, dict[str, Array]]:
+    """One gradient step, on advantages normalised over the minibatch."""
+    advantage = batch.advantage
+    normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    batch = batch._replace(advantage=normalised)
+    grads, metrics = jax.grad(losses, has_aux=True)(learning.params, system, batch, key)
+    updates, opt_state = system.optimiser.update(grads, learning.opt_state, learning.params)
+    return Learning(optax.apply_updates(learning.params, updates), opt_state), metrics
+
+
+def update_epoch(
+    system: System, learning: Learning, batch: Batch, key: Array
+) -> tuple[Learning, dict[str, Array]]:
+    """One pass over the batch, in minibatches of whole sequences."""
+    config = system.config
+    key_order, key_minibatches = jax.random.split(key)
+    order = jax.random.permutation(key_order, config.num_sequences)
+    order = order.reshape(config.system.num_minibatches, -1)
+
+    def minibatch(learning: Learning, inputs: tuple[Array, Array]) -> tuple[Learning, dict]:
+        rows, key = inputs
+        return update_minibatch(system, learning, jax.tree.map(lambda x: x[rows], batch), key)
+
+    keys = jax.random.split(key_minibatches, config.system.num_minibatches)
+    return jax.lax.scan(minibatch, learning, (order, keys))
+
+
+def sequences(system: System, collected: Rollout) -> Batch:
+    """Split a rollout into sequences."""
+    config, length = system.config, system.config.sequence_length
+    advantage, target = advantages(
+        collected.transitions,
+        collected.last_value,
+        config.system.gamma,
+        config.system.gae_lambda,
+    )
+
+    def by_sequence(tree: Any) -> Any:
+        """(T, E, ...) to (B, C, ...)"""
+        return jax.tree.map(
+            lambda x: (
+                x.reshape(-1, length, *x.shape[1:])
+                .swapaxes(1, 2)
+                .reshape(config.num_sequences, length, *x.shape[2:])
+            ),
+            tree,
+        )
+
+    transitions = by_sequence(collected.transitions._replace(terminal_value=None))
+    return Batch(
+        observation=transitions.observation,
+        reset_before=transitions.reset_before,
+        action=transitions.action,
+        log_prob=transitions.log_prob,
+        value=transitions.value,
+        advantage=by_sequence(advantage),
+        target=by_sequence(target),
+        memory=collected.memory,
+    )
+
+
+def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+    """One rollout, then `ppo_epochs` over it."""
+    state, collected = rollout(system, state)
+    batch = sequences(system, collected)
+    key, key_epochs = jax.random.split(state.key)
+    learning, metrics = jax.lax.scan(
+        lambda learning, key: update_epoch(system, learning, batch, key),
+        Learning(state.params, state.opt_state),
+        jax.random.split(key_epochs, system.config.system.ppo_epochs),
+    )
+    metrics = jax.tree.map(jnp.mean, metrics)
+    number = collected.episodes["episodes"]
+    episodes = {
+        f"rollout/{name}": number if name == "episodes" else total / number
+        for name, total in collected.episodes.items()
+    }
+    return state._replace(key=key, **learning._asdict()), metrics | episodes
+
+
+def init(system: System, key: Array) -> TrainState:
+    """Everything that changes, before the first update."""
+    config = system.config
+    key, key_env, key_network = jax.random.split(key, 3)
+    env_state, timestep = system.envs.reset(key_env)
+    memory = initial_carry(system, (config.num_envs,))
+    never = jnp.zeros((config.num_envs, config.network.chunk_size), bool)
+    one_chunk = jax.tree.map(
+        lambda x: jnp.stack([x] * config.network.chunk_size, axis=1), timestep.observation
+    )
+    spec = system.env.action_spec
+    action = jnp.zeros((*never.shape, *spec.shape), spec.dtype)
+    params = system.network.init(key_network, memory, one_chunk, action, never)
+    return TrainState(params, system.optimiser.init(params), key, env_state, timestep, memory)
+
+
+def train_chunk(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+    """The updates between two evaluations; metrics are (U,) each."""
+    return jax.lax.scan(
+        lambda state, _: update(system, state), state, length=system.config.updates_per_chunk
+    )
+
+
+def policy_params(state: TrainState) -> Any:
+    """What is evaluated, kept as best, deployed: the whole network."""
+    return state.params
+
+
+def initial_carry(system: System, batch_shape: tuple[int, ...]) -> SableCarry:
+    """The memory at an episode's start, (B, ...) each."""
+    (batch,) = batch_shape
+    return system.network.initial_carry(batch)
+
+
+def act(
+    system: System,
+    params: Any,
+    carry: SableCarry,
+    observation: Observation,
+    key: Array,
+    greedy: bool,
+) -> tuple[Array, SableCarry]:
+    """All agents' actions (B, N[, A]), from all agents' observations."""
+    never = jnp.zeros(observation.step_count.shape, bool)
+    acted = system.network.apply(params, carry, observation, never, key, greedy, method="act")
+    return executed_action(acted.action, system.env.action_kind), acted.carry
+
+
+def main() -> None:
+    """`python -m magpo.systems.sable env=<suite>/<task> key=value ...`"""
+    experiment.main(sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    main()
