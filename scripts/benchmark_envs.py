@@ -33,6 +33,7 @@ TASKS = [
     "smax/2s3z",
     "smax/27m_vs_30m",
     "mabrax/hopper-3x1",
+    "mabrax/humanoid-9-8",
 ]
 wait: Any = jax.block_until_ready
 

@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jumanji.environments import Connector as Simulator
 from jumanji.environments.routing.connector.constants import PATH, POSITION, TARGET
 from jumanji.environments.routing.connector.generator import LegacyRandomWalkGenerator
@@ -24,7 +23,6 @@ from magpo.types import Array, Observation, TimeStep, restart
 
 FOV = 2  # cells seen in each direction
 WINDOW = 2 * FOV + 1
-AROUND = np.indices((WINDOW, WINDOW)).reshape(2, -1) - FOV  # rows and columns, from the agent's
 
 
 @dataclass(unsafe_hash=True)
@@ -92,10 +90,10 @@ class Connector:
         target_at = jnp.where(own.connected[:, None], 0, own.target)  # (N, 2)
         places = jnp.concatenate([own.position, target_at], axis=1) / size**2
 
-        row, column = (own.position[:, axis, None] + AROUND[axis] for axis in (0, 1))  # (N, W * W)
-        outside = (row < 0) | (row >= size) | (column < 0) | (column >= size)
-        cell = state.grid.reshape(-1).at[row * size + column].get(mode="clip")
-        kind = cell % TARGET
+        board = jnp.pad(state.grid, FOV, constant_values=-1)
+        window = jax.vmap(lambda corner: jax.lax.dynamic_slice(board, corner, (WINDOW, WINDOW)))
+        cell = window(own.position).reshape(self.num_agents, -1)  # (N, W * W)
+        outside, kind = cell < 0, cell % TARGET
         blocked = jnp.where(outside | (kind == POSITION), 1.0, jnp.where(kind == PATH, -1.0, 0.0))
         is_own = cell == TARGET * (1 + jnp.arange(self.num_agents)[:, None])
         is_target = (kind == 0) & (cell > 0)

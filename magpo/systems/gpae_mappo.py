@@ -172,14 +172,11 @@ class Estimates(NamedTuple):
 class Batch(NamedTuple):
     """What a minibatch is drawn from: whole rollouts, agents in order."""
 
-    observation: Observation  # (B, T, ...)
-    reset_before: Array  # (B, T)
-    action: Array  # (B, T, N[, A])
-    log_prob: Array  # (B, T, N)
+    steps: Transition  # (B, T, ...)
+    memory: Memory  # (B, ...) at the start of the rollout
     ratio: Array  # (B, T, N) at the start of the iteration
     advantage: Array  # (B, T, N)
     target: Array  # (B, T, N)
-    memory: Memory  # (B, ...) at the start of the rollout
 
 
 @dataclass(frozen=True)
@@ -203,16 +200,15 @@ def make(config: Config, env: Environment) -> System:
     of_env = {"action_dim": env.action_dim, "action_kind": env.action_kind}
     actor = RecurrentActor if config.network.actor.memory else FeedForwardActor
     values = config.system
-    per_update = values.ppo_epochs * values.num_minibatches
+    num_steps = config.num_updates * values.ppo_epochs * values.num_minibatches
 
     def optimiser(learning_rate: float) -> optax.GradientTransformation:
-        def annealed(count: Array) -> Array:
-            return learning_rate * (1.0 - (count // per_update) / config.num_updates)
-
+        last = 0.0 if values.anneal_lr else learning_rate
+        schedule = optax.linear_schedule(learning_rate, last, num_steps)
         return optax.flatten(  # one vector: a kernel for each step of Adam, not for each leaf
             optax.chain(
                 optax.clip_by_global_norm(values.max_grad_norm),
-                optax.adam(annealed if values.anneal_lr else learning_rate, eps=1e-5),
+                optax.adam(schedule, eps=1e-5),
             )
         )
 
@@ -222,8 +218,8 @@ def make(config: Config, env: Environment) -> System:
         envs=AutoReset(env, config.num_envs),
         actor=actor(**of_env, hidden_dim=config.network.actor.hidden_dim),
         critic=PerAgentCritic(
-            num_agents=env.num_agents,
             **of_env,
+            num_agents=env.num_agents,
             hidden_dim=config.network.critic.hidden_dim,
             sees_actions=values.advantage == "gpae",
         ),
@@ -295,7 +291,7 @@ def actor_loss(
     config: SystemConfig, policy: Policy, batch: Batch, key: Array
 ) -> tuple[Array, dict[str, Array]]:
     """PPO's clipped surrogate objective on old data, with an entropy bonus."""
-    ratio = jnp.exp(policy.log_prob(batch.action) - batch.log_prob)
+    ratio = jnp.exp(policy.log_prob(batch.steps.action) - batch.steps.log_prob)
     center = batch.ratio if config.clip_center == "current" else jnp.ones_like(batch.ratio)
     clipped = jnp.clip(ratio, center - config.clip_eps, center + config.clip_eps)
     surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
@@ -352,12 +348,8 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Trajectory, 
     _, policy = act_on(system, state.params.actor, loop.hidden, loop.timestep)
     last = StateAction(global_state(loop.timestep.observation), policy.sample(key_last)[0])
     trajectory = Trajectory(by_time(transitions), last, state.memory)
-    state = state._replace(
-        key=key,
-        env_state=loop.env_state,
-        timestep=loop.timestep,
-        memory=state.memory._replace(actor=loop.hidden),
-    )
+    memory = state.memory._replace(actor=loop.hidden)
+    state = state._replace(key=key, env_state=loop.env_state, timestep=loop.timestep, memory=memory)
     return state, trajectory, jax.tree.map(jnp.sum, episodes)
 
 
@@ -377,10 +369,9 @@ def stop(
     system: System, observation: Observation, action: Array, key: Array
 ) -> tuple[Array, Array]:
     """With `anomaly_probability` one agent that has a choice stops instead (Section 3.1)."""
-    forced = jnp.zeros(observation.action_mask.shape[:-1], bool)
     probability = system.config.system.anomaly_probability
     if not probability or system.stop_action is None:
-        return action, forced
+        return action, jnp.zeros(observation.action_mask.shape[:-1], bool)
     key_when, key_who = jax.random.split(key)
     has_choice = observation.action_mask.sum(axis=-1) > 1
     who = jax.random.categorical(key_who, jnp.where(has_choice, 0.0, -jnp.inf))
@@ -409,54 +400,39 @@ def terminal(
 def estimate(system: System, params: Params, trajectory: Trajectory) -> Estimates:
     """One pass of each network along all trajectories."""
     steps = by_time(trajectory.steps)
-    _, policy = run_actor(
-        system, params.actor, trajectory.memory.actor, steps.observation, steps.reset_before
-    )
+    observation, memory, last = steps.observation, trajectory.memory, trajectory.last
+    _, policy = run_actor(system, params.actor, memory.actor, observation, steps.reset_before)
     log_ratio = policy.log_prob(steps.action) - steps.log_prob
-
-    def and_last(x: Array, last: Array) -> Array:
-        return jnp.concatenate([x, last[None]])
-
-    hiddens, value = system.critic.apply(
-        params.critic,
-        trajectory.memory.critic,
-        and_last(global_state(steps.observation), trajectory.last.state),
-        and_last(steps.action, trajectory.last.action),
-        and_last(steps.reset_before, steps.ended[-1]),
-    )  # (T + 1, B, H), (T + 1, B, N)
+    state, action, reset_before = (
+        jnp.concatenate([along, after[None]])
+        for along, after in (
+            (global_state(observation), last.state),
+            (steps.action, last.action),
+            (steps.reset_before, steps.ended[-1]),
+        )
+    )
+    given = memory.critic, state, action, reset_before
+    hiddens, value = system.critic.apply(params.critic, *given)  # (T + 1, B, H), (T + 1, B, N)
     next_value = value[1:]
     if steps.terminal is not None:
-        state, last_action = steps.terminal
-        as_one = state.shape[0] * state.shape[1]  # T * B first steps after another memory
-        _, cut_off = system.critic.apply(
-            params.critic,
-            hiddens[:-1].reshape(as_one, -1),
-            state.reshape(1, as_one, -1),
-            last_action.reshape(1, as_one, *last_action.shape[2:]),
-            jnp.zeros((1, as_one), bool),
-        )
-        next_value = jnp.where(
-            steps.ended[..., None], cut_off.reshape(next_value.shape), next_value
-        )
-    return Estimates(
-        log_ratio=log_ratio.swapaxes(0, 1),
-        value=value[:-1].swapaxes(0, 1),
-        next_value=next_value.swapaxes(0, 1),
-        hidden=hiddens[-2],
-    )
+        single = steps.ended.size  # T * B sequences of one step
+        state, action = (x.reshape(1, single, *x.shape[2:]) for x in steps.terminal)
+        given = hiddens[:-1].reshape(single, -1), state, action, jnp.zeros((1, single), bool)
+        cut_off = system.critic.apply(params.critic, *given)[1].reshape(next_value.shape)
+        next_value = jnp.where(steps.ended[..., None], cut_off, next_value)
+    log_ratio, value, next_value = by_time((log_ratio, value[:-1], next_value))
+    return Estimates(log_ratio, value, next_value, hiddens[-2])
 
 
 def losses(
     params: Params, system: System, batch: Batch, key: Array
 ) -> tuple[Array, dict[str, Array]]:
     """Both networks along a minibatch's rollouts; each loss moves its own network only."""
-    observation, reset_before, action = by_time(
-        (batch.observation, batch.reset_before, batch.action)
-    )
-    _, policy = run_actor(system, params.actor, batch.memory.actor, observation, reset_before)
-    _, value = system.critic.apply(
-        params.critic, batch.memory.critic, global_state(observation), action, reset_before
-    )
+    steps, memory = by_time(batch.steps), batch.memory
+    seen, state = (steps.observation, steps.reset_before), global_state(steps.observation)
+    _, policy = run_actor(system, params.actor, memory.actor, *seen)
+    given = memory.critic, state, steps.action, steps.reset_before
+    _, value = system.critic.apply(params.critic, *given)
     config = system.config.system
     loss_actor, metrics_actor = actor_loss(config, by_time(policy), batch, key)
     loss_critic, metrics_critic = critic_loss(config, by_time(value), batch)
@@ -533,14 +509,11 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
     trace = traces(config, estimates.log_ratio)
     advantage, target = advantages(trajectory.steps, estimates, trace, config.gamma)
     batch = Batch(
-        observation=trajectory.steps.observation,
-        reset_before=trajectory.steps.reset_before,
-        action=trajectory.steps.action,
-        log_prob=trajectory.steps.log_prob,
+        steps=trajectory.steps,
+        memory=trajectory.memory,
         ratio=jnp.exp(estimates.log_ratio),
         advantage=advantage,
         target=target,
-        memory=trajectory.memory,
     )
 
     key, key_epochs = jax.random.split(state.key)
@@ -550,9 +523,7 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
         jax.random.split(key_epochs, config.ppo_epochs),
     )
     metrics = jax.tree.map(jnp.mean, metrics)
-    metrics |= measure(
-        config, trajectory.steps.forced, estimates.log_ratio, trace, advantage, present
-    )
+    metrics |= measure(config, batch, trace, present)
     number = episodes["episodes"]
     metrics |= {
         f"rollout/{name}": number if name == "episodes" else total / number
@@ -562,36 +533,28 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
     return state._replace(key=key, memory=memory, **learning._asdict()), metrics
 
 
-def measure(
-    config: SystemConfig,
-    forced: Array,
-    log_ratio: Array,
-    trace: Array,
-    advantage: Array,
-    present: Array,
-) -> dict[str, Array]:
-    """The paper's figures: Eq. 9 and its parts, and Section 3.1's advantage gap."""
+def measure(config: SystemConfig, batch: Batch, trace: Array, present: Array) -> dict[str, Array]:
+    """The paper's figures: Eq. 9 and its parts, and the advantage gap of Section 3.1."""
 
     def mean(x: Array, where: Array) -> Array:
         where = jnp.broadcast_to(where, x.shape)
         return jnp.where(where, x, 0.0).sum() / jnp.maximum(where.sum(), 1)
 
-    # Many agents' joint ratio can exceed a float: what is recorded of it ends at exp(20).
-    own, joint = (
-        jnp.exp(jnp.minimum(x, 20.0)) for x in (log_ratio, log_ratio.sum(axis=-1, keepdims=True))
-    )
-    distance_own, distance_joint = jnp.abs(own - trace), jnp.abs(joint - trace)
-    gap, row = distance_joint - distance_own, present[:, None, None]
+    log_joint = jnp.log(batch.ratio).sum(axis=-1, keepdims=True)
+    joint = jnp.exp(jnp.minimum(log_joint, 20.0))  # of many agents it may exceed a float
+    distance_own, distance_joint = jnp.abs(batch.ratio - trace), jnp.abs(joint - trace)
+    gap, rows = distance_joint - distance_own, present[:, None, None]
     metrics = {
-        "gpae/distance_own": mean(distance_own, row),
-        "gpae/distance_joint": mean(distance_joint, row),
-        "gpae/delta_c": mean(gap, row),
-        "gpae/delta_c_abs": mean(jnp.abs(gap), row),
-        "policy/largest_ratio": jnp.where(row, own, 0.0).max(),
+        "gpae/distance_own": mean(distance_own, rows),
+        "gpae/distance_joint": mean(distance_joint, rows),
+        "gpae/delta_c": mean(gap, rows),
+        "gpae/delta_c_abs": mean(jnp.abs(gap), rows),
+        "policy/largest_ratio": jnp.where(rows, batch.ratio, 0.0).max(),
     }
     if config.anomaly_probability:
-        others = advantage.sum(axis=-1, keepdims=True) - advantage.shape[-1] * advantage
-        metrics["gpae/advantage_gap"] = mean(others / (advantage.shape[-1] - 1), forced & row)
+        advantage, num_others = batch.advantage, batch.advantage.shape[-1] - 1
+        above = (advantage[..., None, :] - advantage[..., None]).sum(axis=-1) / num_others
+        metrics["gpae/advantage_gap"] = mean(above, batch.steps.forced & rows)
     return metrics
 
 
@@ -613,16 +576,8 @@ def init(system: System, key: Array) -> TrainState:
         critic=system.critic.init(key_critic, memory.critic[:1], whole, action, never),
     )
     opt_state = Params(*(o.init(p) for o, p in zip(system.optimiser, params, strict=True)))
-    state = TrainState(
-        params=params,
-        opt_state=opt_state,
-        key=key,
-        env_state=env_state,
-        timestep=timestep,
-        memory=memory,
-        earlier=None,
-        num_earlier=jnp.int32(0),
-    )
+    num_earlier = jnp.int32(0)
+    state = TrainState(params, opt_state, key, env_state, timestep, memory, None, num_earlier)
     if config.system.reuse == 1:
         return state
     _, trajectory, _ = jax.eval_shape(lambda state: rollout(system, state), state)
