@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set what JAX reads when it is first imported; what the user has set stays."""
@@ -11,3 +13,5 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config, "cache", None):  # absent under `-p no:cacheprovider`
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    # Tests run little of what they compile: unoptimised, that takes a third of the time.
+    os.environ.setdefault("XLA_FLAGS", QUICK)

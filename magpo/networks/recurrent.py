@@ -213,11 +213,10 @@ class PerAgentCritic(nn.Module):
 
     def value(self, hiddens: Array, action: Array) -> Array:
         """hiddens (..., H) after the state, raw actions (..., N[, A]) to values (..., N)."""
-        of_state, of_actions, of_id = jnp.split(
-            self.kernel, [self.hidden_dim, self.hidden_dim + self.num_agents * self.action_dim]
-        )
+        of_state, of_others = self.kernel[: self.hidden_dim], self.kernel[self.hidden_dim :]
         mixed = (hiddens @ of_state + self.bias)[..., None, :]  # (..., 1, H)
         if self.sees_actions:
+            of_id, of_actions = of_others[: self.num_agents], of_others[self.num_agents :]
             executed = executed_action(action, self.action_kind)
             if self.action_kind == "discrete":
                 executed = jax.nn.one_hot(executed, self.action_dim)

@@ -143,6 +143,7 @@ class Transition(NamedTuple):
 
 class Rollout(NamedTuple):
     transitions: Transition  # (T, E, ...)
+    memory: Memory  # (E, ...) at the start
     last_value: Array  # (E, N) of the observation after the last transition
     episodes: dict[str, Array]  # () sums over the episodes that ended, and their number
 
@@ -296,13 +297,15 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
     last_value = system.guider.apply(
         state.params.guider, loop.memory, last.observation, last.last(), method="value"
     )
+    episodes = jax.tree.map(jnp.sum, episodes)
+    collected = Rollout(transitions, state.memory, last_value, episodes)
     state = state._replace(
         key=key,
         env_state=loop.env_state,
         timestep=last,
         memory=Memory(loop.memory, advance_learner(system, state, transitions)),
     )
-    return state, Rollout(transitions, last_value, jax.tree.map(jnp.sum, episodes))
+    return state, collected
 
 
 def terminal_value(
@@ -415,16 +418,13 @@ def by_sequence(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
 
 
-def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """One rollout, then `ppo_epochs` over it."""
-    config = system.config.system
-    memory = state.memory
-    state, collected = rollout(system, state)
-    transitions = collected.transitions
+def sequences(system: System, collected: Rollout) -> Batch:
+    """A rollout's sequences, with their advantages."""
+    config, transitions = system.config.system, collected.transitions
     advantage, target = advantages(
         transitions, collected.last_value, config.gamma, config.gae_lambda
     )
-    batch = Batch(
+    return Batch(
         observation=by_sequence(transitions.observation),
         reset_before=by_sequence(transitions.reset_before),
         action=by_sequence(transitions.action),
@@ -432,14 +432,19 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
         value=by_sequence(transitions.value),
         advantage=by_sequence(advantage),
         target=by_sequence(target),
-        memory=memory,
+        memory=collected.memory,
     )
 
+
+def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+    """One rollout, then `ppo_epochs` over it."""
+    state, collected = rollout(system, state)
+    batch = sequences(system, collected)
     key, key_epochs = jax.random.split(state.key)
     learning, metrics = jax.lax.scan(
         lambda learning, key: update_epoch(system, learning, batch, key),
         Learning(state.params, state.opt_state),
-        jax.random.split(key_epochs, config.ppo_epochs),
+        jax.random.split(key_epochs, system.config.system.ppo_epochs),
     )
     metrics = jax.tree.map(jnp.mean, metrics)
     number = collected.episodes["episodes"]

@@ -335,7 +335,7 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Trajectory, 
             reward=timestep.reward,
             discount=timestep.discount,
             ended=timestep.last(),
-            terminal=terminal(system, state.params.actor, hidden, timestep, key_terminal),
+            terminal=terminal(system, state.params.actor, hidden, timestep, action, key_terminal),
         )
         ended = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
         episodes = jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), ended)
@@ -381,18 +381,17 @@ def stop(
 
 
 def terminal(
-    system: System, params: Any, hidden: Any, timestep: TimeStep, key: Array
+    system: System, params: Any, hidden: Any, timestep: TimeStep, acted: Array, key: Array
 ) -> StateAction | None:
-    """The last states (E, G) of episodes, with actions (E, N[, A]) where they are truncated."""
+    """The last states (E, G) of episodes; actions, shaped as those `acted`, where truncated."""
     observation = timestep.terminal_observation
     if observation is None:
         return None
     seen = timestep._replace(observation=observation, step_type=jnp.zeros_like(timestep.step_type))
-    spec = system.env.action_spec
     action = jax.lax.cond(
         timestep.truncated().any(),
         lambda: act_on(system, params, hidden, seen)[1].sample(key)[0],
-        lambda: jnp.zeros((system.config.num_envs, *spec.shape), spec.dtype),
+        lambda: jnp.zeros_like(acted),
     )
     return StateAction(global_state(observation), action)
 
@@ -431,8 +430,7 @@ def losses(
     steps, memory = by_time(batch.steps), batch.memory
     seen, state = (steps.observation, steps.reset_before), global_state(steps.observation)
     _, policy = run_actor(system, params.actor, memory.actor, *seen)
-    given = memory.critic, state, steps.action, steps.reset_before
-    _, value = system.critic.apply(params.critic, *given)
+    _, value = system.critic.apply(params.critic, memory.critic, state, steps.action, seen[1])
     config = system.config.system
     loss_actor, metrics_actor = actor_loss(config, by_time(policy), batch, key)
     loss_critic, metrics_critic = critic_loss(config, by_time(value), batch)
@@ -522,8 +520,7 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
         Learning(state.params, state.opt_state),
         jax.random.split(key_epochs, config.ppo_epochs),
     )
-    metrics = jax.tree.map(jnp.mean, metrics)
-    metrics |= measure(config, batch, trace, present)
+    metrics = jax.tree.map(jnp.mean, metrics) | measure(config, batch, trace, present)
     number = episodes["episodes"]
     metrics |= {
         f"rollout/{name}": number if name == "episodes" else total / number
@@ -534,7 +531,7 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
 
 
 def measure(config: SystemConfig, batch: Batch, trace: Array, present: Array) -> dict[str, Array]:
-    """The paper's figures: Eq. 9 and its parts, and the advantage gap of Section 3.1."""
+    """The paper's figures: the gap of Eq. 9, signed too, and Section 3.1's of advantages."""
 
     def mean(x: Array, where: Array) -> Array:
         where = jnp.broadcast_to(where, x.shape)
@@ -542,11 +539,8 @@ def measure(config: SystemConfig, batch: Batch, trace: Array, present: Array) ->
 
     log_joint = jnp.log(batch.ratio).sum(axis=-1, keepdims=True)
     joint = jnp.exp(jnp.minimum(log_joint, 20.0))  # of many agents it may exceed a float
-    distance_own, distance_joint = jnp.abs(batch.ratio - trace), jnp.abs(joint - trace)
-    gap, rows = distance_joint - distance_own, present[:, None, None]
+    gap, rows = jnp.abs(joint - trace) - jnp.abs(batch.ratio - trace), present[:, None, None]
     metrics = {
-        "gpae/distance_own": mean(distance_own, rows),
-        "gpae/distance_joint": mean(distance_joint, rows),
         "gpae/delta_c": mean(gap, rows),
         "gpae/delta_c_abs": mean(jnp.abs(gap), rows),
         "policy/largest_ratio": jnp.where(rows, batch.ratio, 0.0).max(),
@@ -576,14 +570,13 @@ def init(system: System, key: Array) -> TrainState:
         critic=system.critic.init(key_critic, memory.critic[:1], whole, action, never),
     )
     opt_state = Params(*(o.init(p) for o, p in zip(system.optimiser, params, strict=True)))
-    num_earlier = jnp.int32(0)
-    state = TrainState(params, opt_state, key, env_state, timestep, memory, None, num_earlier)
+    state = TrainState(params, opt_state, key, env_state, timestep, memory, None, jnp.int32(0))
     if config.system.reuse == 1:
         return state
     _, trajectory, _ = jax.eval_shape(lambda state: rollout(system, state), state)
-    depth = config.system.reuse - 1
     earlier = jax.tree.map(
-        lambda x: jnp.zeros((x.shape[0], depth, *x.shape[1:]), x.dtype), trajectory
+        lambda x: jnp.zeros((x.shape[0], config.system.reuse - 1, *x.shape[1:]), x.dtype),
+        trajectory,
     )
     return state._replace(earlier=earlier)
 

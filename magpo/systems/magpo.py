@@ -1,7 +1,7 @@
 """MAGPO: multi-agent guided policy optimisation.
 
-A centralised *guider*, autoregressive over the agents (Sable), collects the experience and is
-trained by PPO. Decentralised *learners*, one recurrent policy shared by all agents, imitate it,
+A centralised *guider*, autoregressive over the agents (Sable or MAT), collects the experience and
+is trained by PPO. Decentralised *learners*, one recurrent policy shared by all agents, imitate it,
 each from its own observations. The guider is clipped to a ratio `delta` of the learners, and pulled
 back where it left it, so that it finds no coordination that they cannot follow. Only the learners
 are evaluated and deployed.
@@ -30,8 +30,9 @@ from magpo import experiment
 from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from magpo.envs.wrappers import AutoReset
 from magpo.networks.heads import Policy, executed_action
+from magpo.networks.mat import MAT
 from magpo.networks.recurrent import RecurrentActor
-from magpo.networks.sable import Sable, SableCarry
+from magpo.networks.sable import Sable
 from magpo.types import Array, Environment, Observation, TimeStep
 
 
@@ -61,6 +62,7 @@ class SystemConfig:
 class GuiderConfig:
     """`network.guider.*`"""
 
+    kind: Literal["sable", "mat"]
     embed_dim: PositiveInt
     n_head: PositiveInt
     n_block: PositiveInt
@@ -121,7 +123,7 @@ class Params(NamedTuple):
 class Memory(NamedTuple):
     """What the networks remember of the E running episodes."""
 
-    guider: SableCarry
+    guider: Any  # (E, ...)
     learner: Array  # (E, N, H)
 
 
@@ -150,6 +152,7 @@ class Transition(NamedTuple):
 
 class Rollout(NamedTuple):
     transitions: Transition  # (T, E, ...)
+    memory: Memory  # (E, ...) at the start
     last_value: Array  # (E, N) of the observation after the last transition
     episodes: dict[str, Array]  # () sums over the episodes that ended, and their number
 
@@ -174,7 +177,7 @@ class System:
     config: Config
     env: Environment
     envs: AutoReset  # num_envs of them
-    guider: Sable
+    guider: Sable | MAT
     learner: RecurrentActor
     optimiser: optax.GradientTransformation  # its rule; each network has its own state
 
@@ -182,11 +185,16 @@ class System:
 def make(config: Config, env: Environment) -> System:
     """Assemble networks and optimiser for an environment."""
     of_env = {"action_dim": env.action_dim, "action_kind": env.action_kind}
+    sizes = asdict(config.network.guider)
+    if sizes.pop("kind") == "sable":
+        guider: Any = Sable(num_agents=env.num_agents, **of_env, **sizes)
+    else:
+        guider = MAT(**of_env, **{key: sizes[key] for key in ("embed_dim", "n_head", "n_block")})
     return System(
         config=config,
         env=env,
         envs=AutoReset(env, config.num_envs),
-        guider=Sable(num_agents=env.num_agents, **of_env, **asdict(config.network.guider)),
+        guider=guider,
         learner=RecurrentActor(**of_env, **asdict(config.network.learner)),
         optimiser=optax.flatten(  # one vector: a kernel for each step of Adam, not for each leaf
             optax.chain(
@@ -278,7 +286,7 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
     class Loop(NamedTuple):
         env_state: Any
         timestep: TimeStep
-        memory: SableCarry
+        memory: Any
 
     def step(loop: Loop, key: Array) -> tuple[Loop, tuple[Transition, dict[str, Array]]]:
         observation, reset_before = loop.timestep.observation, loop.timestep.last()
@@ -311,18 +319,18 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
     last_value = system.guider.apply(
         state.params.guider, loop.memory, last.observation, last.last(), method="value"
     )
+    episodes = jax.tree.map(jnp.sum, episodes)
+    collected = Rollout(transitions, state.memory, last_value, episodes)
     state = state._replace(
         key=key,
         env_state=loop.env_state,
         timestep=last,
         memory=Memory(loop.memory, advance_learner(system, state, transitions)),
     )
-    return state, Rollout(transitions, last_value, jax.tree.map(jnp.sum, episodes))
+    return state, collected
 
 
-def terminal_value(
-    system: System, params: Any, memory: SableCarry, timestep: TimeStep
-) -> Array | None:
+def terminal_value(system: System, params: Any, memory: Any, timestep: TimeStep) -> Array | None:
     """Values (E, N) of truncated episodes' last observations, 0 elsewhere."""
     terminal = timestep.terminal_observation
     if terminal is None:
@@ -430,16 +438,13 @@ def by_sequence(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
 
 
-def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """One rollout, then `ppo_epochs` over it."""
-    config = system.config.system
-    memory = state.memory
-    state, collected = rollout(system, state)
-    transitions = collected.transitions
+def sequences(system: System, collected: Rollout) -> Batch:
+    """A rollout's sequences, with their advantages."""
+    config, transitions = system.config.system, collected.transitions
     advantage, target = advantages(
         transitions, collected.last_value, config.gamma, config.gae_lambda
     )
-    batch = Batch(
+    return Batch(
         observation=by_sequence(transitions.observation),
         reset_before=by_sequence(transitions.reset_before),
         action=by_sequence(transitions.action),
@@ -447,14 +452,19 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
         value=by_sequence(transitions.value),
         advantage=by_sequence(advantage),
         target=by_sequence(target),
-        memory=memory,
+        memory=collected.memory,
     )
 
+
+def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+    """One rollout, then `ppo_epochs` over it."""
+    state, collected = rollout(system, state)
+    batch = sequences(system, collected)
     key, key_epochs = jax.random.split(state.key)
     learning, metrics = jax.lax.scan(
         lambda learning, key: update_epoch(system, learning, batch, key),
         Learning(state.params, state.opt_state),
-        jax.random.split(key_epochs, config.ppo_epochs),
+        jax.random.split(key_epochs, system.config.system.ppo_epochs),
     )
     metrics = jax.tree.map(jnp.mean, metrics)
     number = collected.episodes["episodes"]

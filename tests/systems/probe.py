@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from magpo.envs.wrappers import observation_spec, observe
-from magpo.types import Array, StepType, TimeStep, restart
+from magpo.types import Array, Observation, StepType, TimeStep, restart
 
 LENGTH = 3  # steps of an episode
 
@@ -26,6 +26,7 @@ class Kind(IntEnum):
     COORDINATED = 5  # 1 where the agents choose the same
     REMEMBERED = 6  # 1 where all agents choose at the end what they saw at the beginning
     TRUNCATED = 7  # CONSTANT, but the end is a cut: worth 1 / (1 - gamma)
+    COMPLEMENTED = 8  # 1 where the agents choose differently
 
 
 class State(NamedTuple):
@@ -36,6 +37,7 @@ class State(NamedTuple):
 @dataclass(frozen=True)
 class Probe:
     kind: int | Array
+    global_state: bool = False
 
     name: ClassVar = "probe/probe"
     num_agents: ClassVar = 2
@@ -44,8 +46,11 @@ class Probe:
     time_limit: ClassVar = LENGTH
     truncates: ClassVar = True
     headline: ClassVar = "episode_return"
-    observation_spec: ClassVar = observation_spec(2, 2, 2, False)
     action_spec: ClassVar = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    @property
+    def observation_spec(self) -> Observation:
+        return observation_spec(2, 2, 2, self.global_state)
 
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state = State(jax.random.bernoulli(key).astype(jnp.int32), jnp.int32(0))
@@ -64,6 +69,7 @@ class Probe:
             Kind.COORDINATED: action[0] == action[1],
             Kind.REMEMBERED: end & copied,
             Kind.TRUNCATED: 1.0,
+            Kind.COMPLEMENTED: action[0] != action[1],
         }
         reward = jnp.stack([jnp.float32(rewards[kind]) for kind in Kind])[self.kind]
         state = State(bit, step_count + 1)
@@ -75,11 +81,14 @@ class Probe:
             metrics={},
         )
 
-    def _observation(self, state: State):
+    def _observation(self, state: State) -> Observation:
         beginning = state.step_count == 0
         seen = jnp.isin(self.kind, jnp.array([Kind.OBSERVED, Kind.COPIED]))
         seen |= beginning & (self.kind == Kind.REMEMBERED)
         features = jnp.stack([jnp.where(seen, 2.0 * state.bit - 1.0, 0.0), beginning])
         return observe(
-            jnp.tile(features, (2, 1)), jnp.ones((2, 2), bool), state.step_count, global_state=False
+            jnp.tile(features, (2, 1)),
+            jnp.ones((2, 2), bool),
+            state.step_count,
+            self.global_state,
         )

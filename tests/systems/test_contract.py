@@ -1,0 +1,150 @@
+"""What holds for all seven systems: identities, advantages, shapes, seeds, no callbacks."""
+
+import dataclasses
+from collections import Counter
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from systems import cases
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_before_an_update_training_recomputes_what_acting_stored(name):
+    """Log-probs and values, in the middle of episodes and behind their ends."""
+    case = cases.build(name)
+
+    @jax.jit
+    def run(key):
+        state = cases.sharpened(cases.stagger(case.module.init(case.system, key)))
+        before = case.module.rollout(case.system, state)[0]
+        return before, cases.differences(case, before)
+
+    before, zero = run(jax.random.key(0))
+    assert len(zero) >= 2
+    for what, difference in zero.items():
+        np.testing.assert_allclose(difference, 0.0, atol=1e-5, err_msg=what)
+    step_count = before.timestep.observation.step_count
+    assert (step_count != step_count[0]).any()  # episodes begin and end at different steps
+
+
+@pytest.mark.parametrize("name", ["mappo", "mat", "sable", "gpae", "gpae, no memory", "happo"])
+def test_before_an_update_continuous_actions_too(name):
+    case = cases.build(name, "mpe/simple_spread_3ag")
+
+    @jax.jit
+    def run(key):
+        return cases.differences(case, case.module.init(case.system, key))
+
+    for what, difference in run(jax.random.key(0)).items():
+        np.testing.assert_allclose(difference, 0.0, atol=1e-4, err_msg=what)
+
+
+def primitives(jaxpr):
+    """How often each occurs, in whatever it is nested."""
+    counts = Counter(equation.primitive.name for equation in jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            counts += primitives(inner)
+    return counts
+
+
+@pytest.mark.parametrize("name", cases.SEVEN)
+def test_training_keeps_its_shapes_and_calls_nobody(name):
+    """One trace serves all chunks, at any rollout length; nothing in it talks to the host."""
+    module, system = cases.build(name)
+
+    def traced(rollout_length):
+        longer = dataclasses.replace(system.config, rollout_length=rollout_length)
+        other = dataclasses.replace(system, config=longer)
+        state = jax.eval_shape(lambda key: module.init(other, key), jax.random.key(0))
+        return state, lambda state: module.train_chunk(other, state)
+
+    state, train_chunk = traced(8)
+    after, _ = jax.eval_shape(train_chunk, state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert not any(x.weak_type for x in jax.tree.leaves(after))
+    short = primitives(jax.make_jaxpr(train_chunk)(state).jaxpr)
+    state, train_chunk = traced(32)
+    assert not [name for name in short if "callback" in name]
+    assert short == primitives(jax.make_jaxpr(train_chunk)(state).jaxpr)
+
+
+@pytest.mark.parametrize("name", cases.SEVEN)
+def test_a_seed_trains_the_same_alone_and_among_others(name):
+    module, system = cases.build(name)
+
+    def train(key):
+        state, metrics = module.train_chunk(system, module.init(system, key))
+        return state.params, metrics
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    among = jax.jit(jax.vmap(train))(keys)
+    alone = jax.jit(train)(keys[1])
+    for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(among), strict=True):
+        np.testing.assert_allclose(x, y[1], atol=2e-4)
+    loss = among[1]["loss/value"]
+    assert not np.allclose(loss[0], loss[1])
+
+
+def slow_advantages(t, last_value, gamma, gae_lambda):
+    """Generalised advantages as a sum over the future, one number at a time."""
+    T, E, N = t["value"].shape
+    out = np.zeros((T, E, N))
+    for e, n in np.ndindex(E, N):
+        for start in range(T):
+            weight = 1.0
+            for s in range(start, T):
+                if t["discount"][s, e] == 0:
+                    following = 0.0
+                elif t["ended"][s, e]:
+                    following = t["terminal_value"][s, e, n]
+                else:
+                    following = t["value"][s + 1, e, n] if s + 1 < T else last_value[e, n]
+                delta = t["reward"][s, e, n] + gamma * following - t["value"][s, e, n]
+                out[start, e, n] += weight * delta
+                if t["ended"][s, e]:
+                    break
+                weight *= gamma * gae_lambda
+    return out
+
+
+@pytest.mark.parametrize("truncates", [True, False])
+@pytest.mark.parametrize("name", cases.SEVEN)
+def test_advantages_are_the_slow_ones(name, truncates):
+    T, E, N = 6, 5, 3
+    rng = np.random.default_rng(0)
+    ended = rng.random((T, E)) < 0.3
+    ended[0, 0] = ended[T - 1, 1] = True
+    terminated = ended if not truncates else ended & (rng.random((T, E)) < 0.5)
+    t = {
+        "value": rng.normal(size=(T, E, N)),
+        "reward": rng.normal(size=(T, E, N)),
+        "discount": 1.0 - terminated,
+        "ended": ended,
+        "terminal_value": rng.normal(size=(T, E, N)) if truncates else None,
+    }
+    last_value = rng.normal(size=(E, N))
+    module = cases.build(name).module
+    fields = dict.fromkeys(module.Transition._fields)
+    given = jax.tree.map(jnp.asarray, t)
+    if name == "gpae":  # on-policy: all traces are lambda
+        following = np.concatenate([t["value"][1:], last_value[None]])
+        if truncates:
+            following = np.where(ended[..., None], t["terminal_value"], following)
+        value, following = (jnp.asarray(x).swapaxes(0, 1) for x in (t["value"], following))
+        steps = {k: given[k].swapaxes(0, 1) for k in ("reward", "discount", "ended")}
+        zero = jnp.zeros_like(value)
+        estimates = module.Estimates(zero, value, following, hidden=None)
+        results = module.advantages(module.Transition(**fields | steps), estimates, zero + 0.8, 0.9)
+        advantage, target = (x.swapaxes(0, 1) for x in results)
+    else:
+        transitions = module.Transition(**fields | given)
+        advantage, target = module.advantages(transitions, jnp.asarray(last_value), 0.9, 0.8)
+    np.testing.assert_allclose(advantage, slow_advantages(t, last_value, 0.9, 0.8), atol=1e-5)
+    np.testing.assert_allclose(target, advantage + t["value"], atol=1e-6)

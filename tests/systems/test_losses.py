@@ -1,0 +1,139 @@
+"""The losses of the other systems on fixed numbers, and what each may move."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magpo.networks.heads import Categorical
+from magpo.systems import ctds, gpae_mappo, happo
+from systems import cases
+
+KEY = jax.random.key(0)
+
+
+def settings(name, **changes):
+    values = cases.build(name).system.config.system
+    return dataclasses.replace(values, **{"clip_eps": 0.2, "ent_coef": 0.0} | changes)
+
+
+def policy_of(*probabilities) -> Categorical:
+    return Categorical(jnp.log(jnp.array([[p, 1 - p] for p in probabilities])))
+
+
+def batch_of(batch_class, **fields):
+    """Action 0 throughout; what is not given is None."""
+    values = dict.fromkeys(batch_class._fields) | {"action": jnp.zeros(1, int)}
+    fields = {name: jnp.array([x]) for name, x in fields.items()}
+    if "log_prob" in fields:
+        fields["log_prob"] = jnp.log(fields["log_prob"])
+    return batch_class(**values | fields)
+
+
+# The ratio is new / 0.5; clipping ends at 0.8 and 1.2.
+SURROGATES = [
+    (0.5, 1.0, 1.0),  # nothing moved
+    (0.6, 1.0, 1.2),  # at the edge
+    (0.7, 1.0, 1.2),  # beyond it
+    (0.7, -1.0, -1.4),  # pessimistic: a bad action keeps its gradient
+    (0.2, 1.0, 0.4),
+    (0.2, -1.0, -0.8),
+]
+
+
+def surrogate_loss(name, module, new, advantage, **more):
+    """The policy's loss alone, with an old probability of 0.5."""
+    batch = batch_of(
+        getattr(module, "AgentBatch", module.Batch), log_prob=0.5, advantage=advantage, **more
+    )
+    if name in ("mat", "sable"):
+        batch = batch._replace(value=jnp.zeros(1), target=jnp.zeros(1))
+        return module.ppo_loss(settings(name), policy_of(new), jnp.zeros(1), batch, KEY)[0]
+    if name == "ctds":
+        batch = batch._replace(value=jnp.zeros(1), target=jnp.zeros(1))
+        return module.guider_loss(settings(name), policy_of(new), jnp.zeros(1), batch, KEY)[0]
+    return module.actor_loss(settings(name), policy_of(new), batch, KEY)[0]
+
+
+@pytest.mark.parametrize(("new", "advantage", "surrogate"), SURROGATES)
+@pytest.mark.parametrize("name", ["mappo", "mat", "sable", "ctds"])
+def test_the_clipped_surrogate(name, new, advantage, surrogate):
+    module = importlib.import_module(f"magpo.systems.{name}")
+    loss = surrogate_loss(name, module, new, advantage)
+    np.testing.assert_allclose(loss, -surrogate, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("new", "advantage", "surrogate"), SURROGATES)
+def test_happos_factor_scales_the_surrogate_and_not_the_entropy(new, advantage, surrogate):
+    loss = surrogate_loss("happo", happo, new, advantage, factor=3.0)
+    np.testing.assert_allclose(loss, -3.0 * surrogate, rtol=1e-5)
+    batch = batch_of(happo.AgentBatch, log_prob=0.5, advantage=0.0, factor=3.0)
+    policy = policy_of(new)
+    loss, _ = happo.actor_loss(settings("happo", ent_coef=0.1), policy, batch, KEY)
+    np.testing.assert_allclose(loss, -0.1 * policy.entropy(KEY)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("center", "new", "advantage", "surrogate"),
+    [
+        ("current", 0.9, 1.0, 1.8),  # what it was before the update
+        ("current", 0.95, 1.0, 1.9),  # within 0.2 of it
+        ("current", 0.7, -1.0, -1.6),  # below it
+        ("behaviour", 0.9, 1.0, 1.2),  # JaxMARL's loss on old data
+        ("behaviour", 0.7, -1.0, -1.4),
+    ],
+)
+def test_gpae_clips_around_the_present_or_the_old_policy(center, new, advantage, surrogate):
+    """The policy that collected gave 0.5, the one before the update 0.9."""
+    steps = batch_of(gpae_mappo.Transition, log_prob=0.5)
+    batch = gpae_mappo.Batch(
+        steps=steps,
+        memory=None,
+        ratio=jnp.array([1.8]),
+        advantage=jnp.array([advantage]),
+        target=None,
+    )
+    values = settings("gpae", clip_center=center)
+    loss, _ = gpae_mappo.actor_loss(values, policy_of(new), batch, KEY)
+    np.testing.assert_allclose(loss, -surrogate, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mappo", "happo", "mat", "sable", "ctds"])
+@pytest.mark.parametrize("value", [1.0, 0.1, 1.9, -3.0])
+def test_the_value_loss_takes_the_worse_of_free_and_clipped(name, value):
+    """The old value is 0, the target 2, and the value held within 0.2 of the old one."""
+    module = importlib.import_module(f"magpo.systems.{name}")
+    batch = batch_of(module.Batch, value=0.0, target=2.0, log_prob=0.5, advantage=0.0)
+    values, given = settings(name, vf_coef=0.5), jnp.array([value])
+    if name in ("happo", "mappo"):
+        loss, _ = module.critic_loss(values, given, batch)
+    else:
+        loss_of = module.guider_loss if name == "ctds" else module.ppo_loss
+        loss, _ = loss_of(values, policy_of(0.5), given, batch, KEY)
+    worse = max((value - 2) ** 2, (min(max(value, -0.2), 0.2) - 2) ** 2)
+    np.testing.assert_allclose(loss, 0.5 * 0.5 * worse, rtol=1e-5)
+
+
+def test_gpaes_value_loss_is_the_squared_error():
+    batch = gpae_mappo.Batch(None, None, None, None, target=jnp.array([2.0, 1.0]))
+    loss, _ = gpae_mappo.critic_loss(settings("gpae", vf_coef=0.5), jnp.array([1.0, 4.0]), batch)
+    np.testing.assert_allclose(loss, 0.5 * (1.0 + 9.0) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["guider_to_learner", "learner_to_guider"])
+@pytest.mark.parametrize("rl_coef", [0.0, 2.0])
+def test_ctds_learner_loss(direction, rl_coef):
+    mu, pi = policy_of(0.6), policy_of(0.3)
+    batch = batch_of(ctds.Batch, log_prob=0.5, advantage=1.0)
+    values = settings("ctds", learner_kl=direction, rl_coef=rl_coef)
+    loss, _ = ctds.learner_loss(values, mu, pi, batch)
+    p, q = (mu, pi) if direction == "guider_to_learner" else (pi, mu)
+    np.testing.assert_allclose(loss, p.kl(q)[0] - rl_coef * 0.6, rtol=1e-5)
+
+    def of_guider(log_probs):
+        return ctds.learner_loss(values, Categorical(log_probs), pi, batch)[0]
+
+    assert (jax.grad(of_guider)(mu.log_probs) == 0).all()
