@@ -4,7 +4,7 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
-SYSTEMS := $(filter-out __init__,$(basename $(notdir $(wildcard magpo/systems/*.py))))
+SYSTEMS := $(filter-out __%,$(basename $(notdir $(wildcard magpo/systems/*.py))))
 SMOKE_TASKS ?= coordsum/3x10-30 rware/tiny-2ag lbf/2s-8x8-2p-2f-coop connector/con-5x5x3a \
 	mpe/simple_spread_3ag smax/3m mabrax/hopper-3x1
 SMOKE := budget=quick tuned=false num_envs=4 rollout_length=16 total_steps=256 num_evaluations=2 \

@@ -161,7 +161,7 @@ class RunConfig:
 def systems() -> list[str]:
     """The names of the systems in the package."""
     package = import_module("magpo.systems")
-    return sorted(module.name for module in iter_modules(package.__path__))
+    return sorted(m.name for m in iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
 def load(

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from magpo import checkpoint, config, runs
 from magpo.checkpoint import CheckpointError
 from magpo.config import ConfigError, RunConfig
-from magpo.types import Array, Environment, EnvSpec, Observation
+from magpo.types import Array, Card, Environment, EnvSpec, Observation
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Trained:
     params: Any  # (S, ...) NumPy, the best of each seed
     score: np.ndarray  # (S,) mean episode return of the evaluation that made them the best
     chunk: np.ndarray  # (S,) chunks trained by then
+
+    @property
+    def card(self) -> Card:
+        """What kind of system it is; one of your own that does not say has shared parameters."""
+        return getattr(self.module, "CARD", Card("", "each agent's policy", "", "shared"))
 
     def seed_index(self, seed: int | None) -> int:
         """Where a seed's parameters are; by default those of the best score."""
@@ -174,20 +179,31 @@ def build(
 ) -> Policy:
     """A `Policy` of what was read, for the environment it was trained on or another."""
     spec = env or trained.env
-    if agent is not None and not 0 <= agent < spec.num_agents:
-        raise ConfigError(f"agent={agent}: there are {spec.num_agents}, from 0 on")
     index = trained.seed_index(seed)
+    params = jax.tree.map(lambda x: x[index], trained.params)
+    if agent is not None:
+        if not 0 <= agent < spec.num_agents:
+            raise ConfigError(f"agent={agent}: there are {spec.num_agents}, from 0 on")
+        if trained.card.deployed == "a joint policy":
+            raise ConfigError(f"agent={agent}: {trained.config.system} acts for all agents at once")
+        if trained.card.parameters == "each agent's own":
+            params = jax.tree.map(lambda x: x[agent : agent + 1], params)
     return Policy(
         module=trained.module,
         system=trained.module.make(trained.config.algorithm, spec),
         env=spec,
-        params=jax.tree.map(lambda x: x[index], trained.params),
+        params=params,
         one_agent=agent is not None,
     )
 
 
 def check_fits(trained: Trained, env: Environment) -> None:
     """Raise ConfigError where the policy cannot act in an environment."""
+    if trained.card.parameters == "each agent's own" and env.num_agents != trained.env.num_agents:
+        raise ConfigError(
+            f"the run has a policy for each of {trained.env.num_agents} agents, "
+            f"{env.name} has {env.num_agents}"
+        )
     ours, theirs = trained.env, env.observation_spec.agents_view.shape[-1]
     if (ours.num_features, ours.action_dim, ours.action_kind) != (
         theirs,

@@ -88,6 +88,15 @@ class EnvSpec:
     headline: str
 
 
+class Card(NamedTuple):
+    """What a system is: a row of `python -m magpo.systems`, and how its policies are loaded."""
+
+    centralised: str  # what sees all agents
+    deployed: Literal["each agent's policy", "a joint policy"]
+    memory: str  # of what is deployed
+    parameters: Literal["shared", "each agent's own"]  # of what is deployed
+
+
 def spec(env: Environment) -> EnvSpec:
     """An environment's EnvSpec."""
     num_features = env.observation_spec.agents_view.shape[-1]

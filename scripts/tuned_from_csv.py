@@ -1,9 +1,11 @@
 """Write configs/tuned/<system>/<suite>/<task>.yaml from a table of tuned values.
 
-    python scripts/tuned_from_csv.py tuned_hyperparameters.csv magpo
+    python scripts/tuned_from_csv.py tuned_hyperparameters.csv
 
 The table has the columns `system,suite,task` and one per value; an empty cell does not apply.
-The budget's columns (environments, updates, evaluations) are left out: budget/ has them.
+MAGPO's values were Sable's with delta and lambda tuned on top, so that Sable and CTDS take them
+where they have none of their own. The budget's columns (environments, updates, evaluations) are
+left out: budget/ has them. IPPO's rows are MAPPO's.
 """
 
 import argparse
@@ -15,32 +17,42 @@ PPO = ("actor_lr", "critic_lr", "ppo_epochs", "num_minibatches", "clip_eps", "en
 SYSTEM = (*PPO, "max_grad_norm", "recurrent_chunk_size", "delta", "lambda")
 NETWORK = ("embed_dim", "n_head", "n_block", "decay_scaling_factor")
 RENAMED = {"lambda": "rl_coef"}
-NETWORK_PART = {"magpo": "guider"}  # whose sizes the network columns are
+NETWORK_PART = {"magpo": "guider", "ctds": "guider"}  # whose sizes the network columns are
+HEIRS = ("sable", "ctds")  # of MAGPO's values
 
 
-def render(row: dict[str, str]) -> str:
+def render(system: str, row: dict[str, str]) -> str:
     """One row as the text of a YAML file."""
-    lines = ["# @package _global_", "# Tuned by the paper's authors.", "system:"]
-    lines += [f"  {RENAMED.get(name, name)}: {row[name]}" for name in SYSTEM if row[name]]
+    own = system == row["system"]
+    note = "" if own else f" for {row['system'].upper()}, which shares them"
+    lines = ["# @package _global_", f"# Tuned by the paper's authors{note}.", "system:"]
+    names = [name for name in SYSTEM if own or name not in ("delta", "lambda")]
+    lines += [f"  {RENAMED.get(name, name)}: {row[name]}" for name in names if row[name]]
     if any(row[name] for name in NETWORK):
-        lines += ["network:", f"  {NETWORK_PART[row['system']]}:"]
-        lines += [f"    {name}: {row[name]}" for name in NETWORK if row[name]]
+        part = NETWORK_PART.get(system)
+        lines += ["network:", *([f"  {part}:"] if part else [])]
+        indent = "    " if part else "  "
+        lines += [f"{indent}{name}: {row[name]}" for name in NETWORK if row[name]]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Write one system's files."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Write all systems' files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", type=Path)
-    parser.add_argument("system")
-    args = parser.parse_args()
-    with args.table.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["system"] == args.system]
-    for row in rows:
-        path = TUNED / args.system / row["suite"] / f"{row['task']}.yaml"
+    with parser.parse_args().table.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["system"] != "ippo"]
+    of = {(row["system"], f"{row['suite']}/{row['task']}"): row for row in rows}
+    for (system, task), row in list(of.items()):
+        for heir in HEIRS if system == "magpo" else ():
+            of.setdefault((heir, task), row)
+    for (system, task), row in of.items():
+        path = TUNED / system / f"{task}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(render(row))
-    print(f"{len(rows)} files under {TUNED / args.system}")
+        path.write_text(render(system, row))
+    print(f"{len(of)} files under {TUNED}")
 
 
 if __name__ == "__main__":

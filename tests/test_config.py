@@ -5,6 +5,7 @@ import dataclasses
 import subprocess
 import sys
 import types
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from magpo import cli, config, envs, paths
 from magpo.config import ConfigError, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, load
 
 TINY = "env=rware/tiny-4ag"
-TUNED = sorted((paths.configs() / "tuned" / "magpo").rglob("*.yaml"))
+TUNED = sorted((paths.configs() / "tuned").rglob("*.yaml"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,24 +205,30 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key in node for k, v in leaves(node[key], f"{prefix}.{key}").items()}
 
 
-@pytest.mark.parametrize("path", TUNED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", TUNED, ids=lambda path: "/".join(path.parts[-3:])[:-5])
 def test_tuned_values_are_legal(path):
-    tuned = yaml.safe_load(path.read_text())
-    system = yaml.safe_load((paths.configs() / "magpo.yaml").read_text())
-    assert path.read_text().startswith("# @package _global_\n")
-    assert leaves(tuned).keys() <= leaves(system).keys()
-    if "magpo" in config.systems():  # on some task: the file's own may be a suite yet to come
-        values = [f"{key[1:]}={value}" for key, value in leaves(tuned).items()]
-        run = load("magpo", ["env=coordsum/3x10-30", "tuned=false", *values])
-        used = leaves(dataclasses.asdict(run.algorithm))
-        assert {key: used[key] for key in leaves(tuned)} == leaves(tuned)
+    tuned, name = yaml.safe_load(path.read_text()), path.parts[-3]
+    files = [*(paths.configs() / "budget").glob("*.yaml"), paths.configs() / f"{name}.yaml"]
+    known = {key for file in files for key in leaves(yaml.safe_load(file.read_text()))}
+    assert path.read_text().startswith("# @package _global_\n# ")
+    assert leaves(tuned).keys() <= known
+    values = [f"{key[1:]}={value}" for key, value in leaves(tuned).items()]
+    run = load(name, ["env=coordsum/3x10-30", "tuned=false", *values])
+    used = leaves(dataclasses.asdict(run.algorithm))
+    assert {key: used[key] for key in leaves(tuned)} == leaves(tuned)
 
 
 def test_there_are_tuned_values_for_the_papers_tasks():
     with (Path(__file__).parents[1] / "scripts/published/magpo_table1.csv").open() as file:
-        published = {(row["suite"], row["task"]) for row in csv.DictReader(file)}
-    assert {(path.parent.name, path.stem) for path in TUNED} == published
-    assert len(TUNED) == 43
+        published = {f"{row['suite']}/{row['task']}" for row in csv.DictReader(file)}
+    assert len(published) == 43
+    of = defaultdict(set)
+    for path in TUNED:
+        of[path.parts[-3]].add("/".join(path.parts[-2:])[:-5])
+    assert of["magpo"] == of["happo"] == of["sable"] == of["ctds"] == published
+    coordsum = {task for task in published if task.startswith("coordsum")}
+    assert of["mappo"] == of["mat"] == coordsum
+    assert of["gpae_mappo"] == {task for task in envs.tasks() if task.startswith("mabrax")}
 
 
 def test_tuned_values_spot_checks():

@@ -30,7 +30,9 @@ from magpo.envs.wrappers import AutoReset
 from magpo.networks.heads import Policy, executed_action
 from magpo.networks.recurrent import RecurrentActor
 from magpo.networks.sable import Sable, SableCarry
-from magpo.types import Array, Environment, Observation, TimeStep
+from magpo.types import Array, Card, Environment, Observation, TimeStep
+
+CARD = Card("a guider, in training", "each agent's policy", "GRU", parameters="shared")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ from magpo.config import ConfigError, Fraction, NonNegativeFloat, PositiveFloat,
 from magpo.envs.wrappers import AutoReset
 from magpo.networks.heads import Policy, executed_action
 from magpo.networks.recurrent import FeedForwardActor, PerAgentCritic, RecurrentActor
-from magpo.types import Array, Environment, Observation, TimeStep
+from magpo.types import Array, Card, Environment, Observation, TimeStep
+
+CARD = Card("a critic, in training", "each agent's policy", "GRU or none", parameters="shared")
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,7 @@ class System:
 
 
 def make(config: Config, env: Environment) -> System:
-    """Assemble networks and optimisers for an environment. Raises ConfigError."""
-    stop_action = getattr(env, "stop_action", None)
-    if config.system.anomaly_probability and stop_action is None:
-        raise ConfigError(f"system.anomaly_probability stops agents of smax/..., not of {env.name}")
+    """Assemble networks and optimisers for an environment."""
     of_env = {"action_dim": env.action_dim, "action_kind": env.action_kind}
     actor = RecurrentActor if config.network.actor.memory else FeedForwardActor
     values = config.system
@@ -224,7 +223,7 @@ def make(config: Config, env: Environment) -> System:
             sees_actions=values.advantage == "gpae",
         ),
         optimiser=Params(optimiser(values.actor_lr), optimiser(values.critic_lr)),
-        stop_action=stop_action,
+        stop_action=getattr(env, "stop_action", None),
     )
 
 
@@ -553,8 +552,10 @@ def measure(config: SystemConfig, batch: Batch, trace: Array, present: Array) ->
 
 
 def init(system: System, key: Array) -> TrainState:
-    """Everything that changes, before the first update."""
+    """Everything that changes, before the first update. Raises ConfigError."""
     config = system.config
+    if config.system.anomaly_probability and system.stop_action is None:
+        raise ConfigError(f"system.anomaly_probability is for smax/..., not {system.env.name}")
     key, key_env, key_actor, key_critic = jax.random.split(key, 4)
     env_state, timestep = system.envs.reset(key_env)
     memory = Memory(

@@ -32,7 +32,9 @@ from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from magpo.envs.wrappers import AutoReset
 from magpo.networks.heads import Policy, executed_action
 from magpo.networks.recurrent import RecurrentActor, RecurrentCritic
-from magpo.types import Array, Environment, Observation, TimeStep
+from magpo.types import Array, Card, Environment, Observation, TimeStep
+
+CARD = Card("a critic, in training", "each agent's policy", "GRU", parameters="each agent's own")
 
 
 @dataclass(frozen=True)
@@ -392,18 +394,18 @@ def train(
     """`ppo_epochs` of one network, in minibatches of whole sequences; metrics are means."""
     config = system.config
 
+    def one_minibatch(
+        learning: Learning, inputs: tuple[Array, Array]
+    ) -> tuple[Learning, dict[str, Array]]:
+        columns, key = inputs
+        return minibatch(system, learning, jax.tree.map(lambda x: x[:, columns], batch), key)
+
     def epoch(learning: Learning, key: Array) -> tuple[Learning, dict[str, Array]]:
         key_order, key_minibatches = jax.random.split(key)
         order = jax.random.permutation(key_order, config.num_sequences)
         order = order.reshape(config.system.num_minibatches, -1)
         keys = jax.random.split(key_minibatches, config.system.num_minibatches)
-        return jax.lax.scan(
-            lambda learning, inputs: minibatch(
-                system, learning, jax.tree.map(lambda x: x[:, inputs[0]], batch), inputs[1]
-            ),
-            learning,
-            (order, keys),
-        )
+        return jax.lax.scan(one_minibatch, learning, (order, keys))
 
     learning, metrics = jax.lax.scan(
         epoch, learning, jax.random.split(key, config.system.ppo_epochs)

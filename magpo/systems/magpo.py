@@ -33,7 +33,9 @@ from magpo.networks.heads import Policy, executed_action
 from magpo.networks.mat import MAT
 from magpo.networks.recurrent import RecurrentActor
 from magpo.networks.sable import Sable
-from magpo.types import Array, Environment, Observation, TimeStep
+from magpo.types import Array, Card, Environment, Observation, TimeStep
+
+CARD = Card("a guider, in training", "each agent's policy", "GRU", parameters="shared")
 
 
 @dataclass(frozen=True)

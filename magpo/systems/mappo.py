@@ -28,7 +28,9 @@ from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from magpo.envs.wrappers import AutoReset
 from magpo.networks.heads import Policy, executed_action
 from magpo.networks.recurrent import RecurrentActor, RecurrentCritic
-from magpo.types import Array, Environment, Observation, TimeStep
+from magpo.types import Array, Card, Environment, Observation, TimeStep
+
+CARD = Card("a critic, in training", "each agent's policy", "GRU", parameters="shared")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from magpo.envs.wrappers import AutoReset
 from magpo.networks.heads import Policy, executed_action
 from magpo.networks.sable import Sable, SableCarry
-from magpo.types import Array, Environment, Observation, TimeStep
+from magpo.types import Array, Card, Environment, Observation, TimeStep
+
+CARD = Card("acting and critic", "a joint policy", "retention or none", parameters="shared")
 
 
 @dataclass(frozen=True)

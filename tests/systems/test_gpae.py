@@ -150,10 +150,13 @@ def test_gae_blames_nobody(stopped):
         (["system.eta=0.9"], "at least 1, not 0.9"),
         (["system.reuse=0"], "reuse"),
         (["system.advantage=gae"], "reuse must be 1, not 3"),
-        (["system.anomaly_probability=0.1"], "of smax"),
+        (["system.anomaly_probability=0.1"], "is for smax"),
     ],
 )
 def test_combinations_that_mean_nothing_are_one_line(overrides, message):
+    def begin(key):
+        return gpae.init(cases.build("gpae", "lbf/2s-8x8-2p-2f-coop", *overrides).system, key)
+
     with pytest.raises(ConfigError, match=message) as error:
-        cases.build("gpae", "lbf/2s-8x8-2p-2f-coop", *overrides)
+        jax.eval_shape(begin, jax.random.key(0))
     assert "\n" not in str(error.value)
