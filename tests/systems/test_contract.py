@@ -43,6 +43,20 @@ def test_before_an_update_continuous_actions_too(name):
         np.testing.assert_allclose(difference, 0.0, atol=1e-4, err_msg=what)
 
 
+@pytest.mark.parametrize(
+    "task",
+    ["coordsum/3x10-30", "rware/tiny-2ag", "connector/con-5x5x3a", "smax/3m", "mabrax/ant-4x2"],
+)
+@pytest.mark.parametrize("name", cases.SEVEN)
+def test_every_system_takes_every_suite(name, task):
+    """Traced, not run; LBF and MPE are above, `make smoke` runs."""
+    module, system = cases.build(name, task)
+    state = jax.eval_shape(lambda key: module.init(system, key), jax.random.key(0))
+    after, metrics = jax.eval_shape(lambda state: module.train_chunk(system, state), state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert {x.shape for x in jax.tree.leaves(metrics)} == {(system.config.updates_per_chunk,)}
+
+
 def primitives(jaxpr):
     """How often each occurs, in whatever it is nested."""
     counts = Counter(equation.primitive.name for equation in jaxpr.eqns)

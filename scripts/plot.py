@@ -1,0 +1,462 @@
+"""From results folders to a paper's figures and its table.
+
+    python scripts/plot.py results/ out/
+
+reads every run under the folders, finished or not, and writes
+
+    out/<suite>_<task>.png                         evaluation curves: mean over seeds, and its band
+    out/iqm_<suite>.png                            interquartile mean over tasks and seeds
+    out/probability_of_improvement_<suite>.png     P(X > Y) for each pair of systems
+    out/summary.csv                                final figures of each system and task
+
+Runs of one system and task that differ only in their seeds are pooled; a seed given twice counts
+once, the newest run's. Where settings differ, each has its own line, named after what differs. The
+final evaluation is the last one that all pooled seeds have; the papers' figures are absolute
+metrics. The aggregates are rliable's (Agarwal et al., 2021): install it with `pip install rliable`.
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter
+
+from magpo import plotting
+
+GPAE = plotting.PUBLISHED.with_name("gpae_table2.csv")
+WIN_RATE_SUITES = {"smax", "connector"}
+# What says who ran it, how long it was looked at and where to, not what was learned.
+NO_SETTINGS = {
+    *("run", "seeds", "seeds_per_batch", "num_evaluations", "eval_episodes", "absolute_metric"),
+    *("platform", "logger", "results_dir", "keep"),
+}
+ABSENT = object()  # a setting that another version's config.yaml has
+COLOURS = (
+    *(plotting.BLUE, plotting.ORANGE, "#2b8a3e", "#8e44ad", "#c2185b", "#00868b", "#8a6d1d"),
+    *("#3d3d3d", "#6c8ebf", "#e08e79"),
+)
+
+
+class PlotError(Exception):
+    """What is asked cannot be drawn; the message is one line."""
+
+
+class Run(NamedTuple):
+    """One run's evaluations of the headline metric."""
+
+    system: str
+    suite: str
+    task: str
+    name: str  # the run's id, which sorts by time
+    settings: dict[str, Any]  # dotted keys
+    values: dict[int, dict[int, float]]  # by seed, by environment steps
+
+
+class Reference(NamedTuple):
+    """A published figure, in the unit of the runs."""
+
+    mean: float
+    std: float
+    source: str
+
+
+class Line(NamedTuple):
+    """Pooled runs. K evaluations, S seeds."""
+
+    label: str
+    suite: str
+    task: str
+    steps: np.ndarray  # (K,)
+    values: np.ndarray  # (K, S), by seed
+    reference: Reference | None
+
+
+class Row(NamedTuple):
+    """An estimate with its interval, and what is written on its left and right."""
+
+    left: str
+    right: str
+    colour: str
+    point: float
+    low: float
+    high: float
+
+
+def headline(suite: str) -> str:
+    """The metric that a suite's papers report."""
+    return "win_rate" if suite in WIN_RATE_SUITES else "episode_return"
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
+
+
+def read(folder: Path) -> Run | None:
+    """A run's evaluations; None where it has none yet."""
+    where, values = None, defaultdict[int, dict[int, float]](dict)
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if '"eval/' not in line or not line.endswith("\n"):  # training; or still being written
+                continue
+            try:
+                record = json.loads(line)
+                where = record["system"], record["env"], record["task"], record["run"]
+                if record["name"] == f"eval/{headline(record['env'])}":
+                    if record["value"] is not None:  # what JSON has no number for
+                        values[record["seed"]][record["env_steps"]] = record["value"]
+            except (ValueError, KeyError, TypeError):
+                raise PlotError(f"{folder}/metrics.jsonl: line {number} is no record") from None
+    if where is None or not values:
+        return None
+    return Run(*where, settings=settings_of(folder), values=dict(values))
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """What of a run's config.yaml decides what is learned."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        raise PlotError(f"{folder}: config.yaml is missing or cannot be read") from None
+    if not isinstance(config, dict):
+        raise PlotError(f"{folder}: config.yaml holds no settings")
+    return flat({key: value for key, value in config.items() if key not in NO_SETTINGS})
+
+
+def find(folders: list[Path]) -> list[Run]:
+    """All runs under the folders that have evaluations, each once."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise PlotError(f"no such folder: {folder}")
+    found = {file.parent.resolve() for folder in folders for file in folder.rglob("metrics.jsonl")}
+    names = ", ".join(map(str, folders))
+    if not found:
+        raise PlotError(f"no runs (metrics.jsonl) under {names}")
+    runs = [run for folder in sorted(found) if (run := read(folder))]
+    if not runs:
+        raise PlotError(f"no run under {names} has an evaluation yet")
+    return runs
+
+
+def pool(runs: list[Run]) -> list[Line]:
+    """One line for each system, task and setting, by label."""
+    together = defaultdict[tuple[str, str, str], list[Run]](list)
+    for run in sorted(runs, key=lambda run: run.name):
+        together[run.suite, run.task, run.system].append(run)
+    lines = []
+    for (suite, task, _), group in sorted(together.items()):
+        for label, same in labelled(group).items():
+            newest = {seed: values for run in same for seed, values in run.values.items()}
+            seeds = [newest[seed] for seed in sorted(newest)]
+            steps = sorted(set[int].intersection(*(set(seed) for seed in seeds)))
+            if not steps:
+                raise PlotError(f"{label} on {suite}/{task}: no evaluation that all seeds have")
+            values = np.array([[seed[step] for seed in seeds] for step in steps])
+            lines.append(Line(label, suite, task, np.array(steps), values, published(same[-1])))
+    return sorted(lines)
+
+
+def labelled(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs of one system and task by label: the system, and the settings that not all share."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    values = {key: {written(run.settings.get(key, ABSENT)) for run in runs} for key in keys}
+    differ = [key for key in keys if len(values[key]) > 1]
+    groups = defaultdict[str, list[Run]](list)
+    for run in runs:
+        shown = ", ".join(
+            f"{key.removeprefix('system.').removeprefix('network.')}="
+            f"{written(run.settings.get(key, ABSENT))}"
+            for key in differ
+        )
+        groups[f"{run.system.upper()} ({shown})" if shown else run.system.upper()].append(run)
+    return groups
+
+
+def written(value: Any) -> str:
+    """A setting as on the command line."""
+    if value is ABSENT:
+        return "absent"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def published(run: Run) -> Reference | None:
+    """The papers' figure for a run's system and task; MAGPO's table goes before GPAE's."""
+    if figure := plotting.published(run.system, run.suite, run.task):
+        return Reference(*figure, "MAGPO, Table 1")
+    system: str | None = run.system
+    if run.system == "gpae_mappo":
+        system = gpae_variant(run.settings)
+    if not GPAE.is_file():
+        return None
+    scale = 100 if headline(run.suite) == "win_rate" else 1  # the table's are per cent
+    with GPAE.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            # The paper writes humanoid-9|8, which can be no file's name.
+            if (row["suite"], row["task"].replace("|", "-")) == (run.suite, run.task):
+                if row["system"] == system:
+                    mean, std = float(row["mean"]) / scale, float(row["std"]) / scale
+                    return Reference(mean, std, "GPAE, Table 2")
+    return None
+
+
+def gpae_variant(settings: dict[str, Any]) -> str | None:
+    """What the paper's Table 2 calls a configuration of GPAE-MAPPO; None for its ablations."""
+    ablated = settings.get("system.trace", "dt") != "dt"
+    if ablated or settings.get("system.advantage", "gpae") != "gpae":
+        return None
+    if settings.get("system.anomaly_probability", 0):
+        return None
+    return "gpae_off" if settings.get("system.reuse", 1) > 1 else "gpae_on"
+
+
+def draw_task(path: Path, lines: list[Line], colours: dict[str, str]) -> None:
+    """Evaluation curves of one task."""
+    figure, axes = canvas(7.0, 4.6 + 0.12 * len(lines))
+    meanings = {}
+    for line in lines:
+        low, high, meaning = plotting.band(line.values)
+        num_seeds, colour = line.values.shape[1], colours[line.label]
+        if meaning:
+            meanings[meaning] = "5 seeds and more" if num_seeds >= 5 else "fewer than 5 seeds"
+            axes.fill_between(line.steps, low, high, color=colour, alpha=0.16, linewidth=0)
+        label = f"{line.label}, {counted(num_seeds, 'seed')}"
+        marker = "o" if len(line.steps) < 3 else None
+        axes.plot(
+            line.steps, line.values.mean(1), color=colour, linewidth=2, marker=marker, label=label
+        )
+    handles = axes.get_legend_handles_labels()[0]
+    for meaning, which in meanings.items():
+        text = f"{meaning} ({which})" if len(meanings) > 1 else meaning
+        handles.append(Patch(color=plotting.GREY, alpha=0.3, linewidth=0, label=text))
+    handles += references(axes, lines, colours)
+
+    line = lines[0]
+    axes.set_title(f"{line.suite}/{line.task}", loc="left", fontsize=12)
+    axes.set_xlabel("environment steps (per seed)", fontsize=11)
+    unit = " (0 to 1)" if headline(line.suite) == "win_rate" else ""
+    axes.set_ylabel(f"evaluation {headline(line.suite).replace('_', ' ')}{unit}", fontsize=11)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.margins(x=0.02, y=0.06)
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = 3 if longest < 28 else 2 if longest < 46 else 1
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, fontsize=9.5, frameon=False
+    )
+    figure.savefig(path, dpi=200)
+
+
+def references(axes: Axes, lines: list[Line], colours: dict[str, str]) -> list[Line2D]:
+    """Dash each published figure; return what the legend says of them, a handle for each paper."""
+    figures: dict[tuple[str, Reference], str] = {}  # settings of one system share theirs
+    for line in lines:
+        if line.reference:
+            system = line.label.partition(" (")[0]
+            figures.setdefault((system, line.reference), colours[line.label])
+    for i, ((_, reference), colour) in enumerate(figures.items()):
+        dashes = (5 * (i % 2), (5, 5))  # of two equal figures each fills the other's gaps
+        axes.axhline(reference.mean, color=colour, linestyle=dashes, linewidth=1.3, zorder=1.5)
+    sources = dict.fromkeys(reference.source for _, reference in figures)
+    return [
+        Line2D([], [], color=plotting.GREY, linestyle="--", label=f"published ({source})")
+        for source in sources
+    ]
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure without a box around its axes."""
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+    axes = figure.add_subplot()
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=10)
+    return figure, axes
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def normalised(lines: list[Line]) -> dict[str, dict[str, np.ndarray]]:
+    """One suite's final evaluations, (S,) by label and task: 0 and 1 are a task's extremes.
+
+    Over all systems and seeds, and the published figures drawn with them.
+    """
+    extremes = defaultdict[str, list[float]](list)
+    for line in lines:
+        extremes[line.task] += [*line.values[-1]]
+        extremes[line.task] += [line.reference.mean] if line.reference else []
+    scores = defaultdict[str, dict[str, np.ndarray]](dict)
+    for line in lines:
+        low, high = min(extremes[line.task]), max(extremes[line.task])
+        final = line.values[-1]
+        # A task on which all are equal ranks nobody: all have its best.
+        scores[line.label][line.task] = (
+            (final - low) / (high - low) if high > low else np.ones_like(final)
+        )
+    return dict(scores)
+
+
+def matrix(scores: dict[str, np.ndarray], tasks: list[str]) -> np.ndarray:
+    """(N, M) for rliable: as many seeds as every one of the tasks has."""
+    num_seeds = min(len(scores[task]) for task in tasks)
+    return np.stack([scores[task][:num_seeds] for task in tasks], axis=1)
+
+
+def estimates(
+    scores: dict[str, Any], metric: Callable[..., Any], reps: int
+) -> dict[str, tuple[float, float, float]]:
+    """rliable's point estimate and the edges of its 95 % stratified bootstrap interval."""
+    library = importlib.import_module("rliable.library")
+    state = np.random.get_state()
+    np.random.seed(0)  # rliable draws from NumPy's global state, whatever it is given
+    try:
+        points, intervals = library.get_interval_estimates(
+            scores, lambda *x: np.array([metric(*x)]), reps=reps
+        )
+    finally:
+        np.random.set_state(state)
+    return {key: (float(points[key][0]), *map(float, intervals[key][:, 0])) for key in scores}
+
+
+def iqm(scores: dict[str, dict[str, np.ndarray]], colours: dict[str, str], reps: int) -> list[Row]:
+    """Each system's interquartile mean over the tasks it has, the best first."""
+    metrics = importlib.import_module("rliable.metrics")
+    matrices = {label: matrix(tasks, sorted(tasks)) for label, tasks in scores.items()}
+    found = estimates(matrices, metrics.aggregate_iqm, reps)
+    rows = []
+    for label in sorted(found, key=lambda label: -found[label][0]):
+        num_seeds, num_tasks = matrices[label].shape
+        size = f"{counted(num_tasks, 'task')} × {counted(num_seeds, 'seed')}"
+        rows.append(Row(f"{label}\n{size}", "", colours[label], *found[label]))
+    return rows
+
+
+def improvement(scores: dict[str, dict[str, np.ndarray]], reps: int) -> list[Row]:
+    """P(X > Y) for each pair, over the tasks that both have; P(Y > X) is the rest to 1."""
+    metrics = importlib.import_module("rliable.metrics")
+    pairs = {}
+    for x, y in combinations(sorted(scores), 2):
+        if tasks := sorted(scores[x].keys() & scores[y].keys()):
+            pairs[f"{x}\n{y}"] = matrix(scores[x], tasks), matrix(scores[y], tasks)
+    found = estimates(pairs, metrics.probability_of_improvement, reps)
+    return [Row(*pair.split("\n"), plotting.BLUE, *found[pair]) for pair in pairs]
+
+
+def draw_rows(path: Path, rows: list[Row], title: str, xlabel: str, even: float | None) -> None:
+    """A point and its interval for each row; `even` is where neither side is better."""
+    figure, axes = canvas(7.0, 1.3 + (0.32 if even is not None else 0.5) * len(rows))
+    places = list(range(len(rows)))
+    for place, row in enumerate(rows):
+        axes.plot([row.low, row.high], [place] * 2, color=row.colour, linewidth=7, alpha=0.3,
+                  solid_capstyle="butt")  # fmt: skip
+        axes.plot(row.point, place, "D", color=row.colour, markersize=6, clip_on=False)
+    if even is None:
+        axes.set_yticks(places, [row.left for row in rows])
+    else:
+        axes.set_yticks(places, [f"{row.left}  >  {row.right}" for row in rows])
+        axes.axvline(even, color=plotting.GREY, linestyle=(0, (5, 3)), linewidth=1.2, zorder=0.5)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.set_xlabel(xlabel, fontsize=11)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=200)
+
+
+def write_summary(path: Path, lines: list[Line]) -> None:
+    """A row for each system and task: its final evaluation beside the published figure."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            ["system", "suite", "task", "seeds", "env_steps", "mean", "low", "high", "low_to_high"]
+            + ["published_mean", "published_std", "published_in"]
+        )
+        for line in lines:
+            low, high, meaning = plotting.band(line.values[-1:])
+            edges = [f"{low[0]:.6g}", f"{high[0]:.6g}"] if meaning else ["", ""]
+            writer.writerow(
+                [line.label, line.suite, line.task, line.values.shape[1], line.steps[-1]]
+                + [f"{line.values[-1].mean():.6g}", *edges, meaning, *(line.reference or [""] * 3)]
+            )
+
+
+def notes(lines: list[Line]) -> Iterator[str]:
+    """What the aggregates do not show."""
+    ends, sizes = defaultdict[str, set[int]](set), defaultdict[tuple[str, str], set[int]](set)
+    for line in lines:
+        ends[f"{line.suite}/{line.task}"].add(int(line.steps[-1]))
+        sizes[line.suite, line.label].add(line.values.shape[1])
+    for task, steps in ends.items():
+        if len(steps) > 1:
+            yield f"{task}: final evaluations are {min(steps)} to {max(steps)} steps in"
+    for (suite, label), seeds in sizes.items():
+        if len(seeds) > 1:
+            yield f"{label} on {suite}: aggregates take {min(seeds)} seeds of every task"
+
+
+def plot(folders: list[Path], out: Path, reps: int) -> None:
+    """Write all figures and the table."""
+    if find_spec("rliable") is None:
+        raise PlotError("rliable is not installed: pip install rliable")
+    lines = pool(find(folders))
+    out.mkdir(parents=True, exist_ok=True)
+    labels = sorted({line.label for line in lines})
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    write_summary(out / "summary.csv", lines)
+    for suite, task in sorted({(line.suite, line.task) for line in lines}):
+        same = [line for line in lines if (line.suite, line.task) == (suite, task)]
+        draw_task(out / f"{suite}_{task}.png", same, colours)
+    for suite in sorted({line.suite for line in lines}):
+        scores = normalised([line for line in lines if line.suite == suite])
+        text = "IQM of the final evaluation, min-max normalised per task"
+        title = f"{suite}: with 95 % stratified bootstrap intervals"
+        draw_rows(out / f"iqm_{suite}.png", iqm(scores, colours, reps), title, text, None)
+        if rows := improvement(scores, reps):
+            path = out / f"probability_of_improvement_{suite}.png"
+            draw_rows(path, rows, title, "P(X > Y) in the final evaluation", 0.5)
+    for note in notes(lines):
+        print(f"plot: note: {note}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="+", help="folders, searched for runs")
+    parser.add_argument("out", type=Path, help="folder of the figures, made where missing")
+    parser.add_argument("--reps", type=int, default=2000, help="bootstrap draws of the aggregates")
+    parsed = parser.parse_args(arguments)
+    try:
+        plot(parsed.results, parsed.out, parsed.reps)
+    except (PlotError, OSError) as error:
+        print(f"plot: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

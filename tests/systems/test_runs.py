@@ -1,0 +1,97 @@
+"""Every system as an experiment: run, resumed, loaded, one agent at a time where that can be."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import magpo
+from magpo import config, experiment, export, policy
+from magpo.config import ConfigError
+from magpo.types import Observation
+from systems import cases
+
+TASK, N, B = "lbf/2s-8x8-2p-2f-coop", 2, 3
+
+
+@pytest.fixture(scope="module", params=cases.SEVEN)
+def run(request, tmp_path_factory):
+    """A run of two chunks and two seeds, and its name."""
+    system, *own = cases.CASES[request.param]
+    overrides = [*cases.SHARED, *own, f"env={TASK}", "env.time_limit=9", "seeds=[7,2]"]
+    overrides += ["num_evaluations=2", "eval_episodes=2", "absolute_metric=false"]
+    overrides += ["logger.plot=false", f"results_dir={tmp_path_factory.mktemp('results')}"]
+    module = cases.build(request.param).module
+    result = experiment.run(module, config.load(system, overrides))
+    return request.param, module, result.folder
+
+
+def figures(folder):
+    """All records but the wall-clock ones."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [
+        {key: x for key, x in line.items() if key != "wall_s"}
+        for line in lines
+        if not line["name"].startswith("time/")
+    ]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
+    _, module, folder = run
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    checkpoints = sorted((copy / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    assert len(checkpoints) == 2
+    shutil.rmtree(checkpoints[-1])
+    experiment.run(module, config.load(module.__name__.split(".")[-1], [f"resume={copy}"]))
+    assert figures(copy) == figures(folder)
+    before, after = policy.read(folder), policy.read(copy)
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+def observation_of(env):
+    rng = np.random.default_rng(0)
+    views = rng.normal(size=(B, N, env.num_features)).astype(np.float32)
+    mask = jnp.ones((B, N, env.action_dim), bool)
+    return Observation(jnp.asarray(views), mask, jnp.zeros(B, jnp.int32))
+
+
+def test_what_is_deployed_is_what_the_card_says(run):
+    """A decentralised policy is one agent's function of its own view; a joint one is not given."""
+    _, module, folder = run
+    together, key = magpo.load_policy(folder, seed=2), jax.random.key(0)
+    observation = observation_of(together.env)
+    carry = together.initial_carry((B,))
+    for _ in range(2):  # the second step remembers the first
+        actions, carry = together.act(carry, observation, key, greedy=True)
+    if module.CARD.deployed == "a joint policy":
+        with pytest.raises(ConfigError, match="acts for all agents at once"):
+            magpo.load_policy(folder, agent=1)
+        return
+    for agent in range(N):
+        alone = magpo.load_policy(folder, seed=2, agent=agent)
+        own = observation._replace(
+            agents_view=observation.agents_view[:, agent],
+            action_mask=observation.action_mask[:, agent],
+        )
+        memory = alone.initial_carry((B,))
+        for _ in range(2):
+            action, memory = alone.act(memory, own, key, greedy=True)
+        np.testing.assert_array_equal(action, actions[:, agent])
+    data, description = export.export(alone)
+    assert len(data) > 1000 and description["task"] == TASK
+
+
+def test_agents_share_parameters_where_the_card_says_so(run):
+    _, module, folder = run
+    trained = policy.read(folder)
+    leaves = jax.tree.leaves(jax.tree.map(lambda x: x[0], trained.params))
+    stacked = all(leaf.shape[0] == N for leaf in leaves)
+    assert stacked == (module.CARD.parameters == "each agent's own")
+    if not stacked:
+        return
+    with pytest.raises(ConfigError, match="a policy for each of 2 agents"):
+        policy.check_fits(trained, magpo.envs.make("lbf/15x15-3p-5f"))
