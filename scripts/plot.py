@@ -13,6 +13,7 @@ Runs of one system and task that differ only in their seeds are pooled; a seed g
 once, the newest run's. Where settings differ, each has its own line, named after what differs. The
 final evaluation is the last one that all pooled seeds have; the papers' figures are absolute
 metrics. The aggregates are rliable's (Agarwal et al., 2021): install it with `pip install rliable`.
+Their intervals are percentiles of a stratified bootstrap: seeds are drawn anew within each task.
 """
 
 import argparse
@@ -21,14 +22,15 @@ import importlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -45,7 +47,12 @@ NO_SETTINGS = {
     *("run", "seeds", "seeds_per_batch", "num_evaluations", "eval_episodes", "absolute_metric"),
     *("platform", "logger", "results_dir", "keep"),
 }
+Metric = Callable[..., Any]  # of (N, M) matrices: seeds, tasks
 ABSENT = object()  # a setting that another version's config.yaml has
+COLUMNS = (
+    *("system", "suite", "task", "seeds", "env_steps", "mean", "low", "high", "low_to_high"),
+    *("published_mean", "published_std", "published_in"),
+)
 COLOURS = (
     *(plotting.BLUE, plotting.ORANGE, "#2b8a3e", "#8e44ad", "#c2185b", "#00868b", "#8a6d1d"),
     *("#3d3d3d", "#6c8ebf", "#e08e79"),
@@ -87,10 +94,9 @@ class Line(NamedTuple):
 
 
 class Row(NamedTuple):
-    """An estimate with its interval, and what is written on its left and right."""
+    """An estimate with its interval."""
 
-    left: str
-    right: str
+    label: str
     colour: str
     point: float
     low: float
@@ -121,9 +127,9 @@ def read(folder: Path) -> Run | None:
             try:
                 record = json.loads(line)
                 where = record["system"], record["env"], record["task"], record["run"]
-                if record["name"] == f"eval/{headline(record['env'])}":
-                    if record["value"] is not None:  # what JSON has no number for
-                        values[record["seed"]][record["env_steps"]] = record["value"]
+                wanted = record["name"] == f"eval/{headline(record['env'])}"
+                if wanted and record["value"] is not None:  # null: what JSON has no number for
+                    values[record["seed"]][record["env_steps"]] = record["value"]
             except (ValueError, KeyError, TypeError):
                 raise PlotError(f"{folder}/metrics.jsonl: line {number} is no record") from None
     if where is None or not values:
@@ -187,7 +193,8 @@ def labelled(runs: list[Run]) -> dict[str, list[Run]]:
             f"{written(run.settings.get(key, ABSENT))}"
             for key in differ
         )
-        groups[f"{run.system.upper()} ({shown})" if shown else run.system.upper()].append(run)
+        system = run.system.upper().replace("_", "-")
+        groups[f"{system} ({shown})" if shown else system].append(run)
     return groups
 
 
@@ -211,10 +218,10 @@ def published(run: Run) -> Reference | None:
     with GPAE.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             # The paper writes humanoid-9|8, which can be no file's name.
-            if (row["suite"], row["task"].replace("|", "-")) == (run.suite, run.task):
-                if row["system"] == system:
-                    mean, std = float(row["mean"]) / scale, float(row["std"]) / scale
-                    return Reference(mean, std, "GPAE, Table 2")
+            found = row["suite"], row["task"].replace("|", "-"), row["system"]
+            if found == (run.suite, run.task, system):
+                mean, std = float(row["mean"]) / scale, float(row["std"]) / scale
+                return Reference(mean, std, "GPAE, Table 2")
     return None
 
 
@@ -247,9 +254,13 @@ def draw_task(path: Path, lines: list[Line], colours: dict[str, str]) -> None:
     for meaning, which in meanings.items():
         text = f"{meaning} ({which})" if len(meanings) > 1 else meaning
         handles.append(Patch(color=plotting.GREY, alpha=0.3, linewidth=0, label=text))
-    handles += references(axes, lines, colours)
+    name_axes(axes, lines[0])
+    legend(figure, handles + references(axes, lines, colours))
+    figure.savefig(path, dpi=200)
 
-    line = lines[0]
+
+def name_axes(axes: Axes, line: Line) -> None:
+    """What is drawn, and its units."""
     axes.set_title(f"{line.suite}/{line.task}", loc="left", fontsize=12)
     axes.set_xlabel("environment steps (per seed)", fontsize=11)
     unit = " (0 to 1)" if headline(line.suite) == "win_rate" else ""
@@ -257,12 +268,15 @@ def draw_task(path: Path, lines: list[Line], colours: dict[str, str]) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.margins(x=0.02, y=0.06)
+
+
+def legend(figure: Figure, handles: list[Artist]) -> None:
+    """Under the axes, where it covers nothing, in as many columns as there is room for."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = 3 if longest < 28 else 2 if longest < 46 else 1
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, fontsize=9.5, frameon=False
     )
-    figure.savefig(path, dpi=200)
 
 
 def references(axes: Axes, lines: list[Line], colours: dict[str, str]) -> list[Line2D]:
@@ -323,44 +337,48 @@ def matrix(scores: dict[str, np.ndarray], tasks: list[str]) -> np.ndarray:
     return np.stack([scores[task][:num_seeds] for task in tasks], axis=1)
 
 
-def estimates(
-    scores: dict[str, Any], metric: Callable[..., Any], reps: int
-) -> dict[str, tuple[float, float, float]]:
-    """rliable's point estimate and the edges of its 95 % stratified bootstrap interval."""
-    library = importlib.import_module("rliable.library")
-    state = np.random.get_state()
-    np.random.seed(0)  # rliable draws from NumPy's global state, whatever it is given
+def rliable_metrics() -> Any:
+    """rliable's metrics; PlotError where it is not installed."""
     try:
-        points, intervals = library.get_interval_estimates(
-            scores, lambda *x: np.array([metric(*x)]), reps=reps
-        )
-    finally:
-        np.random.set_state(state)
-    return {key: (float(points[key][0]), *map(float, intervals[key][:, 0])) for key in scores}
+        return importlib.import_module("rliable.metrics")
+    except ImportError:
+        raise PlotError("rliable is not installed: pip install rliable") from None
+
+
+def estimate(metric: Metric, scores: Sequence[np.ndarray], reps: int) -> tuple[float, float, float]:
+    """A metric of (N, M) matrices and the edges of its 95 % stratified bootstrap interval.
+
+    What rliable.library does; but that imports `arch`, which pandas 3 broke.
+    """
+    draw, found = np.random.default_rng(0), []
+    for _ in range(reps):
+        seeds = [draw.integers(len(x), size=x.shape) for x in scores]  # anew for each task
+        found.append(metric(*map(partial(np.take_along_axis, axis=0), scores, seeds)))
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(metric(*scores)), float(low), float(high)
 
 
 def iqm(scores: dict[str, dict[str, np.ndarray]], colours: dict[str, str], reps: int) -> list[Row]:
     """Each system's interquartile mean over the tasks it has, the best first."""
-    metrics = importlib.import_module("rliable.metrics")
+    metric = rliable_metrics().aggregate_iqm
     matrices = {label: matrix(tasks, sorted(tasks)) for label, tasks in scores.items()}
-    found = estimates(matrices, metrics.aggregate_iqm, reps)
+    found = {label: estimate(metric, [x], reps) for label, x in matrices.items()}
     rows = []
     for label in sorted(found, key=lambda label: -found[label][0]):
         num_seeds, num_tasks = matrices[label].shape
-        size = f"{counted(num_tasks, 'task')} × {counted(num_seeds, 'seed')}"
-        rows.append(Row(f"{label}\n{size}", "", colours[label], *found[label]))
+        size = f"{counted(num_tasks, 'task')} x {counted(num_seeds, 'seed')}"
+        rows.append(Row(f"{label}\n{size}", colours[label], *found[label]))
     return rows
 
 
 def improvement(scores: dict[str, dict[str, np.ndarray]], reps: int) -> list[Row]:
     """P(X > Y) for each pair, over the tasks that both have; P(Y > X) is the rest to 1."""
-    metrics = importlib.import_module("rliable.metrics")
-    pairs = {}
+    metric, rows = rliable_metrics().probability_of_improvement, []
     for x, y in combinations(sorted(scores), 2):
         if tasks := sorted(scores[x].keys() & scores[y].keys()):
-            pairs[f"{x}\n{y}"] = matrix(scores[x], tasks), matrix(scores[y], tasks)
-    found = estimates(pairs, metrics.probability_of_improvement, reps)
-    return [Row(*pair.split("\n"), plotting.BLUE, *found[pair]) for pair in pairs]
+            found = estimate(metric, [matrix(scores[x], tasks), matrix(scores[y], tasks)], reps)
+            rows.append(Row(f"{x}  >  {y}", plotting.BLUE, *found))
+    return rows
 
 
 def draw_rows(path: Path, rows: list[Row], title: str, xlabel: str, even: float | None) -> None:
@@ -368,13 +386,10 @@ def draw_rows(path: Path, rows: list[Row], title: str, xlabel: str, even: float 
     figure, axes = canvas(7.0, 1.3 + (0.32 if even is not None else 0.5) * len(rows))
     places = list(range(len(rows)))
     for place, row in enumerate(rows):
-        axes.plot([row.low, row.high], [place] * 2, color=row.colour, linewidth=7, alpha=0.3,
-                  solid_capstyle="butt")  # fmt: skip
+        axes.barh(place, row.high - row.low, 0.45, row.low, color=row.colour, alpha=0.3)
         axes.plot(row.point, place, "D", color=row.colour, markersize=6, clip_on=False)
-    if even is None:
-        axes.set_yticks(places, [row.left for row in rows])
-    else:
-        axes.set_yticks(places, [f"{row.left}  >  {row.right}" for row in rows])
+    axes.set_yticks(places, [row.label for row in rows])
+    if even is not None:
         axes.axvline(even, color=plotting.GREY, linestyle=(0, (5, 3)), linewidth=1.2, zorder=0.5)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
@@ -389,18 +404,24 @@ def draw_rows(path: Path, rows: list[Row], title: str, xlabel: str, even: float 
 def write_summary(path: Path, lines: list[Line]) -> None:
     """A row for each system and task: its final evaluation beside the published figure."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            ["system", "suite", "task", "seeds", "env_steps", "mean", "low", "high", "low_to_high"]
-            + ["published_mean", "published_std", "published_in"]
-        )
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
         for line in lines:
             low, high, meaning = plotting.band(line.values[-1:])
-            edges = [f"{low[0]:.6g}", f"{high[0]:.6g}"] if meaning else ["", ""]
-            writer.writerow(
-                [line.label, line.suite, line.task, line.values.shape[1], line.steps[-1]]
-                + [f"{line.values[-1].mean():.6g}", *edges, meaning, *(line.reference or [""] * 3)]
-            )
+            row = {
+                "system": line.label,
+                "suite": line.suite,
+                "task": line.task,
+                "seeds": line.values.shape[1],
+                "env_steps": line.steps[-1],
+                "mean": f"{line.values[-1].mean():.6g}",
+            }
+            if meaning:
+                row |= {"low": f"{low[0]:.6g}", "high": f"{high[0]:.6g}", "low_to_high": meaning}
+            if line.reference:
+                mean, std, source = line.reference
+                row |= {"published_mean": mean, "published_std": std, "published_in": source}
+            writer.writerow(row)
 
 
 def notes(lines: list[Line]) -> Iterator[str]:
@@ -419,8 +440,7 @@ def notes(lines: list[Line]) -> Iterator[str]:
 
 def plot(folders: list[Path], out: Path, reps: int) -> None:
     """Write all figures and the table."""
-    if find_spec("rliable") is None:
-        raise PlotError("rliable is not installed: pip install rliable")
+    rliable_metrics()  # before anything is written
     lines = pool(find(folders))
     out.mkdir(parents=True, exist_ok=True)
     labels = sorted({line.label for line in lines})

@@ -1,26 +1,50 @@
-"""The README against the code: metrics, commands, tasks."""
+"""The README against the code: metrics, commands, systems."""
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import jax
 import pytest
 
-import magpo.envs
-from magpo import config
-from magpo.systems import magpo as system
+from magpo import config, experiment
+from magpo.systems import __main__ as systems_table
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_readme_explains_every_metric_that_magpo_emits():
-    settings = config.load("magpo", ["env=coordsum/3x10-30"])
-    built = system.make(settings.algorithm, magpo.envs.make("coordsum/3x10-30"))
-    state = jax.eval_shape(lambda key: system.init(built, key), jax.random.key(0))
-    _, metrics = jax.eval_shape(lambda state: system.train_chunk(built, state), state)
-    explained = re.findall(r"`((?:loss|policy|rollout)/\w+)`", README)
-    assert sorted(explained) == sorted(metrics)
+TITLES = {"gpae_mappo": "GPAE-MAPPO", "sable": "Sable"}
+
+
+def section(title):
+    """The text below a heading, to the next one of its level or above."""
+    hashes, _, _ = title.partition(" ")
+    after = README.split(f"\n{title}\n")[1]
+    return re.split(rf"\n#{{1,{len(hashes)}}} ", after)[0]
+
+
+@pytest.mark.parametrize("name", config.systems())
+def test_the_readme_explains_every_metric(name):
+    module = import_module(f"magpo.systems.{name}")
+    stops = name == "gpae_mappo"  # which has a metric only where agents are made to stop
+    task = "smax/3m" if stops else "coordsum/3x10-30"
+    more = ["system.anomaly_probability=0.1"] if stops else []
+    settings = config.load(name, [f"env={task}", *more])
+    system = module.make(settings.algorithm, experiment.make_env(settings))
+    state = jax.eval_shape(lambda key: module.init(system, key), jax.random.key(0))
+    _, metrics = jax.eval_shape(lambda state: module.train_chunk(system, state), state)
+    own = section(f"### {TITLES.get(name, name.upper())}")
+    explained = re.findall(r"`((?:loss|policy|gpae)/\w+)`", own)
+    explained += re.findall(r"`(rollout/\w+)`", section("## Systems"))
+    suite = {"rollout/win_rate"} & set(metrics)
+    assert sorted(explained) == sorted(set(metrics) - suite)
+
+
+def test_the_readmes_table_of_systems_is_the_codes(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["magpo.systems", "--markdown"])
+    systems_table.main()
+    assert capsys.readouterr().out in README
 
 
 @pytest.mark.parametrize(
