@@ -12,7 +12,7 @@ reads every run under the folders, finished or not, and writes
 Runs of one system and task that differ only in their seeds are pooled; a seed given twice counts
 once, the newest run's. Where settings differ, each has its own line, named after what differs. The
 final evaluation is the last one that all pooled seeds have; the papers' figures are absolute
-metrics. The aggregates are rliable's (Agarwal et al., 2021): install it with `pip install rliable`.
+metrics. The aggregates are rliable's (Agarwal et al., 2021): `pip install -e '.[plot]'`.
 Their intervals are percentiles of a stratified bootstrap: seeds are drawn anew within each task.
 """
 
@@ -47,6 +47,7 @@ NO_SETTINGS = {
     *("run", "seeds", "seeds_per_batch", "num_evaluations", "eval_episodes", "absolute_metric"),
     *("platform", "logger", "results_dir", "keep"),
 }
+MARK = "*"
 Metric = Callable[..., Any]  # of (N, M) matrices: seeds, tasks
 ABSENT = object()  # a setting that another version's config.yaml has
 COLUMNS = (
@@ -250,7 +251,7 @@ def draw_task(path: Path, lines: list[Line], colours: dict[str, str]) -> None:
         axes.plot(
             line.steps, line.values.mean(1), color=colour, linewidth=2, marker=marker, label=label
         )
-    handles = axes.get_legend_handles_labels()[0]
+    handles: list[Artist] = axes.get_legend_handles_labels()[0]
     for meaning, which in meanings.items():
         text = f"{meaning} ({which})" if len(meanings) > 1 else meaning
         handles.append(Patch(color=plotting.GREY, alpha=0.3, linewidth=0, label=text))
@@ -279,7 +280,7 @@ def legend(figure: Figure, handles: list[Artist]) -> None:
     )
 
 
-def references(axes: Axes, lines: list[Line], colours: dict[str, str]) -> list[Line2D]:
+def references(axes: Axes, lines: list[Line], colours: dict[str, str]) -> list[Artist]:
     """Dash each published figure; return what the legend says of them, a handle for each paper."""
     figures: dict[tuple[str, Reference], str] = {}  # settings of one system share theirs
     for line in lines:
@@ -342,18 +343,27 @@ def rliable_metrics() -> Any:
     try:
         return importlib.import_module("rliable.metrics")
     except ImportError:
-        raise PlotError("rliable is not installed: pip install rliable") from None
+        raise PlotError("rliable is not installed: pip install -e '.[plot]'") from None
 
 
-def estimate(metric: Metric, scores: Sequence[np.ndarray], reps: int) -> tuple[float, float, float]:
+def beats(x: np.ndarray, y: np.ndarray) -> float:
+    """rliable's probability_of_improvement, without the p-values that take it 99 % of its time."""
+    above = (x[:, None] > y).mean() + (x[:, None] == y).mean() / 2  # (N_x, N_y, M), a tie is half
+    return float(above)
+
+
+def estimate(
+    metric: Metric, scores: Sequence[np.ndarray], reps: int, quick: Metric | None = None
+) -> tuple[float, float, float]:
     """A metric of (N, M) matrices and the edges of its 95 % stratified bootstrap interval.
 
-    What rliable.library does; but that imports `arch`, which pandas 3 broke.
+    What rliable.library does; but that imports `arch`, which pandas 3 broke. `quick` is the same
+    metric for the bootstrap's draws.
     """
     draw, found = np.random.default_rng(0), []
     for _ in range(reps):
         seeds = [draw.integers(len(x), size=x.shape) for x in scores]  # anew for each task
-        found.append(metric(*map(partial(np.take_along_axis, axis=0), scores, seeds)))
+        found.append((quick or metric)(*map(partial(np.take_along_axis, axis=0), scores, seeds)))
     low, high = np.percentile(found, [2.5, 97.5])
     return float(metric(*scores)), float(low), float(high)
 
@@ -376,14 +386,19 @@ def improvement(scores: dict[str, dict[str, np.ndarray]], reps: int) -> list[Row
     metric, rows = rliable_metrics().probability_of_improvement, []
     for x, y in combinations(sorted(scores), 2):
         if tasks := sorted(scores[x].keys() & scores[y].keys()):
-            found = estimate(metric, [matrix(scores[x], tasks), matrix(scores[y], tasks)], reps)
-            rows.append(Row(f"{x}  >  {y}", plotting.BLUE, *found))
+            found = estimate(
+                metric, [matrix(scores[x], tasks), matrix(scores[y], tasks)], reps, beats
+            )
+            gap = "  >  " if len(x + y) < 40 else "  >\n"  # long ones take two lines
+            rows.append(Row(f"{x}{gap}{y}", plotting.BLUE, *found))
     return rows
 
 
 def draw_rows(path: Path, rows: list[Row], title: str, xlabel: str, even: float | None) -> None:
     """A point and its interval for each row; `even` is where neither side is better."""
-    figure, axes = canvas(7.0, 1.3 + (0.32 if even is not None else 0.5) * len(rows))
+    parts = [part for row in rows for part in row.label.split("\n")]
+    height = 0.5 if any("\n" in row.label for row in rows) else 0.32
+    figure, axes = canvas(5.6 + 0.09 * max(map(len, parts)), 1.3 + height * len(rows))
     places = list(range(len(rows)))
     for place, row in enumerate(rows):
         axes.barh(place, row.high - row.low, 0.45, row.low, color=row.colour, alpha=0.3)
@@ -420,8 +435,18 @@ def write_summary(path: Path, lines: list[Line]) -> None:
                 row |= {"low": f"{low[0]:.6g}", "high": f"{high[0]:.6g}", "low_to_high": meaning}
             if line.reference:
                 mean, std, source = line.reference
-                row |= {"published_mean": mean, "published_std": std, "published_in": source}
+                row |= {"published_mean": f"{mean:.6g}", "published_std": f"{std:.6g}"}
+                row["published_in"] = source
             writer.writerow(row)
+
+
+def marked(lines: list[Line]) -> dict[str, str]:
+    """Labels of one suite as aggregates show them: what ended before others has a mark."""
+    last: dict[str, int] = {}
+    for line in lines:
+        last[line.task] = max(last.get(line.task, 0), int(line.steps[-1]))
+    early = {line.label for line in lines if line.steps[-1] < last[line.task]}
+    return {line.label: line.label + MARK * (line.label in early) for line in lines}
 
 
 def notes(lines: list[Line]) -> Iterator[str]:
@@ -433,13 +458,33 @@ def notes(lines: list[Line]) -> Iterator[str]:
     for task, steps in ends.items():
         if len(steps) > 1:
             yield f"{task}: final evaluations are {min(steps)} to {max(steps)} steps in"
+    few = [f"{label} on {suite}" for (suite, label), seeds in sizes.items() if min(seeds) < 5]
+    if few:
+        yield f"fewer than 5 seeds, aggregates' intervals are too narrow: {', '.join(few)}"
     for (suite, label), seeds in sizes.items():
         if len(seeds) > 1:
             yield f"{label} on {suite}: aggregates take {min(seeds)} seeds of every task"
 
 
+def draw_suite(out: Path, lines: list[Line], colours: dict[str, str], reps: int) -> None:
+    """One suite's aggregates."""
+    suite, names = lines[0].suite, marked(lines)
+    scores = {names[label]: tasks for label, tasks in normalised(lines).items()}
+    shades = {name: colours[label] for label, name in names.items()}
+    title, why = f"{suite}, with 95 % stratified bootstrap intervals", ""
+    if any(name.endswith(MARK) for name in scores):
+        why = f"\n{MARK} on some task its evaluations end before others'"
+    text = f"IQM of the final evaluation, min-max normalised per task{why}"
+    draw_rows(out / f"iqm_{suite}.png", iqm(scores, shades, reps), title, text, None)
+    if rows := improvement(scores, reps):
+        path = out / f"probability_of_improvement_{suite}.png"
+        draw_rows(path, rows, title, f"P(X > Y) of the final evaluation{why}", 0.5)
+
+
 def plot(folders: list[Path], out: Path, reps: int) -> None:
     """Write all figures and the table."""
+    if reps < 1:
+        raise PlotError(f"--reps must be at least 1, not {reps}")
     rliable_metrics()  # before anything is written
     lines = pool(find(folders))
     out.mkdir(parents=True, exist_ok=True)
@@ -450,13 +495,7 @@ def plot(folders: list[Path], out: Path, reps: int) -> None:
         same = [line for line in lines if (line.suite, line.task) == (suite, task)]
         draw_task(out / f"{suite}_{task}.png", same, colours)
     for suite in sorted({line.suite for line in lines}):
-        scores = normalised([line for line in lines if line.suite == suite])
-        text = "IQM of the final evaluation, min-max normalised per task"
-        title = f"{suite}: with 95 % stratified bootstrap intervals"
-        draw_rows(out / f"iqm_{suite}.png", iqm(scores, colours, reps), title, text, None)
-        if rows := improvement(scores, reps):
-            path = out / f"probability_of_improvement_{suite}.png"
-            draw_rows(path, rows, title, "P(X > Y) in the final evaluation", 0.5)
+        draw_suite(out, [line for line in lines if line.suite == suite], colours, reps)
     for note in notes(lines):
         print(f"plot: note: {note}", file=sys.stderr)
 
@@ -468,7 +507,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("results", type=Path, nargs="+", help="folders, searched for runs")
     parser.add_argument("out", type=Path, help="folder of the figures, made where missing")
-    parser.add_argument("--reps", type=int, default=2000, help="bootstrap draws of the aggregates")
+    parser.add_argument("--reps", type=int, default=10000, help="bootstrap draws of the aggregates")
     parsed = parser.parse_args(arguments)
     try:
         plot(parsed.results, parsed.out, parsed.reps)

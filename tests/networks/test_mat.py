@@ -1,0 +1,64 @@
+"""MAT: one agent's turn after the other is the whole at once, and nothing leaks back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magpo.networks.mat import MAT
+from magpo.types import Observation
+
+B, N, O, A = 5, 4, 7, 3
+
+
+@pytest.fixture(scope="module", params=["discrete", "continuous"])
+def acted(request):
+    model = MAT(A, request.param, embed_dim=8, n_head=2, n_block=2)
+    keys = jax.random.split(jax.random.key(0), 4)
+    mask = jnp.ones((B, N, A), bool)
+    if request.param == "discrete":
+        mask = jax.random.bernoulli(keys[0], 0.7, mask.shape).at[..., 1].set(True)
+    observation = Observation(jax.random.normal(keys[1], (B, N, O)), mask, jnp.zeros(B, jnp.int32))
+    discrete = request.param == "discrete"
+    action = jnp.zeros((B, N) if discrete else (B, N, A), int if discrete else float)
+    params = model.init(keys[2], (), observation, action, None)
+    params = jax.tree.map(lambda x: x * 10.0, params)  # attention starts small: gain 0.01
+    out = jax.jit(lambda: model.apply(params, (), observation, None, keys[3], method="act"))()
+    return model, params, observation, out
+
+
+def test_acting_is_training(acted):
+    model, params, observation, out = acted
+    value, policy = jax.jit(model.apply)(params, (), observation, out.action, None)
+    np.testing.assert_allclose(policy.log_prob(out.action), out.log_prob, atol=1e-4)
+    np.testing.assert_allclose(value, out.value, atol=1e-5)
+    alone = model.apply(params, (), observation, None, method="value")
+    np.testing.assert_allclose(alone, out.value, atol=1e-5)
+
+
+def test_greedy_actions_are_the_most_likely(acted):
+    model, params, observation, _ = acted
+    likely = model.apply(params, (), observation, None, jax.random.key(9), True, method="act")
+    _, policy = model.apply(params, (), observation, likely.action, None)
+    np.testing.assert_allclose(likely.action, policy.mode(), atol=1e-5)
+
+
+def test_an_agent_reads_the_actions_before_it_and_everyones_view(acted):
+    model, params, observation, out = acted
+
+    @jax.jit
+    def outputs(view, action):
+        value, policy = model.apply(
+            params, (), observation._replace(agents_view=view), action, None
+        )
+        return value, jax.tree.leaves(policy)[0]
+
+    view = observation.agents_view
+    value, policy = outputs(view, out.action)
+    other_value, other = outputs(view, out.action.at[:, 1].set(1 - out.action[:, 1]))
+    same = np.isclose(other, policy, atol=1e-6).all(-1)
+    assert same[:, :2].all() and not same[:, 2:].all()
+    np.testing.assert_array_equal(other_value, value)
+    other_value, other = outputs(view.at[:, 3, 0].add(1.0), out.action)
+    assert not np.isclose(other_value, value, atol=1e-6).any()
+    assert not np.isclose(other, policy, atol=1e-6).all(-1).any()
