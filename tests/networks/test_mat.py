@@ -22,7 +22,7 @@ def acted(request):
     discrete = request.param == "discrete"
     action = jnp.zeros((B, N) if discrete else (B, N, A), int if discrete else float)
     params = model.init(keys[2], (), observation, action, None)
-    params = jax.tree.map(lambda x: x * 3.0, params)  # away from a uniform policy
+    params = jax.tree.map(lambda x: x * 6.0, params)  # away from a uniform policy
     out = jax.jit(lambda: model.apply(params, (), observation, None, keys[3], method="act"))()
     return model, params, observation, out
 
@@ -56,7 +56,7 @@ def test_an_agent_reads_the_actions_before_it_and_everyones_view(acted):
     view = observation.agents_view
     value, policy = outputs(view, out.action)
     other_value, other = outputs(view, out.action.at[:, 1].set(1 - out.action[:, 1]))
-    same = np.asarray(other == policy).all(-1)  # attention starts small: to the bit
+    same = np.asarray(other == policy).all(-1)  # to the bit: attention starts small
     assert same[:, :2].all() and not same[:, 2:].all(axis=0).any()
     np.testing.assert_array_equal(other_value, value)
     other_value, other = outputs(view.at[:, 3, 0].add(1.0), out.action)
