@@ -59,7 +59,11 @@ class Attention(nn.Module):
     ) -> tuple[Array, KeysValues]:
         """Agent `agent`'s token, (B, F), seeing those of the agents before it through `cache`."""
         query, key, value = self._project(x_query, x_key)
-        cache = KeysValues(cache.key.at[:, agent].set(key), cache.value.at[:, agent].set(value))
+        cache = jax.tree.map(
+            lambda past, new: jax.lax.dynamic_update_slice_in_dim(past, new[:, None], agent, 1),
+            cache,
+            KeysValues(key, value),
+        )
         scores = jnp.einsum("bhd,bnhd->bhn", query, cache.key)
         seen = jnp.arange(scores.shape[-1]) <= agent
         weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min))

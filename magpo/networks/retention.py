@@ -11,6 +11,7 @@ F embedding features = H * D.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -153,7 +154,11 @@ class Retention(nn.Module):
         The state is read, not written, until the timestep's last agent has acted.
         """
         (query, key, value), gate = self.project(x_query, x_key)
-        cache = Cache(cache.key.at[:, agent].set(key), cache.value.at[:, agent].set(value))
+        cache = jax.tree.map(
+            lambda past, new: jax.lax.dynamic_update_slice_in_dim(past, new[:, None], agent, 1),
+            cache,
+            Cache(key, value),
+        )
         scores = jnp.einsum("bhd,bnhd->bnh", query, cache.key)  # later agents' keys are still 0
         retained = jnp.einsum("bnh,bnhe->bhe", scores, cache.value)
         retained += jnp.einsum("bhd,bhde->bhe", query, state)
