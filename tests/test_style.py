@@ -12,8 +12,8 @@ SEVEN = {"make", "init", "train_chunk", "policy_params", "initial_carry", "act",
 # Who may import whom: a package's modules, and the magpo modules that they may use.
 IMPORTS = {
     "networks": {"networks", "types"},
-    "envs": {"envs", "paths", "types"},
-    "systems": {"config", "envs", "experiment", "networks", "types"},
+    "envs": {"envs", "paths", "tables", "types"},
+    "systems": {"config", "envs", "experiment", "networks", "tables", "types"},
 }
 
 
