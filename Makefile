@@ -35,14 +35,16 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# MAGPO on one task of every suite, the others on a discrete and a continuous one; tiny.
+# MAGPO on one task of every suite, the others on a discrete and a continuous one; tiny, and
+# compiled without optimisation, which would take most of the time.
 # `make smoke SMOKE_FEW='$(SMOKE_TASKS)'`: all on all.
 smoke: install
 	@set -e; for system in $(SYSTEMS); do \
 		if test $$system = magpo; then tasks="$(SMOKE_TASKS)"; else tasks="$(SMOKE_FEW)"; fi; \
 		for task in $$tasks; do \
 			echo "== $$system $$task"; \
-			$(BIN)/python -m magpo.systems.$$system env=$$task $(SMOKE) $(ARGS); \
+			XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
+				$(BIN)/python -m magpo.systems.$$system env=$$task $(SMOKE) $(ARGS); \
 	done; done
 
 benchmark: install
