@@ -91,10 +91,12 @@ def agreed(decide: Callable[[], Any]) -> Any:
 def leave() -> None:
     """Before an abrupt exit: wait, a little, until all are at this point.
 
-    When one is gone, JAX aborts those that are still at work.
+    When one is gone, JAX aborts those that are still at work, so they part in order: a process that
+    the system runs late would else miss the first one.
     """
     if jax.distributed.is_initialized():
         from orbax.checkpoint.multihost import sync_global_processes
 
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             sync_global_processes("magpo leaves", timeout=10, processes=everyone())
+            jax.distributed.shutdown()
