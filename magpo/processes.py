@@ -94,9 +94,10 @@ def leave() -> None:
     When one is gone, JAX aborts those that are still at work, so they part in order: a process that
     the system runs late would else miss the first one.
     """
-    if jax.distributed.is_initialized():
+    untyped: Any = jax.distributed
+    if untyped.is_initialized():
         from orbax.checkpoint.multihost import sync_global_processes
 
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             sync_global_processes("magpo leaves", timeout=10, processes=everyone())
-            jax.distributed.shutdown()
+            untyped.shutdown()

@@ -221,9 +221,9 @@ class PerAgentCritic(nn.Module):
             if self.action_kind == "discrete":
                 executed = jax.nn.one_hot(executed, self.action_dim)
             of_actions = of_actions.reshape(self.num_agents, self.action_dim, self.hidden_dim)
-            each = jnp.einsum("...na,nah->...nh", executed, of_actions)
             others = 1.0 - jnp.eye(self.num_agents)  # an agent's own action counts exactly nothing
-            mixed = mixed + jnp.einsum("in,...nh->...ih", others, each) + of_id
+            kernels = others[..., None, None] * of_actions  # (N, N, A, H), of each agent's critic
+            mixed = mixed + jnp.einsum("...na,inah->...ih", executed, kernels) + of_id
         value = self.head(nn.relu(mixed))[..., 0]
         return jnp.broadcast_to(value, (*hiddens.shape[:-1], self.num_agents))
 

@@ -13,13 +13,15 @@ al., 2026). With pi for the policy at the start of an iteration, mu for the one 
     `actor_loss`    PPO with the ratio to mu; `clip_center` says around what it is clipped
     `update`        Algorithm 1
 `advantage: gae` is MAPPO's estimator in the same loop: one value for all agents, of the state only.
-Each pass draws as many minibatches as one rollout has, so that `reuse` costs no gradient steps.
+An iteration learns from as many rollouts as it collects, drawn from the buffer: of each environment
+one of its last `reuse`, so that old data costs no gradient steps and no more estimates.
 
     python -m magpo.systems.gpae_mappo env=smax/5m_vs_6m
 """
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -136,8 +138,8 @@ class TrainState(NamedTuple):
     env_state: Any  # (E, ...)
     timestep: TimeStep  # (E, ...), whose observation is acted on next
     memory: Memory
-    earlier: "Trajectory | None"  # (E, M - 1, ...) the rollouts before, newest first
-    num_earlier: Array  # () int32, of these that are there
+    buffer: "Trajectory | None"  # (E, M, ...) the last M rollouts; None if on-policy
+    num_rollouts: Array  # () int32, collected so far
 
 
 class Transition(NamedTuple):
@@ -168,7 +170,6 @@ class Estimates(NamedTuple):
     log_ratio: Array  # (B, T, N) of the present policy to the one that collected
     value: Array  # (B, T, N)
     next_value: Array  # (B, T, N)
-    hidden: Array  # (B, H) the critic's memory after the last step
 
 
 class Batch(NamedTuple):
@@ -315,12 +316,15 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Trajectory, 
     class Loop(NamedTuple):
         env_state: Any
         timestep: TimeStep
-        hidden: Any
+        memory: Memory
 
     def step(loop: Loop, key: Array) -> tuple[Loop, tuple[Transition, dict[str, Array]]]:
         key_action, key_stop, key_terminal = jax.random.split(key, 3)
         observation, reset_before = loop.timestep.observation, loop.timestep.last()
-        hidden, policy = act_on(system, state.params.actor, loop.hidden, loop.timestep)
+        hidden, policy = act_on(system, state.params.actor, loop.memory.actor, loop.timestep)
+        seen = global_state(observation)[None], reset_before[None]
+        critic = partial(system.critic.apply, state.params.critic, method="remember")
+        memory = Memory(hidden, critic(loop.memory.critic, *seen)[0])
         action, forced = stop(system, observation, policy.sample(key_action)[0], key_stop)
         env_state, timestep = system.envs.step(
             loop.env_state, executed_action(action, system.env.action_kind)
@@ -338,17 +342,16 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Trajectory, 
         )
         ended = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
         episodes = jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), ended)
-        return Loop(env_state, timestep, hidden), (transition, episodes)
+        return Loop(env_state, timestep, memory), (transition, episodes)
 
     key, key_steps, key_last = jax.random.split(state.key, 3)
     keys = jax.random.split(key_steps, system.config.rollout_length)
-    loop = Loop(state.env_state, state.timestep, state.memory.actor)
+    loop = Loop(state.env_state, state.timestep, state.memory)
     loop, (transitions, episodes) = jax.lax.scan(step, loop, keys)
-    _, policy = act_on(system, state.params.actor, loop.hidden, loop.timestep)
+    _, policy = act_on(system, state.params.actor, loop.memory.actor, loop.timestep)
     last = StateAction(global_state(loop.timestep.observation), policy.sample(key_last)[0])
     trajectory = Trajectory(by_time(transitions), last, state.memory)
-    memory = state.memory._replace(actor=loop.hidden)
-    state = state._replace(key=key, env_state=loop.env_state, timestep=loop.timestep, memory=memory)
+    state = state._replace(key=key, **loop._asdict())
     return state, trajectory, jax.tree.map(jnp.sum, episodes)
 
 
@@ -416,10 +419,14 @@ def estimate(system: System, params: Params, trajectory: Trajectory) -> Estimate
         single = steps.ended.size  # T * B sequences of one step
         state, action = (x.reshape(1, single, *x.shape[2:]) for x in steps.terminal)
         given = hiddens[:-1].reshape(single, -1), state, action, jnp.zeros((1, single), bool)
-        cut_off = system.critic.apply(params.critic, *given)[1].reshape(next_value.shape)
+        cut_off = jax.lax.cond(
+            (steps.ended & (steps.discount > 0)).any(),  # else a terminated one's worth is not read
+            lambda: system.critic.apply(params.critic, *given)[1].reshape(next_value.shape),
+            lambda: jnp.zeros_like(next_value),
+        )
         next_value = jnp.where(steps.ended[..., None], cut_off, next_value)
     log_ratio, value, next_value = by_time((log_ratio, value[:-1], next_value))
-    return Estimates(log_ratio, value, next_value, hiddens[-2])
+    return Estimates(log_ratio, value, next_value)
 
 
 def losses(
@@ -462,46 +469,40 @@ def update_minibatch(
 
 
 def update_epoch(
-    system: System, learning: Learning, batch: Batch, present: Array, key: Array
+    system: System, learning: Learning, batch: Batch, key: Array
 ) -> tuple[Learning, dict[str, Array]]:
-    """As many rollouts as were just collected, drawn from those `present` (B,), in minibatches."""
+    """One pass over shuffled minibatches of whole rollouts."""
     config = system.config
     key_order, key_minibatches = jax.random.split(key)
-    order = jnp.argsort(jax.random.uniform(key_order, present.shape) + ~present)
-    order = order[: config.num_envs].reshape(config.system.num_minibatches, -1)
+    order = jax.random.permutation(key_order, config.num_envs)
 
     def minibatch(learning: Learning, inputs: tuple[Array, Array]) -> tuple[Learning, dict]:
         rows, key = inputs
         return update_minibatch(system, learning, jax.tree.map(lambda x: x[rows], batch), key)
 
     keys = jax.random.split(key_minibatches, config.system.num_minibatches)
-    return jax.lax.scan(minibatch, learning, (order, keys))
+    return jax.lax.scan(minibatch, learning, (order.reshape(keys.size, -1), keys))
 
 
-def remember(
-    system: System, state: TrainState, trajectory: Trajectory
-) -> tuple[TrainState, Trajectory, Array]:
-    """The last rollouts (B, ...), B = E * M, which of them are there (B,), and the new buffer."""
-    reuse = system.config.system.reuse
-    if state.earlier is None:
-        return state, trajectory, jnp.ones(system.config.num_envs, bool)
-    every = jax.tree.map(
-        lambda new, old: jnp.concatenate([new[:, None], old], axis=1), trajectory, state.earlier
-    )  # (E, M, ...)
-    there = jnp.arange(reuse) <= state.num_earlier
-    state = state._replace(
-        earlier=jax.tree.map(lambda x: x[:, :-1], every),
-        num_earlier=jnp.minimum(state.num_earlier + 1, reuse - 1),
-    )
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), every)
-    return state, rows, jnp.tile(there, system.config.num_envs)
+def draw(
+    system: System, state: TrainState, newest: Trajectory, key: Array
+) -> tuple[TrainState, Trajectory]:
+    """Keep the newest rollouts; of each environment, one of those kept."""
+    if state.buffer is None:
+        return state, newest
+    number, reuse = state.num_rollouts, system.config.system.reuse
+    buffer = jax.tree.map(lambda x, new: x.at[:, number % reuse].set(new), state.buffer, newest)
+    chosen = jax.random.randint(key, (system.config.num_envs,), 0, jnp.minimum(number + 1, reuse))
+    drawn = jax.tree.map(lambda x: jax.vmap(lambda x, slot: x[slot])(x, chosen), buffer)
+    return state._replace(buffer=buffer, num_rollouts=number + 1), drawn
 
 
 def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """Algorithm 1: one rollout, estimates of the last ones, then `ppo_epochs` over them."""
+    """Algorithm 1: collect, draw from the last rollouts, estimate, then `ppo_epochs`."""
     config = system.config.system
     state, trajectory, episodes = rollout(system, state)
-    state, trajectory, present = remember(system, state, trajectory)
+    key, key_draw, key_epochs = jax.random.split(state.key, 3)
+    state, trajectory = draw(system, state, trajectory, key_draw)
     estimates = estimate(system, state.params, trajectory)
     trace = traces(config, estimates.log_ratio)
     advantage, target = advantages(trajectory.steps, estimates, trace, config.gamma)
@@ -512,42 +513,36 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
         advantage=advantage,
         target=target,
     )
-
-    key, key_epochs = jax.random.split(state.key)
     learning, metrics = jax.lax.scan(
-        lambda learning, key: update_epoch(system, learning, batch, present, key),
+        lambda learning, key: update_epoch(system, learning, batch, key),
         Learning(state.params, state.opt_state),
         jax.random.split(key_epochs, config.ppo_epochs),
     )
-    metrics = jax.tree.map(jnp.mean, metrics) | measure(config, batch, trace, present)
+    metrics = jax.tree.map(jnp.mean, metrics) | measure(config, batch, trace)
     number = episodes["episodes"]
     metrics |= {
         f"rollout/{name}": number if name == "episodes" else total / number
         for name, total in episodes.items()
     }
-    memory = state.memory._replace(critic=estimates.hidden[:: config.reuse])
-    return state._replace(key=key, memory=memory, **learning._asdict()), metrics
+    return state._replace(key=key, **learning._asdict()), metrics
 
 
-def measure(config: SystemConfig, batch: Batch, trace: Array, present: Array) -> dict[str, Array]:
+def measure(config: SystemConfig, batch: Batch, trace: Array) -> dict[str, Array]:
     """The paper's figures: the gap of Eq. 9, signed too, and Section 3.1's of advantages."""
-
-    def mean(x: Array, where: Array) -> Array:
-        where = jnp.broadcast_to(where, x.shape)
-        return jnp.where(where, x, 0.0).sum() / jnp.maximum(where.sum(), 1)
-
     log_joint = jnp.log(batch.ratio).sum(axis=-1, keepdims=True)
     joint = jnp.exp(jnp.minimum(log_joint, 20.0))  # of many agents it may exceed a float
-    gap, rows = jnp.abs(joint - trace) - jnp.abs(batch.ratio - trace), present[:, None, None]
+    gap = jnp.abs(joint - trace) - jnp.abs(batch.ratio - trace)
     metrics = {
-        "gpae/delta_c": mean(gap, rows),
-        "gpae/delta_c_abs": mean(jnp.abs(gap), rows),
-        "policy/largest_ratio": jnp.where(rows, batch.ratio, 0.0).max(),
+        "gpae/delta_c": gap.mean(),
+        "gpae/delta_c_abs": jnp.abs(gap).mean(),
+        "policy/largest_ratio": batch.ratio.max(),
     }
     if config.anomaly_probability:
-        advantage, num_others = batch.advantage, batch.advantage.shape[-1] - 1
+        advantage, forced = batch.advantage, batch.steps.forced
+        num_others = advantage.shape[-1] - 1
         above = (advantage[..., None, :] - advantage[..., None]).sum(axis=-1) / num_others
-        metrics["gpae/advantage_gap"] = mean(above, batch.steps.forced & rows)
+        total = jnp.where(forced, above, 0.0).sum()
+        metrics["gpae/advantage_gap"] = total / jnp.maximum(forced.sum(), 1)
     return metrics
 
 
@@ -575,11 +570,10 @@ def init(system: System, key: Array) -> TrainState:
     if config.system.reuse == 1:
         return state
     _, trajectory, _ = jax.eval_shape(lambda state: rollout(system, state), state)
-    earlier = jax.tree.map(
-        lambda x: jnp.zeros((x.shape[0], config.system.reuse - 1, *x.shape[1:]), x.dtype),
-        trajectory,
+    slots = config.num_envs, config.system.reuse
+    return state._replace(
+        buffer=jax.tree.map(lambda x: jnp.zeros((*slots, *x.shape[1:]), x.dtype), trajectory)
     )
-    return state._replace(earlier=earlier)
 
 
 def train_chunk(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:

@@ -154,7 +154,7 @@ def test_advantages_are_the_slow_ones(name, truncates):
         value, following = (jnp.asarray(x).swapaxes(0, 1) for x in (t["value"], following))
         steps = {k: given[k].swapaxes(0, 1) for k in ("reward", "discount", "ended")}
         zero = jnp.zeros_like(value)
-        estimates = module.Estimates(zero, value, following, hidden=None)
+        estimates = module.Estimates(zero, value, following)
         results = module.advantages(module.Transition(**fields | steps), estimates, zero + 0.8, 0.9)
         advantage, target = (x.swapaxes(0, 1) for x in results)
     else:

@@ -1,6 +1,7 @@
 """GPAE: what its critic may see, its traces, its buffer, forced stops."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def test_off_policy_advantages_are_the_slow_sum():
     discount, trace = 1.0 - (ended & (rng.random((B, T)) < 0.5)), rng.random((B, T, N))
     given = {"reward": reward, "discount": discount, "ended": ended}
     steps = gpae.Transition(**dict.fromkeys(gpae.Transition._fields) | given)
-    estimates = gpae.Estimates(log_ratio, value, following, None)
+    estimates = gpae.Estimates(log_ratio, value, following)
     arrays = jax.tree.map(jnp.asarray, (steps, estimates, trace))
     advantage, target = gpae.advantages(*arrays, gamma)
     for b, t, n in np.ndindex(B, T, N):
@@ -97,20 +98,26 @@ def test_off_policy_advantages_are_the_slow_sum():
         np.testing.assert_allclose(target[b, t, n], value[b, t, n] + bounded * total, atol=1e-5)
 
 
-def test_the_buffer_holds_the_last_rollouts_newest_first():
+def test_one_of_the_last_rollouts_is_drawn_of_each_environment():
     _, system = cases.build("gpae")  # reuse 3, 6 environments
     state = jax.eval_shape(lambda key: gpae.init(system, key), jax.random.key(0))
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.earlier)
-    state = state._replace(earlier=empty, num_earlier=jnp.int32(0))
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.buffer)
+    given = {"buffer": empty, "num_rollouts": jnp.int32(0)}
+    state = gpae.TrainState(**dict.fromkeys(gpae.TrainState._fields) | given)
     one = jax.tree.map(lambda x: jnp.zeros(x[:, 0].shape, x.dtype), empty)
-    for number in (1.0, 2.0, 3.0, 4.0):
-        rewards = number + jnp.zeros_like(one.steps.reward)
-        new = one._replace(steps=one.steps._replace(reward=rewards))
-        state, rows, present = gpae.remember(system, state, new)
-        seen = rows.steps.reward[:, 0, 0].reshape(6, 3)
-        newest = [max(number - age, 0.0) for age in range(3)]
-        np.testing.assert_array_equal(seen, [newest] * 6)
-        np.testing.assert_array_equal(present.reshape(6, 3), [[x > 0 for x in newest]] * 6)
+    draw = jax.jit(jax.vmap(partial(gpae.draw, system), in_axes=(None, None, 0)))
+    for number in range(1, 6):
+        label = number + jnp.arange(6.0)[:, None, None] / 10  # which rollout, of which environment
+        reward = label + jnp.zeros_like(one.steps.reward)
+        new = one._replace(steps=one.steps._replace(reward=reward))
+        states, drawn = draw(state, new, jax.random.split(jax.random.key(number), 60))
+        state = jax.tree.map(lambda x: x[0], states)
+        rewards = np.asarray(drawn.steps.reward)
+        assert (rewards == rewards[:, :, :1, :1]).all()  # whole
+        rollout, environment = np.divmod(rewards[:, :, 0, 0], 1)
+        np.testing.assert_allclose(environment, np.tile(np.arange(6) / 10, (60, 1)), atol=1e-5)
+        assert set(rollout.flat) == set(range(max(1, number - 2), number + 1))
+        assert number == 1 or (rollout != rollout[:, :1]).any()  # each environment by itself
 
 
 @pytest.fixture(scope="module")
