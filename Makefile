@@ -5,9 +5,12 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 SYSTEMS := $(filter-out __%,$(basename $(notdir $(wildcard magpo/systems/*.py))))
+JOBS ?= 2
 SMOKE_TASKS ?= coordsum/3x10-30 rware/tiny-2ag lbf/2s-8x8-2p-2f-coop connector/con-5x5x3a \
 	mpe/simple_spread_3ag smax/3m mabrax/hopper-3x1
 SMOKE_FEW ?= coordsum/3x10-30 mabrax/hopper-3x1
+SMOKE_RUNS := $(SMOKE_TASKS:%=smoke/%/magpo) \
+	$(foreach system,$(filter-out magpo,$(SYSTEMS)),$(SMOKE_FEW:%=smoke/%/$(system)))
 SMOKE := budget=quick tuned=false num_envs=4 rollout_length=16 total_steps=256 num_evaluations=2 \
 	eval_episodes=2 env.time_limit=20 results_dir=results/smoke
 
@@ -28,7 +31,7 @@ demo: install
 	$(BIN)/python -m magpo.systems.magpo env=lbf/2s-8x8-2p-2f-coop budget=quick total_steps=491520 $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
@@ -36,16 +39,14 @@ lint: install
 	$(BIN)/mypy
 
 # MAGPO on one task of every suite, the others on a discrete and a continuous one; tiny, and
-# compiled without optimisation, which would take most of the time.
+# compiled without optimisation, which would take most of the time. `make -j2 -O smoke`: two at once.
 # `make smoke SMOKE_FEW='$(SMOKE_TASKS)'`: all on all.
-smoke: install
-	@set -e; for system in $(SYSTEMS); do \
-		if test $$system = magpo; then tasks="$(SMOKE_TASKS)"; else tasks="$(SMOKE_FEW)"; fi; \
-		for task in $$tasks; do \
-			echo "== $$system $$task"; \
-			XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
-				$(BIN)/python -m magpo.systems.$$system env=$$task $(SMOKE) $(ARGS); \
-	done; done
+smoke: $(SMOKE_RUNS)
+
+smoke/%: export XLA_FLAGS += --xla_backend_optimization_level=0
+smoke/%: install
+	@echo "== $*"
+	@$(BIN)/python -m magpo.systems.$(@F) env=$(*:/$(@F)=) $(SMOKE) $(ARGS)
 
 benchmark: install
 	$(BIN)/python scripts/benchmark.py $(ARGS)
