@@ -66,9 +66,6 @@ class Environment(Protocol):
     @property
     def observation_spec(self) -> Observation: ...  # leaves are jax.ShapeDtypeStruct
 
-    @property
-    def action_spec(self) -> jax.ShapeDtypeStruct: ...  # (N,) int32 or (N, A) float32
-
     def reset(self, key: Array) -> tuple[Any, TimeStep]: ...
 
     def step(self, state: Any, action: Array) -> tuple[Any, TimeStep]: ...
@@ -102,6 +99,17 @@ def spec(env: Environment) -> EnvSpec:
     num_features = env.observation_spec.agents_view.shape[-1]
     names = [field.name for field in fields(EnvSpec) if field.name != "num_features"]
     return EnvSpec(num_features=num_features, **{name: getattr(env, name) for name in names})
+
+
+def action_spec(env: Environment) -> jax.ShapeDtypeStruct:
+    """What `env.step` takes: (N,) int32, or (N, A) float32 if continuous."""
+    shaped: Any = jax.ShapeDtypeStruct
+    discrete = env.action_kind == "discrete"
+    spec: jax.ShapeDtypeStruct = shaped(
+        (env.num_agents,) if discrete else (env.num_agents, env.action_dim),
+        jnp.int32 if discrete else jnp.float32,
+    )
+    return spec
 
 
 def restart(num_agents: int, observation: Observation, metrics: dict[str, Array]) -> TimeStep:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from magpo import envs
 from magpo.envs.wrappers import AutoReset
-from magpo.types import Array
+from magpo.types import Array, action_spec
 
 NUM_ENVS, STEPS, TURNS = 128, 256, 3
 TASKS = [
@@ -117,7 +117,7 @@ def measure(task: str) -> dict[str, Any]:
     env = envs.make(task)
     batch = AutoReset(env, NUM_ENVS)
     keys = jax.random.split(jax.random.key(0), NUM_ENVS)
-    shape = STEPS, NUM_ENVS, *env.action_spec.shape
+    shape = STEPS, NUM_ENVS, *action_spec(env).shape
     if env.action_kind == "discrete":
         actions = jax.random.randint(jax.random.key(1), shape, 0, env.action_dim)
     else:

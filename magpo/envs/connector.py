@@ -57,10 +57,6 @@ class Connector:
             self.num_agents, num_features, self.action_dim, self.global_state
         )
 
-    @property
-    def action_spec(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.num_agents,), jnp.int32)
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.reset(key)
         return state, restart(self.num_agents, self._observe(state), self._metrics(raw))

@@ -58,10 +58,6 @@ class CoordSum:
             self.num_agents, num_features, self.num_actions, self.global_state
         )
 
-    @property
-    def action_spec(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.num_agents,), jnp.int32)
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         rows = self.max_target if self.opponent_history == "per_target" else self.num_actions
         step_count = jnp.int32(0)

@@ -7,7 +7,6 @@ are summed and given to each. Eating everything terminates; the time limit trunc
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 from jumanji.environments import LevelBasedForaging
 from jumanji.environments.routing.lbf.generator import RandomGenerator
@@ -73,10 +72,6 @@ class Lbf:
             self.action_dim,
             self.global_state,
         )
-
-    @property
-    def action_spec(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.num_agents,), jnp.int32)
 
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.reset(key)

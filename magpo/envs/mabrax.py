@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -169,10 +168,6 @@ class Mabrax:
             self.global_state,
             self.simulator.env.observation_size,
         )
-
-    @property
-    def action_spec(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.num_agents, self.action_dim), jnp.float32)
 
     def reset(self, key: Array) -> tuple[Any, TimeStep]:
         state = wrappers.strong(self.simulator.env.reset(key))

@@ -53,10 +53,6 @@ class Mpe:
             self.num_agents, 6 * self.num_agents, self.action_dim, self.global_state
         )
 
-    @property
-    def action_spec(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.num_agents, self.action_dim), jnp.float32)
-
     def reset(self, key: Array) -> tuple[Any, TimeStep]:
         views, state = self.simulator.reset(key)
         state = state.replace(step=jnp.int32(0))

@@ -7,7 +7,6 @@ jumanji defines them.
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 from jumanji.environments import RobotWarehouse
 from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator
@@ -65,10 +64,6 @@ class Rware:
             self.action_dim,
             self.global_state,
         )
-
-    @property
-    def action_spec(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.num_agents,), jnp.int32)
 
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.reset(key)

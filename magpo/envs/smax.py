@@ -79,10 +79,6 @@ class Smax:
             self.simulator.state_size,
         )
 
-    @property
-    def action_spec(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.num_agents,), jnp.int32)
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         begin, battle = jax.random.split(key)
         views, state = self.simulator.reset(begin)

@@ -182,6 +182,33 @@ class RecurrentCritic(nn.Module):
         return hiddens[-1], head(mixed)
 
 
+@jax.custom_vjp
+def _look_up(table: Array, action: Array) -> Array:
+    """table (N, A, H), action (..., N) int to rows (..., N, H)."""
+    return table[jnp.arange(table.shape[0]), action]
+
+
+def _look_up_backward(inputs: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
+    table, action = inputs  # one matmul: the scatter of autodiff adds up in any order on a GPU
+    chosen = jax.nn.one_hot(action, table.shape[1])
+    return jnp.einsum("...na,...nh->nah", chosen, d_rows), None
+
+
+_look_up.defvjp(lambda table, action: (_look_up(table, action), (table, action)), _look_up_backward)
+
+
+@jax.custom_vjp
+def _sum_of_others(x: Array) -> Array:
+    """(..., N, H) to the sums over all agents but one, whose own row counts exactly nothing."""
+    return jnp.einsum("in,...nh->...ih", 1.0 - jnp.eye(x.shape[-2]), x)
+
+
+_sum_of_others.defvjp(
+    lambda x: (_sum_of_others(x), None),
+    lambda _, d_sums: (d_sums.sum(axis=-2, keepdims=True) - d_sums,),  # near enough for a gradient
+)
+
+
 class PerAgentCritic(nn.Module):
     """EQ^i(s, a^-i): what a state is worth to agent i, given the actions of all others.
 
@@ -217,13 +244,13 @@ class PerAgentCritic(nn.Module):
         mixed = (hiddens @ of_state + self.bias)[..., None, :]  # (..., 1, H)
         if self.sees_actions:
             of_id, of_actions = of_others[: self.num_agents], of_others[self.num_agents :]
-            executed = executed_action(action, self.action_kind)
-            if self.action_kind == "discrete":
-                executed = jax.nn.one_hot(executed, self.action_dim)
             of_actions = of_actions.reshape(self.num_agents, self.action_dim, self.hidden_dim)
-            others = 1.0 - jnp.eye(self.num_agents)  # an agent's own action counts exactly nothing
-            kernels = others[..., None, None] * of_actions  # (N, N, A, H), of each agent's critic
-            mixed = mixed + jnp.einsum("...na,inah->...ih", executed, kernels) + of_id
+            if self.action_kind == "discrete":
+                each = _look_up(of_actions, action)
+            else:
+                executed = executed_action(action, self.action_kind)
+                each = jnp.einsum("...na,nah->...nh", executed, of_actions)
+            mixed = mixed + _sum_of_others(each) + of_id
         value = self.head(nn.relu(mixed))[..., 0]
         return jnp.broadcast_to(value, (*hiddens.shape[:-1], self.num_agents))
 

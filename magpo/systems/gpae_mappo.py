@@ -33,7 +33,7 @@ from magpo.config import ConfigError, Fraction, NonNegativeFloat, PositiveFloat,
 from magpo.envs.wrappers import AutoReset
 from magpo.networks.heads import Policy, executed_action
 from magpo.networks.recurrent import FeedForwardActor, PerAgentCritic, RecurrentActor
-from magpo.types import Array, Card, Environment, Observation, TimeStep
+from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
 
 CARD = Card("a critic, in training", "each agent's policy", "GRU or none", parameters="shared")
 
@@ -559,7 +559,7 @@ def init(system: System, key: Array) -> TrainState:
     )
     view, mask, _, whole = jax.tree.map(lambda x: x[None, :1], timestep.observation)
     hidden = jax.tree.map(lambda x: x[:1, 0], memory.actor)
-    never, spec = jnp.zeros((1, 1), bool), system.env.action_spec
+    never, spec = jnp.zeros((1, 1), bool), action_spec(system.env)
     action = jnp.zeros((1, 1, *spec.shape), spec.dtype)
     params = Params(
         actor=system.actor.init(key_actor, hidden, view[:, :, 0], mask[:, :, 0], never),

@@ -33,7 +33,7 @@ from magpo.networks.heads import Policy, executed_action
 from magpo.networks.mat import MAT
 from magpo.networks.recurrent import RecurrentActor
 from magpo.networks.sable import Sable
-from magpo.types import Array, Card, Environment, Observation, TimeStep
+from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
 
 CARD = Card("a guider, in training", "each agent's policy", "GRU", parameters="shared")
 
@@ -487,7 +487,8 @@ def init(system: System, key: Array) -> TrainState:
     memory = Memory(system.guider.initial_carry(config.num_envs), hidden)
     never = jnp.zeros((config.num_envs, config.network.guider.chunk_size), bool)
     one_chunk = jax.tree.map(lambda x: jnp.stack([x] * never.shape[1], axis=1), observation)
-    action = jnp.zeros((*never.shape, *env.action_spec.shape), env.action_spec.dtype)
+    spec = action_spec(env)
+    action = jnp.zeros((*never.shape, *spec.shape), spec.dtype)
     params = Params(
         guider=system.guider.init(key_guider, memory.guider, one_chunk, action, never),
         learner=system.learner.init(

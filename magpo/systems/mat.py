@@ -27,7 +27,7 @@ from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from magpo.envs.wrappers import AutoReset
 from magpo.networks.heads import Policy, executed_action
 from magpo.networks.mat import MAT
-from magpo.types import Array, Card, Environment, Observation, TimeStep
+from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
 
 CARD = Card("acting and critic", "a joint policy", "none", parameters="shared")
 
@@ -336,7 +336,7 @@ def init(system: System, key: Array) -> TrainState:
     """Everything that changes, before the first update."""
     key, key_env, key_network = jax.random.split(key, 3)
     env_state, timestep = system.envs.reset(key_env)
-    spec = system.env.action_spec
+    spec = action_spec(system.env)
     action = jnp.zeros((system.config.num_envs, *spec.shape), spec.dtype)
     params = system.network.init(key_network, (), timestep.observation, action, None)
     return TrainState(params, system.optimiser.init(params), key, env_state, timestep)

@@ -28,7 +28,7 @@ from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from magpo.envs.wrappers import AutoReset
 from magpo.networks.heads import Policy, executed_action
 from magpo.networks.sable import Sable, SableCarry
-from magpo.types import Array, Card, Environment, Observation, TimeStep
+from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
 
 CARD = Card("acting and critic", "a joint policy", "retention or none", parameters="shared")
 
@@ -391,7 +391,7 @@ def init(system: System, key: Array) -> TrainState:
     one_chunk = jax.tree.map(
         lambda x: jnp.stack([x] * config.network.chunk_size, axis=1), timestep.observation
     )
-    spec = system.env.action_spec
+    spec = action_spec(system.env)
     action = jnp.zeros((*never.shape, *spec.shape), spec.dtype)
     params = system.network.init(key_network, memory, one_chunk, action, never)
     return TrainState(params, system.optimiser.init(params), key, env_state, timestep, memory)

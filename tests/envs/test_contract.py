@@ -10,7 +10,7 @@ import pytest
 from envs.conftest import random_actions
 from magpo import envs
 from magpo.envs.wrappers import AutoReset
-from magpo.types import EnvSpec, StepType, spec
+from magpo.types import EnvSpec, StepType, action_spec, spec
 
 B = 6
 # Shorter episodes, that the batch see some end; coverage of a suite's options.
@@ -63,7 +63,7 @@ def test_a_scan_can_carry_the_state(played):
     """Same structure, shapes and dtypes after reset and step, and nothing weakly typed."""
     env = played.env
     state, first = jax.eval_shape(env.reset, jax.random.key(0))
-    after = jax.eval_shape(env.step, state, env.action_spec)
+    after = jax.eval_shape(env.step, state, action_spec(env))
     assert jax.tree.structure((state, first)) == jax.tree.structure(after)
     for leaf, other in zip(jax.tree.leaves((state, first)), jax.tree.leaves(after), strict=True):
         assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
@@ -77,7 +77,7 @@ def test_what_a_policy_depends_on_can_be_saved(played):
 
 def test_shapes_and_dtypes_are_the_specs(played):
     env, spec = played.env, played.env.observation_spec
-    assert played.actions.shape[2:] == env.action_spec.shape
+    assert played.actions.shape[2:] == action_spec(env).shape
     for timestep, lead in ((played.first, (B,)), (played.timesteps, (played.T, B))):
         for found, promised in zip(timestep.observation, spec, strict=True):
             assert (found.shape, found.dtype) == ((*lead, *promised.shape), promised.dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from magpo import envs
+from magpo.types import action_spec
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +119,7 @@ def test_every_task_has_its_sizes(task):
     assert (env.name, env.num_agents, env.time_limit) == (task, num_agents, time_limit)
     continuous = task.startswith(("mabrax/", "mpe/"))
     assert (env.action_dim, env.action_kind == "continuous") == (num_actions, continuous)
-    assert env.action_spec.shape == ((num_agents, num_actions) if continuous else (num_agents,))
+    assert action_spec(env).shape == ((num_agents, num_actions) if continuous else (num_agents,))
     assert spec.agents_view.shape == (num_agents, num_agents + num_features)
     assert spec.action_mask.shape == (num_agents, num_actions)
     assert spec.global_state is None

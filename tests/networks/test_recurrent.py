@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magpo.networks.recurrent import RecurrentActor, gru_scan
+from magpo.networks import recurrent
+from magpo.networks.recurrent import PerAgentCritic, RecurrentActor, gru_scan
 
 T, B, H = 6, 5, 4
 
@@ -78,3 +79,19 @@ def test_a_sequence_in_one_go_is_step_by_step():
         hidden, step = actor.apply(params, hidden, view[now], mask[now], reset_before[now])
         np.testing.assert_allclose(step.log_probs[0], policy.log_probs[t], atol=1e-6)
     np.testing.assert_allclose(hidden, last, atol=1e-6)
+
+
+def test_the_gradient_of_the_per_agent_critic_is_autodiffs(monkeypatch):
+    critic = PerAgentCritic(3, 5, "discrete", H, sees_actions=True)
+    action = jax.random.randint(jax.random.key(0), (T, B, 3), 0, 5)
+    given = jnp.ones((B, H)), jnp.ones((T, B, 2)), action, jnp.zeros((T, B), bool)
+    params = critic.init(jax.random.key(1), *given)
+    weight = jnp.cos(jnp.arange(T * B * 3)).reshape(T, B, 3)
+
+    def gradient():
+        return jax.grad(lambda params: (weight * critic.apply(params, *given)[1]).sum())(params)
+
+    ours = gradient()
+    for name in ("_look_up", "_sum_of_others"):  # without their custom rules
+        monkeypatch.setattr(recurrent, name, getattr(recurrent, name).fun)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), ours, gradient())

@@ -46,7 +46,6 @@ class Probe:
     time_limit: ClassVar = LENGTH
     truncates: ClassVar = True
     headline: ClassVar = "episode_return"
-    action_spec: ClassVar = jax.ShapeDtypeStruct((2,), jnp.int32)
 
     @property
     def observation_spec(self) -> Observation:
