@@ -1,7 +1,10 @@
-"""A table on the terminal, or as Markdown for the README."""
+"""Tables: on the terminal, as Markdown for the README, as CSV."""
 
 import argparse
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,3 +28,12 @@ def show(module: str, what: str, columns: Sequence[str], rows: Sequence[Sequence
     console = Console(highlight=False)
     console.width = max(console.width, 130)
     console.print(table)
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV whose columns are the first row's keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -7,7 +7,6 @@ agent the time stays as it is where acting is linear.
 """
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from magpo import tables
 from magpo.networks.mat import MAT
 from magpo.networks.sable import Sable
 from magpo.types import Array, Observation
@@ -69,15 +69,18 @@ def main() -> None:
     )
     parser.add_argument("table", type=Path)
     table = parser.parse_args().table
-    with table.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["network", "agents", "step_us", "per_agent_us"])
-        for name in ("mat", "sable"):
-            for num_agents in (3, 10, 30):
-                step_us = measure(name, num_agents)
-                row = [name, num_agents, f"{step_us:.2f}", f"{step_us / num_agents:.3f}"]
-                print(*row, flush=True)
-                writer.writerow(row)
+    rows = []
+    for name in ("mat", "sable"):
+        for num_agents in (3, 10, 30):
+            step_us = measure(name, num_agents)
+            row: dict[str, Any] = {
+                "network": name,
+                "agents": num_agents,
+                "step_us": f"{step_us:.2f}",
+            }
+            rows.append(row | {"per_agent_us": f"{step_us / num_agents:.3f}"})
+            print(rows[-1], flush=True)
+    tables.write(table, rows)
 
 
 if __name__ == "__main__":

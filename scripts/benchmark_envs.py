@@ -9,7 +9,6 @@ simulator's step. Medians of turns taken in a row.
 """
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from magpo import envs
+from magpo import envs, tables
 from magpo.envs.wrappers import AutoReset
 from magpo.types import Array, action_spec
 
@@ -188,10 +187,7 @@ def main() -> None:
     for task in arguments.tasks:
         rows.append(measure(task))
         print(rows[-1], flush=True)
-    with arguments.table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(arguments.table, rows)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ program of one seed as often, start-up and compilation left out, and `start_up_s
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from magpo import tables
 
 BENCHMARK = str(Path(__file__).with_name("benchmark.py"))
 
@@ -60,10 +61,7 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    with arguments.table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(arguments.table, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""Time the updates of several experiments in turns, so that a machine's moods meet all alike.
+
+    python scripts/compare.py scripts/results/cost.csv \
+        "mappo env=lbf/8x8-2p-2f-coop num_envs=64" "happo env=lbf/8x8-2p-2f-coop num_envs=64"
+
+Every experiment is a system and overrides; the medians are given as multiples of the first one's.
+"""
+
+import argparse
+import statistics
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from magpo import cli, config, experiment, tables
+
+wait: Any = jax.block_until_ready
+
+
+def start(experiment_text: str) -> tuple[Any, Any]:
+    """An experiment's compiled update, and its state after one."""
+    system, *overrides = experiment_text.split()
+    settings = config.load(system, overrides)
+    short = [f"total_steps={settings.steps_per_update}", "num_evaluations=1"]
+    settings = config.load(system, [*overrides, *short])
+    module = import_module(f"magpo.systems.{system}")
+    experiment.set_up_jax(settings)
+    env = experiment.make_env(settings)
+    programs = experiment.build_programs(
+        module, module.make(settings.algorithm, env), env, settings
+    )
+    keys, _ = experiment.seed_keys(settings)
+    update = programs.train_chunk
+    return update, wait(update(programs.init(keys)))[0]
+
+
+def main() -> None:
+    """Measure and write a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path)
+    parser.add_argument("experiments", nargs="+", help='"<system> env=<suite>/<task> key=value"')
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    with cli.exit_on_config_error():
+        updates, states = map(list, zip(*map(start, arguments.experiments), strict=True))
+    seconds: list[list[float]] = [[] for _ in updates]
+    for _ in range(arguments.rounds):
+        for i, update in enumerate(updates):
+            begun = time.perf_counter()
+            states[i] = wait(update(states[i]))[0]
+            seconds[i].append(time.perf_counter() - begun)
+    medians = [statistics.median(times) for times in seconds]
+    rows = [
+        {
+            "experiment": experiment_text,
+            "device": jax.devices()[0].device_kind,
+            "update_s": f"{median:.3f}",
+            "fastest_s": f"{min(times):.3f}",
+            "relative": f"{median / medians[0]:.3f}",
+        }
+        for experiment_text, median, times in zip(
+            arguments.experiments, medians, seconds, strict=True
+        )
+    ]
+    tables.write(arguments.table, rows)
+    for row in rows:
+        print(*row.values())
+
+
+if __name__ == "__main__":
+    main()
