@@ -3,13 +3,16 @@
     python scripts/compare.py scripts/results/cost.csv \
         "mappo env=lbf/8x8-2p-2f-coop num_envs=64" "happo env=lbf/8x8-2p-2f-coop num_envs=64"
 
-Every experiment is a system and overrides; the medians are given as multiples of the first one's.
+Every experiment is a system and overrides; relative is the median over the rounds of its time over
+the first one's in the same round.
 """
 
 import argparse
+import random
 import statistics
 import time
 from importlib import import_module
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +53,18 @@ def main() -> None:
         updates, states = map(list, zip(*map(start, arguments.experiments), strict=True))
     seconds: list[list[float]] = [[] for _ in updates]
     for _ in range(arguments.rounds):
-        for i, update in enumerate(updates):
+        for i in random.sample(range(len(updates)), len(updates)):
             begun = time.perf_counter()
-            states[i] = wait(update(states[i]))[0]
+            states[i] = wait(updates[i](states[i]))[0]
             seconds[i].append(time.perf_counter() - begun)
-    medians = [statistics.median(times) for times in seconds]
     rows = [
         {
             "experiment": experiment_text,
             "device": jax.devices()[0].device_kind,
-            "update_s": f"{median:.3f}",
-            "fastest_s": f"{min(times):.3f}",
-            "relative": f"{median / medians[0]:.3f}",
+            "update_s": f"{statistics.median(times):.3f}",
+            "relative": f"{statistics.median(map(truediv, times, seconds[0])):.3f}",
         }
-        for experiment_text, median, times in zip(
-            arguments.experiments, medians, seconds, strict=True
-        )
+        for experiment_text, times in zip(arguments.experiments, seconds, strict=True)
     ]
     tables.write(arguments.table, rows)
     for row in rows:

@@ -200,7 +200,8 @@ _look_up.defvjp(lambda table, action: (_look_up(table, action), (table, action))
 @jax.custom_vjp
 def _sum_of_others(x: Array) -> Array:
     """(..., N, H) to the sums over all agents but one, whose own row counts exactly nothing."""
-    return jnp.einsum("in,...nh->...ih", 1.0 - jnp.eye(x.shape[-2]), x)
+    others = 1.0 - jnp.eye(x.shape[-2])
+    return (others[..., None] * x[..., None, :, :]).sum(axis=-2)
 
 
 _sum_of_others.defvjp(
