@@ -413,8 +413,16 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], folders: Seq
     for _, o in parsed:
         key = o.key_or_group
         if not o.is_add() and key not in known:
-            return unknown_key(key, known)
+            owners = ", ".join(_systems_with(key, folders))
+            here = f"{key!r} is a key of {owners}, not of {name}; --help lists all"
+            return here if owners else unknown_key(key, known)
     return str(error).partition("\n")[0]
+
+
+def _systems_with(key: str, folders: Sequence[Path]) -> list[str]:
+    """The package's systems whose YAML has this key."""
+    files = (folder / f"{system}.yaml" for folder in folders for system in systems())
+    return [f.stem for f in files if f.is_file() and key in set(_keys(OmegaConf.load(f)))]
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -1,0 +1,27 @@
+"""Combinations that mean nothing: one clear line, before anything compiles."""
+
+import pytest
+
+from magpo.config import ConfigError, load
+
+
+@pytest.mark.parametrize(
+    ("system", "overrides", "message"),
+    [
+        ("gpae_mappo", ["system.eta=0.9"], "eta bounds the other agents' ratio: at least 1, not"),
+        ("gpae_mappo", ["system.reuse=0"], "system.reuse must be greater than 0, not 0"),
+        ("gpae_mappo", ["system.advantage=gae"], "gae is on-policy: reuse must be 1, not 4"),
+        ("gpae_mappo", ["num_envs=2"], "must divide num_envs = 2, not 4"),
+        ("magpo", ["system.delta=1"], r"delta bounds a ratio to \(1/delta, delta\): above 1, not"),
+        ("magpo", ["network.guider.n_head=3"], "embed_dim must be a multiple of 2 . n_head = 6"),
+        ("mappo", ["num_envs=2", "system.num_minibatches=3"], "divide the number of sequences"),
+        ("happo", ["num_envs=2", "system.num_minibatches=3"], "divide the number of sequences"),
+        ("sable", ["network.n_head=3"], "embed_dim must be a multiple of 2 . n_head = 6, not 64"),
+        ("mat", ["network.n_head=3"], "embed_dim must be a multiple of n_head = 3, not 64"),
+        ("mat", ["network.memory=true"], "'network.memory' is a key of sable, not of mat"),
+    ],
+)
+def test_it_is_one_line(system, overrides, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load(system, ["env=coordsum/3x10-30", "tuned=false", *overrides])
+    assert "\n" not in str(error.value)
