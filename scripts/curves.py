@@ -12,6 +12,7 @@ import csv
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -20,29 +21,31 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-METRIC = "eval/episode_return"
+from magpo import tables
+
+RETURN = "eval/episode_return"
 
 
-def collect(run: Path, table: Path) -> None:
-    """Write a run's mean evaluation returns, a row for each seed and evaluation."""
+def collect(run: Path, table: Path, metrics: list[str]) -> None:
+    """Write a run's metrics, a row for each seed and step at which it has one of them."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    table.parent.mkdir(parents=True, exist_ok=True)
-    with table.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["seed", "env_steps", "eval_return"])
-        for record in records:
-            if record["name"] == METRIC:
-                writer.writerow([record["seed"], record["env_steps"], f"{record['value']:.4g}"])
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    for record in records:
+        if record["name"] in metrics:
+            place = {"seed": record["seed"], "env_steps": record["env_steps"]}
+            row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(metrics, ""))
+            row[record["name"]] = f"{record['value']:.4g}"
+    tables.write(table, list(rows.values()))
 
 
-def draw(picture: Path, title: str, tables: list[Path]) -> None:
-    """One line for each table."""
+def draw(picture: Path, title: str, files: list[Path]) -> None:
+    """One line for each table, of the evaluation returns."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for table in tables:
+    for table in files:
         returns = defaultdict(list)
         with table.open() as file:
             for row in csv.DictReader(file):
-                returns[int(row["env_steps"])].append(float(row["eval_return"]))
+                returns[int(row["env_steps"])].append(float(row[RETURN]))
         steps = sorted(returns)
         values = np.array([returns[step] for step in steps])  # (evaluations, S)
         name = table.stem.replace("_", " ")
@@ -70,13 +73,14 @@ def main() -> None:
     command = commands.add_parser("collect")
     command.add_argument("run", type=Path)
     command.add_argument("table", type=Path)
+    command.add_argument("--metrics", nargs="+", default=[RETURN], help=f"default: {RETURN}")
     command = commands.add_parser("draw")
     command.add_argument("picture", type=Path)
     command.add_argument("title")
     command.add_argument("tables", type=Path, nargs="+")
     arguments = parser.parse_args()
     if arguments.command == "collect":
-        collect(arguments.run, arguments.table)
+        collect(arguments.run, arguments.table, arguments.metrics)
     else:
         draw(arguments.picture, arguments.title, arguments.tables)
 
