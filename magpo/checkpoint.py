@@ -10,6 +10,7 @@ is first held against the manifest, and then against what the reader expects: a 
 whole, or refused with one line that says why. Nothing in it is executed.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -46,6 +47,7 @@ def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, An
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     try:
+        _check_room(aside, parts)
         described = {}
         with _checkpointer() as checkpointer:
             for part, tree in parts.items():
@@ -63,6 +65,16 @@ def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, An
             shutil.rmtree(aside, ignore_errors=True)
         raise
     return final
+
+
+def _check_room(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Raise OSError where the disk is too full: of a write cut short Orbax prints a traceback.
+
+    Several processes would not agree, and wait for each other.
+    """
+    needed = 2**16 + sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
+    if jax.process_count() == 1 and shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def prune(root: Path, keep: int) -> None:
