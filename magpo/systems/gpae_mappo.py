@@ -493,7 +493,7 @@ def draw(
     number, reuse = state.num_rollouts, system.config.system.reuse
     buffer = jax.tree.map(lambda x, new: x.at[:, number % reuse].set(new), state.buffer, newest)
     chosen = jax.random.randint(key, (system.config.num_envs,), 0, jnp.minimum(number + 1, reuse))
-    drawn = jax.tree.map(lambda x: jax.vmap(lambda x, slot: x[slot])(x, chosen), buffer)
+    drawn = jax.vmap(lambda kept, slot: jax.tree.map(lambda x: x[slot], kept))(buffer, chosen)
     return state._replace(buffer=buffer, num_rollouts=number + 1), drawn
 
 
