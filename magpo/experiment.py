@@ -203,7 +203,7 @@ def _run(
                 with console.training():
                     result = _train(programs, config, recorder, saver, start)
             except KeyboardInterrupt:
-                saver.save_latest()
+                saver.stop()
                 raise
     except (KeyboardInterrupt, DivergenceError):
         console.line(f"stopped; everything up to here is in {folder}", "yellow")

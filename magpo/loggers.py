@@ -297,10 +297,15 @@ class Writer:
         self._unsaved: dict[str, Exception] = {}  # files, by sink, until a later attempt succeeds
         self._warned: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="magpo-writer", daemon=True)
+        self._abandoned = False
 
     def put(self, item: Measurement | Callable[[], object]) -> None:
         """Have a measurement written, or a job done after all that was put before."""
         self._queue.put(item)
+
+    def abandon(self) -> None:
+        """Leave the context at once, and do not tell what becomes of what is under way."""
+        self._abandoned = True
 
     def __enter__(self) -> "Writer":
         self._thread.start()
@@ -312,6 +317,8 @@ class Writer:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        if self._abandoned:
+            return
         self._queue.put(None)
         self._thread.join()
         if kind is None and (errors := self._unsaved | self._lost):
@@ -347,6 +354,6 @@ class Writer:
                 errors.pop(name, None)
         except Exception as error:
             errors[name] = error
-            if name not in self._warned:
+            if name not in self._warned and not self._abandoned:
                 self._warned.add(name)
                 self.warn(f"{name}: {error}; training goes on")

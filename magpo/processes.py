@@ -88,6 +88,20 @@ def agreed(decide: Callable[[], Any]) -> Any:
     return said["value"]
 
 
+def meet(where: str, timeout_s: int) -> bool:
+    """Wait until all processes are at the point of this name; whether they came in time."""
+    untyped: Any = jax.distributed
+    if not untyped.is_initialized():
+        return True
+    from orbax.checkpoint.multihost import sync_global_processes
+
+    try:
+        sync_global_processes(f"magpo {where}", timeout=timeout_s, processes=everyone())
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def leave() -> None:
     """Before an abrupt exit: wait, a little, until all are at this point.
 
@@ -95,9 +109,6 @@ def leave() -> None:
     the system runs late would else miss the first one.
     """
     untyped: Any = jax.distributed
-    if untyped.is_initialized():
-        from orbax.checkpoint.multihost import sync_global_processes
-
+    if untyped.is_initialized() and meet("leaves", timeout_s=20):
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            sync_global_processes("magpo leaves", timeout=10, processes=everyone())
             untyped.shutdown()

@@ -123,9 +123,11 @@ class Saver:
         self.idle = threading.Event()
         self.idle.set()
         self.latest: Callable[[], None] | None = None  # what could be saved, and was not yet
+        self.offered = 0  # the chunk of it, or of what was saved last
 
     def offer(self, chunk: int, state: Any, best: Any, measurements: Sequence[Measurement]) -> None:
         """A copy of the state after a chunk; the last chunk's is saved whatever it costs."""
+        self.offered = chunk
         self.latest = partial(self._save, chunk, state, best, list(measurements))
         if jax.process_count() > 1:
             self.idle.wait()
@@ -141,6 +143,16 @@ class Saver:
             self.idle.clear()
             self.writer.put(self.latest)
         self.latest = None
+
+    def stop(self) -> None:
+        """Save what can be, before an early end.
+
+        Several processes may be stopped one chunk apart: nobody then waits for a checkpoint that
+        the others have no part in, and the one before it stays the newest.
+        """
+        self.save_latest()
+        if not processes.meet(f"stops after chunk {self.offered}", timeout_s=10):
+            self.writer.abandon()
 
     def _save(self, chunk: int, state: Any, best: Any, measurements: list[Measurement]) -> None:
         start = time.monotonic()

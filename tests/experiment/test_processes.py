@@ -22,20 +22,20 @@ SHORT = [
 TWO_SEEDS = [*SHORT, "seeds=[0,1]", "total_steps=1920", "num_evaluations=30"]
 
 
-def begin(overrides, environment=None):
+def begin(overrides, environment=None, program=("-m", "magpo.systems.magpo")):
     """A process that trains with these overrides."""
-    command = [sys.executable, "-m", "magpo.systems.magpo", *overrides]
+    command = [sys.executable, *program, *overrides]
     pipe = subprocess.PIPE
     env = os.environ | (environment or {})
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
-def begin_two(overrides):
+def begin_two(overrides, **of_each):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     of_both = [f"distributed.coordinator={coordinator}", "distributed.num_processes=2"]
-    return [begin([*overrides, *of_both, f"distributed.process_id={i}"]) for i in range(2)]
+    return [begin([*overrides, *of_both, f"distributed.process_id={i}"], **of_each) for i in (0, 1)]
 
 
 def ends(processes, code):
@@ -86,6 +86,36 @@ def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
     assert again.keys() == expected.keys()
     for name in again:
         np.testing.assert_array_equal(again[name], expected[name], err_msg=name)
+
+
+# What SIGTERM does to a process after it offers chunk 3 for saving, to the other one before.
+ONE_CHUNK_APART = """
+import os, signal, sys
+from magpo import saving
+from magpo.experiment import main
+from magpo.systems import magpo
+
+ahead, offer = sys.argv.pop(1), saving.Saver.offer
+
+def stopped(saver, chunk, *rest):
+    if chunk < 3 or f"distributed.process_id={ahead}" in sys.argv:
+        offer(saver, chunk, *rest)
+    if chunk == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+saving.Saver.offer = stopped
+main(magpo)
+"""
+
+
+@pytest.mark.parametrize("ahead", ["0", "1"])
+def test_stopped_one_chunk_apart_they_keep_the_checkpoint_of_both(tmp_path, ahead):
+    program = ("-c", ONE_CHUNK_APART, ahead)
+    stopped = [*TWO_SEEDS, f"results_dir={tmp_path}"]
+    printed = ends(begin_two(stopped, program=program), 143)
+    assert "warning" not in printed[0][0]
+    checkpoints = (only_run(tmp_path) / "checkpoints").glob("0*")
+    assert sorted(int(folder.name) for folder in checkpoints) == [1, 2]
 
 
 def test_waiting_for_the_others_is_said_and_can_be_ended(tmp_path):
