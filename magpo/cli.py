@@ -165,7 +165,8 @@ def _help(name: str, folders: Sequence[Path]) -> str:
     for group in ("budget", "logger"):
         text.append(f"{group}: " + " | ".join(config.option_names(folders, group)))
     text += ["flags: --cfg job (print the configuration), --multirun (a=1,2 sweeps), --help"]
-    for file in ("experiment", "budget/paper", "logger/default", name):
+    budgets = [f"budget/{option}" for option in config.option_names(folders, "budget")]
+    for file in ("experiment", *budgets, "logger/default", name):
         path = next(path for folder in folders if (path := folder / f"{file}.yaml").is_file())
         body = re.sub(r"(?m)^(# @package.*|defaults:\n(  - .*\n)*)\n?", "", path.read_text())
         text += ["", f"{file}.yaml", *(f"  {line}".rstrip() for line in body.strip().splitlines())]

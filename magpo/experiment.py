@@ -139,6 +139,7 @@ def run(system_module: ModuleType, config: RunConfig, env: Environment | None = 
     if config.logger.neptune:
         require_neptune()
     env = env or make_env(config)
+    _check_global_state(env, config)
     system = system_module.make(config.algorithm, env)
     programs = build_programs(system_module, system, env, config)
     shapes = shapes_of(programs, config)
@@ -153,11 +154,26 @@ def run(system_module: ModuleType, config: RunConfig, env: Environment | None = 
 def make_env(config: RunConfig) -> Environment:
     """The run's environment, with a global state where the system asks for it by a property
     `global_state` of its Config. Raises ConfigError."""
-    global_state = getattr(config.algorithm, "global_state", False)
     try:
-        return envs.make(config.env.name, global_state=global_state, **config.env.options)
+        return envs.make(
+            config.env.name, global_state=_needs_global_state(config), **config.env.options
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _needs_global_state(config: RunConfig) -> bool:
+    return getattr(config.algorithm, "global_state", False)
+
+
+def _check_global_state(env: Environment, config: RunConfig) -> None:
+    """Raise ConfigError where an environment of the caller's has none, or one too many."""
+    needed = _needs_global_state(config)
+    if needed != (env.observation_spec.global_state is not None):
+        raise ConfigError(
+            f"{config.system} as configured needs an environment with global_state={needed}: "
+            f"magpo.envs.make(..., global_state={needed})"
+        )
 
 
 def _claimed_folder(config: RunConfig, stack: ExitStack) -> Path:

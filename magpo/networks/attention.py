@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import orthogonal
 
-from magpo.networks.torsos import Dense
+from magpo.networks.torsos import Dense, parts
 from magpo.types import Array
 
 
@@ -30,7 +30,7 @@ class Attention(nn.Module):
     def setup(self) -> None:
         init = orthogonal(0.01)
         self.query = Dense(self.embed_dim, kernel_init=init)
-        self.key_value = Dense(2 * self.embed_dim, kernel_init=init)
+        self.key_value = Dense(2 * self.embed_dim, kernel_init=parts(init, 2))
         self.output = Dense(self.embed_dim, kernel_init=init)
 
     def _project(self, x_query: Array, x_key: Array) -> tuple[Array, Array, Array]:

@@ -42,17 +42,19 @@ class Categorical(NamedTuple):
 
 
 class TanhNormal(NamedTuple):
-    """Continuous actions in (-1, 1). Masked (padded) dimensions leave log-prob, entropy and KL."""
+    """Continuous actions in (-1, 1). Masked (padded) dimensions are 0; they leave log-prob, entropy
+    and KL."""
 
     mean: Array  # (..., A), before tanh
     std: Array  # (..., A)
     mask: Array  # (..., A) bool
 
     def sample(self, key: Array) -> Array:
-        return self.mean + self.std * jax.random.normal(key, self.mean.shape)
+        noise = jax.random.normal(key, self.mean.shape)
+        return jnp.where(self.mask, self.mean + self.std * noise, 0.0)
 
     def mode(self) -> Array:
-        return self.mean
+        return jnp.where(self.mask, self.mean, 0.0)
 
     def log_prob(self, action: Array) -> Array:
         normal = -0.5 * ((action - self.mean) / self.std) ** 2 - jnp.log(self.std) - _HALF_LOG_2PI

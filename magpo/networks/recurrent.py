@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.linen.initializers import lecun_normal, orthogonal, zeros_init
 
 from magpo.networks.heads import ActionKind, Policy, PolicyHead, executed_action
-from magpo.networks.torsos import Dense
+from magpo.networks.torsos import Dense, parts
 from magpo.types import Array
 
 
@@ -96,16 +96,6 @@ def _gru_backward(residuals: tuple, d_hiddens: Array) -> tuple:
 gru_scan.defvjp(_gru_forward, _gru_backward)
 
 
-def _gate_kernels(init):
-    """Initialise a (D, 3H) kernel gate by gate, as three (D, H) ones."""
-
-    def initializer(key, shape, dtype=jnp.float32):
-        keys = jax.random.split(key, 3)
-        return jnp.concatenate([init(k, (shape[0], shape[1] // 3), dtype) for k in keys], axis=1)
-
-    return initializer
-
-
 class GRU(nn.Module):
     """(T, B, D) inputs to (T, B, H) hidden states; as Cho et al. (2014), in cuDNN's form."""
 
@@ -114,9 +104,9 @@ class GRU(nn.Module):
     @nn.compact
     def __call__(self, hidden: Array, inputs: Array, reset_before: Array) -> Array:
         width = 3 * self.hidden_dim
-        kernel_init = _gate_kernels(lecun_normal())
+        kernel_init = parts(lecun_normal(), 3)
         projected = Dense(width, kernel_init=kernel_init, name="input")(inputs)
-        kernel = self.param("kernel", _gate_kernels(orthogonal()), (self.hidden_dim, width))
+        kernel = self.param("kernel", parts(orthogonal(), 3), (self.hidden_dim, width))
         bias = self.param("bias", zeros_init(), (self.hidden_dim,))
         return gru_scan(hidden, projected, reset_before, kernel, bias)
 

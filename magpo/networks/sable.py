@@ -43,13 +43,13 @@ class _EncoderBlock(nn.Module):
 
     def setup(self) -> None:
         self.retention = Retention(self.embed_dim, self.n_head)
-        self.norms = [nn.RMSNorm() for _ in range(1 + self.ffn)]
+        self.norms = [nn.RMSNorm() for _ in range(2)]
         if self.ffn:
             self.feed_forward = SwiGLU()
 
     def finish(self, x: Array, retained: Array) -> Array:
         x = self.norms[0](x + retained)
-        return self.norms[1](x + self.feed_forward(x)) if self.ffn else x
+        return self.norms[1](x + self.feed_forward(x) if self.ffn else x)
 
     def chunkwise(self, x: Array, position: Array, state: Array, weights: ChunkWeights) -> Array:
         x_key = x + position
@@ -68,13 +68,13 @@ class _DecoderBlock(nn.Module):
     def setup(self) -> None:
         self.self_retention = Retention(self.embed_dim, self.n_head)
         self.cross_retention = Retention(self.embed_dim, self.n_head)
-        self.norms = [nn.RMSNorm() for _ in range(2 + self.ffn)]
+        self.norms = [nn.RMSNorm() for _ in range(3)]
         if self.ffn:
             self.feed_forward = SwiGLU()
 
     def finish(self, encoded: Array, retained: Array) -> Array:
         x = self.norms[1](encoded + retained)
-        return self.norms[2](x + self.feed_forward(x)) if self.ffn else x
+        return self.norms[2](x + self.feed_forward(x) if self.ffn else x)
 
     def chunkwise(
         self,

@@ -1,7 +1,9 @@
 """Small feed-forward pieces of sequence models."""
 
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -15,6 +17,17 @@ def _flat_dot_general(x: Array, kernel: Array, *_args, **_kwargs) -> Array:
 
 
 Dense = partial(nn.Dense, dot_general=_flat_dot_general)
+
+
+def parts(init: Any, number: int) -> Any:
+    """Initialise a (D, number * F) kernel as that many of (D, F), side by side."""
+
+    def initializer(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        width = shape[1] // number
+        keys = jax.random.split(key, number)
+        return jnp.concatenate([init(k, (shape[0], width), dtype) for k in keys], axis=1)
+
+    return initializer
 
 
 class SwiGLU(nn.Module):

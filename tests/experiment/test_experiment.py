@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ from experiment.counting import (
     run,
 )
 from magpo import config as configuration
-from magpo import experiment, loggers, runs
+from magpo import envs, experiment, loggers, runs
 from magpo.config import ConfigError, EnvConfig, LoggerConfig
 from magpo.console import Console
 
@@ -341,6 +342,15 @@ def test_an_environment_that_refuses_its_options_is_bad_input(config):
     bad = dataclasses.replace(config, env=EnvConfig("coordsum/3x10-30", {"walls": 2}))
     with pytest.raises(ConfigError, match="walls"):
         experiment.run(SYSTEM, bad)
+
+
+@pytest.mark.parametrize(("system", "has"), [("mappo", False), ("happo", False), ("sable", True)])
+def test_an_environment_without_the_right_global_state_is_bad_input(system, has):
+    env = envs.make("coordsum/3x10-30", global_state=has)
+    module = import_module(f"magpo.systems.{system}")
+    config = configuration.load(system, ["env=coordsum/3x10-30"])
+    with pytest.raises(ConfigError, match=f"{system} as configured needs .*global_state={not has}"):
+        experiment.run(module, config, env)
 
 
 def test_console_has_one_line_per_evaluation_and_the_end(config, capsys):

@@ -46,6 +46,7 @@ def test_tanh_normal_integrates_to_one_and_pads_nothing():
     policy = TanhNormal(mean, std, jnp.array([True, False]))
     action = np.linspace(-1 + 1e-6, 1 - 1e-6, 200_001)
     raw = jnp.stack([jnp.arctanh(jnp.asarray(action)), jnp.full(action.shape, 9.0)], axis=-1)
+    assert (policy.sample(KEY)[1], policy.mode()[1]) == (0, 0)
     density = np.exp(policy.log_prob(raw))
     assert abs(np.trapezoid(density, action) - 1) < 1e-3
     # At saturation the log-prob stays finite, and its ratio to itself is exactly 1.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magpo.networks.attention import Attention
 from magpo.networks.mat import MAT
 from magpo.types import Observation
 
@@ -25,6 +26,15 @@ def acted(request):
     params = jax.tree.map(lambda x: x * 6.0, params)  # away from a uniform policy
     out = jax.jit(lambda: model.apply(params, (), observation, None, keys[3], method="act"))()
     return model, params, observation, out
+
+
+def test_queries_keys_and_values_each_begin_orthogonal():
+    layer = Attention(embed_dim=8, n_head=2)
+    token = jnp.ones((1, N, 8))
+    params = layer.init(jax.random.key(0), token, token, False)["params"]
+    key, value = jnp.split(params["key_value"]["kernel"], 2, axis=1)
+    for kernel in (params["query"]["kernel"], key, value, params["output"]["kernel"]):
+        np.testing.assert_allclose(kernel @ kernel.T, 1e-4 * np.eye(8), atol=1e-9)
 
 
 def test_acting_is_training(acted):

@@ -159,4 +159,7 @@ def test_feed_forward_layers_train_or_are_absent():
     without = jax.eval_shape(
         sable(3, ffn=False).init, jax.random.key(1), carry, observation, action, jnp.asarray(RESETS)
     )
-    assert "feed_forward" not in str(jax.tree_util.tree_structure(without))
+    structure = str(jax.tree_util.tree_structure(without))
+    assert "feed_forward" not in structure
+    # The norm behind it stays: released, it follows the layer that adds nothing.
+    assert structure.count("norms_") == str(jax.tree_util.tree_structure(params)).count("norms_")

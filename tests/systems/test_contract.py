@@ -31,7 +31,7 @@ def test_before_an_update_training_recomputes_what_acting_stored(name):
     assert (step_count != step_count[0]).any()  # episodes begin and end at different steps
 
 
-@pytest.mark.parametrize("name", ["mappo", "mat", "sable", "gpae", "gpae, no memory", "happo"])
+@pytest.mark.parametrize("name", cases.CASES)
 def test_before_an_update_continuous_actions_too(name):
     case = cases.build(name, "mpe/simple_spread_3ag")
 
