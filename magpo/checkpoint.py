@@ -83,6 +83,15 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def set_aside(root: Path, after: int) -> None:
+    """Rename the checkpoints of later chunks: of a future that will be another one's."""
+    for folder in checkpoints(root):
+        if int(folder.name) > after:
+            aside = folder.with_name(f"{folder.name}.unusable")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
 def checkpoints(root: Path) -> list[Path]:
     """The finished ones, newest first; whether they are whole is not looked at."""
     folders = root.iterdir() if root.is_dir() else []

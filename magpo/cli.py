@@ -78,6 +78,13 @@ def key_values(
     return values
 
 
+def within(given: Mapping[str, Any], **bounds: tuple[int, int]) -> None:
+    """Raise ConfigError where a number among `given` is not within its key's bounds."""
+    for key, (low, high) in bounds.items():
+        if key in given and not low <= given[key] <= high:
+            raise ConfigError(f"{key} must be at least {low} and at most {high}, not {given[key]}")
+
+
 def command(usage: str, run: Callable[[Sequence[str]], None]) -> None:
     """A command of key=value arguments; without any, or with --help, its usage is printed."""
     arguments = sys.argv[1:]
@@ -131,7 +138,8 @@ def _hydra_app(
             override.key_or_group != "hydra/sweeper" for override in parsed
         ):
             for job in BasicSweeper.split_arguments(parsed, None)[0]:
-                config.load(system, job, config_dir)
+                if config.load(system, job, config_dir).resume not in (None, "auto"):
+                    raise ConfigError("resume=<folder> goes without flags; a sweep has resume=auto")
         hydra.main(config_path=str(folders[0]), config_name=name, version_base="1.3")(run_job)()
     except HydraException as error:
         raise ConfigError(str(error).partition("\n")[0]) from error

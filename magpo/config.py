@@ -105,7 +105,7 @@ class RunConfig:
     algorithm: Any  # the system module's `Config`
     seeds: tuple[Seed, ...]
     seeds_per_batch: PositiveInt | None  # of those on one device; None: all
-    total_steps: Annotated[int, BeforeValidator(_whole), Field(gt=0)]  # as asked for
+    total_steps: Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=10**15)]  # as asked for
     num_envs: PositiveInt
     rollout_length: PositiveInt
     num_evaluations: PositiveInt
@@ -133,6 +133,12 @@ class RunConfig:
                 f"total_steps must be at least {needed}{lower}, not {self.total_steps}: an update "
                 f"takes num_envs * rollout_length = {self.steps_per_update} steps, and each of the "
                 f"{self.num_evaluations} evaluations follows one"
+            )
+        if self.num_updates >= 2**31:
+            raise ValueError(
+                f"total_steps must be below {2**31 * self.steps_per_update}, not "
+                f"{self.total_steps}: an update takes num_envs * rollout_length = "
+                f"{self.steps_per_update} steps, and there can be {2**31 - 1} updates"
             )
 
     @property
@@ -174,9 +180,12 @@ def load(
     tuned/ files too. Raises ConfigError.
     """
     name, folders = locate(system, config_dir)
-    resumed = [text for text in overrides if re.match(r"resume=(?!auto$|null$)", text)]
-    if resumed:
-        return _resumed(system, name, folders, Path(parse(resumed[-1]).value()), overrides)
+    given = [o for o in map(parse, overrides) if o.key_or_group == "resume" and not o.is_delete()]
+    folder = given[-1].value() if given else None
+    if folder not in (None, "auto"):
+        if not isinstance(folder, str):
+            raise ConfigError(f"{given[-1].input_line!r}: resume must be a run's folder or auto")
+        return _resumed(system, name, folders, Path(folder), overrides)
     return build(system, name, folders, *_compose(name, overrides, folders))
 
 
@@ -195,19 +204,24 @@ def dump(config: RunConfig) -> dict[str, Any]:
 
 def read(system: str | ModuleType, file: Path) -> RunConfig:
     """A run's config.yaml, checked like a new one. Raises ConfigError."""
-    name, _ = locate(system, None)
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        run = values["run"]
-        if run["system"] != name:
-            raise ConfigError(f"{file}: a run of {run['system']}, not of {name}")
-        return _check(system, name, values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read ({type(error).__name__})") from error
+    return from_values(system, values, file)
+
+
+def from_values(system: str | ModuleType, values: Any, source: Path) -> RunConfig:
+    """A run's configuration from plain values, those of `dump`. Raises ConfigError."""
+    name, _ = locate(system, None)
+    try:
+        if values["run"]["system"] != name:
+            raise ConfigError(f"a run of {values['run']['system']}, not of {name}")
+        return _check(system, name, values)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: not the configuration of a run") from error
+        raise ConfigError(f"{source}: not the configuration of a run") from error
     except ValueError as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
@@ -241,7 +255,11 @@ def _resumed(
     overrides: Sequence[str],
 ) -> RunConfig:
     """The configuration of the run in `folder`, with the overrides applied to it."""
-    if not (folder / "config.yaml").is_file():
+    try:
+        found = (folder / "config.yaml").is_file()
+    except OSError as error:
+        raise ConfigError(f"resume: the folder cannot be read: {error.strerror}") from error
+    if not found:
         raise ConfigError(f"resume={folder}: no run there (it has no config.yaml); or resume=auto")
     values = dump(read(system, folder / "config.yaml"))
     values |= deepcopy(OF_THIS_PROCESS) | {"resume": str(folder)}
@@ -258,10 +276,11 @@ def _resumed(
             values["logger"] = dump(build(system, name, folders, chosen, choices))["logger"]
         elif key != "resume":
             *parents, last = key.split(".")
-            group = values
+            group: Any = values
             for parent in parents:
                 group = group.get(parent, {}) if isinstance(group, dict) else {}
-            if last not in group or override.is_add() or override.is_delete():
+            new = not isinstance(group, dict) or last not in group
+            if new or override.is_add() or override.is_delete():
                 raise ConfigError(unknown_key(key, list(_keys(values))))
             group[last] = value
     return _check(system, name, values)
@@ -337,7 +356,7 @@ def _compose(
     overrides = _checked(overrides, folders)
     try:
         return _hydra_compose(name, overrides, folders)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(error, name, overrides, folders)) from error
 
 
@@ -367,6 +386,10 @@ def _checked(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
         key, value = override.key_or_group, override.value()
         if override.is_sweep_override():
             raise ConfigError(f"{text!r}: a list is written [0,1], a sweep needs --multirun")
+        if override.package is not None:
+            raise ConfigError(f"{text!r}: write {key}=<value>, without @{override.package}")
+        if key.partition(".")[0] == "run":  # what `dump` says of a run, not to be given
+            raise ConfigError(unknown_key(key, []))
         if override.is_delete():
             continue
         if key in known and value not in known[key]:
@@ -384,16 +407,17 @@ def spell_tuned(overrides: Sequence[str]) -> list[str]:
     off = "tuned='false'"
     words = {"tuned=true": [], "tuned=false": [off], off: [off]}
     for text in overrides:
-        if text.startswith("tuned=") and text.lower() not in words:
+        plain = text.lower().lstrip("+")
+        if plain.startswith("tuned=") and plain not in words:
             raise ConfigError(f"tuned must be true or false, not {text.partition('=')[2]!r}")
-    return [new for text in overrides for new in words.get(text.lower(), [text])]
+    return [new for text in overrides for new in words.get(text.lower().lstrip("+"), [text])]
 
 
 def parse(text: str) -> Override:
     """One argument, key=value in Hydra's grammar. Raises ConfigError."""
     try:
         return OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError) as error:
         raise ConfigError(
             f"cannot read {text!r}: write key=value, a list as key=[0,1], special characters as "
             "\"key='...'\""
@@ -408,7 +432,7 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], folders: Seq
     try:  # with the files chosen, and no value overridden
         choices = [text for text, o in parsed if o.key_or_group in GROUPS]
         known = [*_keys(_hydra_compose(name, choices, folders)[0]), *GROUPS, "tuned"]
-    except HydraException:  # the fault is in a file
+    except (HydraException, ValueError):  # the fault is in a file
         return str(error).partition("\n")[0]
     for _, o in parsed:
         key = o.key_or_group

@@ -104,7 +104,7 @@ usage: python -m magpo.evaluate run=<folder> [key=value ...]
   run=<folder>           a run's results folder; its best policies are played, all seeds'
   episodes=320           per seed, >= 1
   greedy=false           true: the most likely actions instead of sampled ones
-  seed=0                 of the episodes, >= 0
+  seed=0                 of the episodes, 0 .. 2**32 - 1
   env=<suite>/<task>     another task than the run's, where the shapes allow
   env.<option>=<value>   options of the task; by default the run's"""
 
@@ -119,6 +119,7 @@ def _main(arguments: Sequence[str]) -> None:
 
     keys = {"run": str, "episodes": int, "greedy": bool, "seed": int, "env": str}
     given = cli.key_values(arguments, keys, open_group="env")
+    cli.within(given, episodes=(1, 2**31 - 1), seed=(0, 2**32 - 1))
     if "run" not in given:
         raise ConfigError("run=<folder> is missing")
     trained = policy.read(given["run"])
@@ -131,8 +132,6 @@ def _main(arguments: Sequence[str]) -> None:
         raise ConfigError(str(error)) from error
     policy.check_fits(trained, env)
     episodes, greedy = given.get("episodes", 320), given.get("greedy", False)
-    if episodes < 1 or given.get("seed", 0) < 0:
-        raise ConfigError("episodes must be at least 1 and seed at least 0")
 
     system = trained.module.make(trained.config.algorithm, env)
     keys_ = jax.random.split(jax.random.key(given.get("seed", 0)), len(trained.config.seeds))

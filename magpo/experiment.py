@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +104,7 @@ def main(system_module: ModuleType) -> None:
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        cli.hydra_main(system_module, run)
+        cli.hydra_main(system_module, _job)
         return
     except (DivergenceError, LoggingError) as error:
         print("error:", error, file=sys.stderr)
@@ -114,6 +115,19 @@ def main(system_module: ModuleType) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # an orderly exit would first wait for the chunk that is under way
+
+
+def _job(system_module: ModuleType, config: RunConfig) -> None:
+    """A run, maybe in a process of a launcher's, which would ignore SIGTERM."""
+    of_main = signal.getsignal(signal.SIGTERM) is _stop
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+    try:
+        run(system_module, config)
+    except KeyboardInterrupt:
+        if of_main or not _signals:
+            raise
+        sys.exit(128 + _signals[0])
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -180,11 +194,16 @@ def _claimed_folder(config: RunConfig, stack: ExitStack) -> Path:
     """The run's, a new one or that of the run to be resumed, where nobody else then works."""
     if config.resume not in (None, "auto"):
         folder = Path(str(config.resume))
-    else:
+        stack.enter_context(runs.working(folder))
+        return folder
+    while True:
         found = runs.newest_unfinished(config) if config.resume else None
         folder = found or runs.create(config)
-    stack.enter_context(runs.working(folder))
-    return folder
+        try:
+            stack.enter_context(runs.working(folder))
+        except ConfigError:  # another job was faster
+            continue
+        return folder
 
 
 def _run(
@@ -202,6 +221,8 @@ def _run(
     log = JsonLines(info, start.log_bytes if start else 0) if processes.is_first() else None
     sinks: list[Sink] = [log, *_other_sinks(info, config, start)] if log else []
     console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
+    if log and start and log.size < start.log_bytes:
+        console.warn(f"{log.path} is shorter than it was: records are missing")
     earlier = start.measurements if start else []
     for measurement in earlier:
         console.resume(measurement)
@@ -218,7 +239,7 @@ def _run(
             try:
                 with console.training():
                     result = _train(programs, config, recorder, saver, start)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # the latter a launcher's, out of its handler
                 saver.stop()
                 raise
     except (KeyboardInterrupt, DivergenceError):
@@ -235,7 +256,8 @@ def _other_sinks(info: Run, config: RunConfig, start: Start | None) -> list[Sink
         for sink in sinks:
             sink.write(measurement)
     if config.logger.tensorboard:
-        sinks.append(TensorBoard(info, start.measurements[-1].env_steps[0] if start else None))
+        resumed_at = start.measurements[-1].env_steps[0] if start else -1
+        sinks.append(TensorBoard(info, resumed_at if config.resume else None))
     if config.logger.neptune:
         values = configuration.dump(config)
         sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, values))

@@ -115,8 +115,10 @@ class JsonLines:
         self.run = run
         self.path = run.folder / "metrics.jsonl"
         self.file = self.path.open("a+b", buffering=0)
-        self.size = min(keep_bytes, self.path.stat().st_size)  # bytes that are surely on file
+        kept = self.path.read_bytes()[:keep_bytes]
+        self.size = kept.rfind(b"\n") + 1  # bytes that are surely on file, whole lines
         self.unwritten = bytearray()
+        self.ends: dict[int | None, int] = {}  # bytes, by chunk
 
     def write(self, measurement: Measurement) -> None:
         run = self.run
@@ -133,12 +135,16 @@ class JsonLines:
                 "value": value,
             }
             self.unwritten += json.dumps(record).encode() + b"\n"
+        self.ends[measurement.chunk] = self.size + len(self.unwritten)
         with contextlib.suppress(OSError):  # a full disk: tried again, and raised, by `save`
             self._append()
 
     def _append(self) -> None:
         """Also what an earlier attempt, on a full disk, left unwritten."""
-        if not self.path.exists():  # removed; the open file still has it all
+        removed = not self.path.exists()
+        if not (removed or self.unwritten):
+            return  # what a resumed run will write anew stays until then
+        if removed:  # removed; the open file still has it all
             self.file.seek(0)
             self.unwritten[:0] = self.file.read(self.size)
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,15 +60,19 @@ def read(folder: str | Path, system: ModuleType | None = None) -> Trained:
     folder = Path(folder)
     module = system or _system(folder)
     name = module.__name__.rpartition(".")[2]
-    run = config.read(system or name, folder / "config.yaml")
     found = runs.newest_checkpoint(folder)
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
     path, meta = found
+    run = config.from_values(
+        system or name, meta["config"], path
+    )  # its own: config.yaml can be edited
     try:
         record = checkpoint.load_named(path, meta, "record")
         env = TypeAdapter(EnvSpec).validate_json(json.dumps(meta["env"]), strict=True)
         score, chunk = record["best.score"], record["best.chunk"]
+        if len(score) != len(run.seeds):
+            raise CheckpointError(f"parameters of {len(score)} seeds, not {len(run.seeds)}")
     except (CheckpointError, ValidationError, KeyError) as error:
         raise ConfigError(f"{path}: {str(error).partition(chr(10))[0]}") from error
     params: dict[str, Any] = {}

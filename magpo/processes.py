@@ -26,7 +26,7 @@ def join(config: DistributedConfig) -> None:
 
     They are those that `config` says, or else the tasks of this SLURM job step. Raises ConfigError.
     """
-    in_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    in_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
     if jax.distributed.is_initialized() or not (config.coordinator or in_slurm):
         return
     settings: Any = jax.config

@@ -24,7 +24,7 @@ usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
   out=<file>             where to (default: <task>.gif, for MABrax <task>.html)
   steps=500              at most this many, >= 1
   greedy=false           true: the policy's most likely actions
-  seed=0                 of the episode, >= 0"""
+  seed=0                 of the episode, 0 .. 2**32 - 1"""
 
 
 class Episode(NamedTuple):
@@ -108,9 +108,8 @@ def _main(arguments: Sequence[str]) -> None:
     given = cli.key_values(arguments, keys, open_group="env")
     if ("run" in given) == ("env" in given):
         raise ConfigError("give env=<suite>/<task> or run=<folder>, one of them")
+    cli.within(given, steps=(1, 2**31 - 1), seed=(0, 2**32 - 1))
     steps, seed = given.get("steps", 500), given.get("seed", 0)
-    if steps < 1 or seed < 0:
-        raise ConfigError("steps must be at least 1 and seed at least 0")
     trained = policy.read(given["run"]) if "run" in given else None
     task = trained.env.name if trained else given["env"]
     own = trained.config.env.options if trained else {}
@@ -121,7 +120,10 @@ def _main(arguments: Sequence[str]) -> None:
         raise ConfigError(str(error)) from error
     suite = task.partition("/")[0]
     as_html = suite == "mabrax"
-    out = Path(given.get("out") or task.replace("/", "_") + (".html" if as_html else ".gif"))
+    suffix = ".html" if as_html else ".gif"
+    out = Path(given.get("out") or task.replace("/", "_") + suffix)
+    if out.suffix.lower() != suffix:
+        raise ConfigError(f"out={out}: must be a file's name that ends in {suffix}")
     if trained:
         policy.check_fits(trained, env)
     acting = policy.build(trained, env=env) if trained else None

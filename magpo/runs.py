@@ -10,9 +10,10 @@ import errno
 import json
 import shlex
 import sys
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -33,6 +34,11 @@ if sys.platform != "win32":
     import fcntl
 
 STATUS, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", ".lock", "checkpoints"
+# What reading a damaged file raises.
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
+    *(RecursionError, yaml.YAMLError),
+)
 
 
 def create(config: RunConfig) -> Path:
@@ -64,15 +70,23 @@ def newest_unfinished(config: RunConfig) -> Path | None:
     wanted = configuration.dump(config)
     for folder in sorted(parent.glob(f"*/{STATUS}"), reverse=True):
         folder = folder.parent
-        if status(folder) in ("finished", "running"):
+        if status(folder) in ("finished", "running", "unknown"):
             continue
-        try:
-            found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-            if not configuration.differences(found, wanted):
+        with suppress(ConfigError):
+            if not configuration.differences(read_config(folder), wanted):
                 return folder
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
-            continue  # not a run that could be resumed
     return None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The values in the run's config.yaml, not checked. Raises ConfigError."""
+    try:
+        values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+    except UNREADABLE as error:
+        raise ConfigError(f"{folder / CONFIG}: cannot be read ({type(error).__name__})") from error
+    raise ConfigError(f"{folder / CONFIG}: not the configuration of a run")
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -85,7 +99,7 @@ def identity(folder: Path) -> str:
     """The id that the run's checkpoints carry. Raises ConfigError."""
     try:
         return str(_read_status(folder)["id"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{folder / STATUS}: cannot be read") from error
 
 
@@ -124,11 +138,16 @@ def status(folder: Path) -> str:
     with _try_lock(folder) as free:
         if not free:
             return "running"
-        try:
-            last = _read_status(folder)["status"]
-        except (OSError, ValueError, TypeError, KeyError):
-            return "unknown"
-    return "stopped" if last == "running" else str(last)
+        last = last_status(folder)
+    return "stopped" if last == "running" else last
+
+
+def last_status(folder: Path) -> str:
+    """What run.json says, whoever works there; unknown where it cannot be read."""
+    try:
+        return str(_read_status(folder)["status"])
+    except UNREADABLE:
+        return "unknown"
 
 
 @contextmanager
@@ -138,7 +157,7 @@ def working(folder: Path) -> Iterator[None]:
     The lock is the operating system's: it goes with the process, however that ends. Raises
     ConfigError if another process has it.
     """
-    with _try_lock(folder) as free:
+    with _try_lock(folder, attempts=20) as free:
         if not free:
             raise ConfigError(f"{folder}: another process is at work on this run")
         yield
@@ -151,14 +170,15 @@ def recorded(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _set_status(folder, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        _set_status(folder, "interrupted" if stopped else "failed")
         raise
     _set_status(folder, "finished")
 
 
 @contextmanager
-def _try_lock(folder: Path) -> Iterator[bool]:
-    """Whether the folder's lock is ours within this context."""
+def _try_lock(folder: Path, attempts: int = 1) -> Iterator[bool]:
+    """Whether the folder's lock is ours within this context; for a moment, `status` holds it."""
     try:
         file: IO[bytes] = (folder / LOCK).open("ab")
     except OSError:
@@ -166,11 +186,15 @@ def _try_lock(folder: Path) -> Iterator[bool]:
         return
     with file:
         free = True
-        if sys.platform != "win32":
+        for _ in range(attempts if sys.platform != "win32" else 0):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = True
             except OSError as error:  # some network file systems have no locks at all
                 free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+            if free:
+                break
+            time.sleep(0.05)
         yield free
 
 
@@ -216,27 +240,28 @@ class Summary(NamedTuple):
 
 
 def summaries(root: Path) -> list[Summary]:
-    """The runs anywhere under a folder, in the order in which they began."""
-    found = []
-    for file in sorted(root.rglob(STATUS), key=lambda file: file.parent.name):
-        folder = file.parent
-        try:
-            values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-            about, seeds = values["run"], len(values["seeds"])
-            per_chunk = values["num_envs"] * values["rollout_length"] * values["num_evaluations"]
-            total = values["total_steps"] // per_chunk * per_chunk
-            returns = _last_returns(folder / "metrics.jsonl", seeds)
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-            continue  # not a run of this version
-        steps = max((record["env_steps"] for record in returns), default=0)
+    """The runs anywhere under a folder, in the order in which they began.
+
+    Damaged ones, and another version's, as far as they can be read.
+    """
+    files = sorted(root.rglob(STATUS), key=lambda file: file.parent.name)
+    return [_summary(file.parent) for file in files if (file.parent / CONFIG).exists()]
+
+
+def _summary(folder: Path) -> Summary:
+    run = Summary(folder, "?", "?", 0, "unknown", 0, 0, None)
+    with suppress(*UNREADABLE):
+        values = read_config(folder)
+        system, task = str(values["run"]["system"]), str(values["run"]["env"])
+        run = run._replace(system=system, task=task, num_seeds=len(values["seeds"]))
+        per_chunk = values["num_envs"] * values["rollout_length"] * values["num_evaluations"]
+        run = run._replace(total_steps=int(values["total_steps"] // per_chunk * per_chunk))
+        run = run._replace(status=status(folder))
+        returns = _last_returns(folder / "metrics.jsonl", run.num_seeds)
+        run = run._replace(steps=int(max((record["env_steps"] for record in returns), default=0)))
         scores = [record["value"] for record in returns if record["value"] is not None]
-        mean = sum(scores) / len(scores) if scores else None
-        found.append(
-            Summary(
-                folder, about["system"], about["env"], seeds, status(folder), steps, total, mean
-            )
-        )
-    return found
+        run = run._replace(last_return=sum(scores) / len(scores) if scores else None)
+    return run
 
 
 def _last_returns(file: Path, num_seeds: int) -> list[dict[str, Any]]:
@@ -275,13 +300,19 @@ def main() -> None:
     for run in runs:
         last = "-" if run.last_return is None else f"{run.last_return:.3g}"
         numbers = [str(run.num_seeds), f"{run.steps:,}", f"{run.total_steps:,}", last]
-        table.add_row(run.folder.name, run.system, run.task, run.status, *numbers)
+        words = map(_shown, (run.folder.name, run.system, run.task, run.status))
+        table.add_row(*words, *numbers)
     console = Console(highlight=False)
     console.width = max(console.width, 120)
     console.print(table)
     for run in runs:
         if run.resume:
-            console.print(Text(run.resume), soft_wrap=True)
+            console.print(_shown(run.resume), soft_wrap=True)
+
+
+def _shown(text: str) -> Text:
+    """No markup, and nothing that a terminal would obey."""
+    return Text("".join(c if c.isprintable() else "?" for c in text))
 
 
 if __name__ == "__main__":

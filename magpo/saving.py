@@ -35,10 +35,12 @@ def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | Non
     """What the run's newest usable checkpoint holds, in trees like `state` and `best`, whose leaves
     have shape, dtype and sharding; None where the run has no checkpoint yet.
 
-    Raises ConfigError where it has some and none is usable, or where the configuration changed.
+    Raises ConfigError where it has some and none is usable, where the configuration changed, or
+    where a finished run has none.
     """
     found = processes.agreed(lambda: runs.newest_checkpoint(folder))
     if found is None:
+        processes.agreed(lambda: _begin_again(folder, config))
         return None
     path, meta = found
     _check_same(folder, meta, config)
@@ -48,20 +50,23 @@ def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | Non
         raise ConfigError(str(error)) from error
     if processes.is_first():
         runs.write_config(folder, config)
+        checkpoint.set_aside(folder / runs.CHECKPOINTS, loaded.chunk)
     return loaded
+
+
+def _begin_again(folder: Path, config: RunConfig) -> None:
+    """Make ready a run that ended before its first checkpoint."""
+    runs.identity(folder)
+    if runs.last_status(folder) == "finished":
+        raise ConfigError(f"resume={folder}: finished, and has no checkpoint to go on from")
+    _check_changes(folder, runs.read_config(folder), configuration.dump(config), config)
+    runs.write_config(folder, config)
 
 
 def _check_same(folder: Path, meta: dict[str, Any], config: RunConfig) -> None:
     """Raise ConfigError where a run cannot, or may not, go on under a configuration."""
-    changed = configuration.differences(
-        meta["config"] | {"with": meta["with"]}, configuration.dump(config) | {"with": _with()}
-    )
-    if new := {key: text for key, text in changed.items() if key not in config.allow_changes}:
-        listed = "; ".join(f"{key}: {text}" for key, text in new.items())
-        raise ConfigError(
-            f"resume={folder}: not as it was: {listed}. To go on all the same: "
-            f"allow_changes=[{','.join(changed)}]"
-        )
+    new = configuration.dump(config) | {"with": _with()}
+    _check_changes(folder, meta["config"] | {"with": meta["with"]}, new, config)
     if meta["steps_per_chunk"] != config.steps_per_chunk:
         raise ConfigError(
             f"resume={folder}: the steps between two evaluations must stay "
@@ -71,6 +76,19 @@ def _check_same(folder: Path, meta: dict[str, Any], config: RunConfig) -> None:
         raise ConfigError(
             f"resume={folder}: num_evaluations must be at least {meta['chunk']}, what it has, "
             f"not {config.num_evaluations}"
+        )
+
+
+def _check_changes(
+    folder: Path, old: dict[str, Any], new: dict[str, Any], config: RunConfig
+) -> None:
+    """Raise ConfigError where something differs that may not."""
+    changed = configuration.differences(old, new)
+    if refused := {k: text for k, text in changed.items() if k not in config.allow_changes}:
+        listed = "; ".join(f"{key}: {text}" for key, text in refused.items())
+        raise ConfigError(
+            f"resume={folder}: not as it was: {listed}. To go on all the same: "
+            f"allow_changes=[{','.join(changed)}]"
         )
 
 
@@ -158,7 +176,7 @@ class Saver:
         start = time.monotonic()
         root = self.folder / runs.CHECKPOINTS
         try:
-            log_bytes = self._save_log() if self.log else 0
+            log_bytes = self._save_log(chunk) if self.log else 0
             evaluations = [m.evaluation for m in measurements]
             history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}
             history["wall_s"] = np.array([m.wall_s for m in measurements])
@@ -179,10 +197,10 @@ class Saver:
             self.next = now + (now - start) / TIME_SHARE
             self.idle.set()
 
-    def _save_log(self) -> int:
-        """Bring metrics.jsonl up to date; its length. A removed folder is made again."""
+    def _save_log(self, chunk: int) -> int:
+        """Bring metrics.jsonl up to date; where its chunk ends. A removed folder is made again."""
         assert self.log is not None
         if runs.mend(self.folder, self.config, self.run_id):
             self.writer.warn(f"{self.folder} was removed: made again")
         self.log.save()
-        return self.log.size
+        return self.log.ends[chunk]

@@ -10,6 +10,7 @@ the largest seed.
 import argparse
 import csv
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -22,30 +23,57 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from magpo import tables
+from magpo.runs import UNREADABLE
 
 RETURN = "eval/episode_return"
 
 
+class CurvesError(Exception):
+    """What is asked cannot be done; the message is one line."""
+
+
 def collect(run: Path, table: Path, metrics: list[str]) -> None:
     """Write a run's metrics, a row for each seed and step at which it has one of them."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    file = run / "metrics.jsonl"
     rows: dict[tuple[int, int], dict[str, Any]] = {}
-    for record in records:
-        if record["name"] in metrics:
-            place = {"seed": record["seed"], "env_steps": record["env_steps"]}
-            row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(metrics, ""))
-            row[record["name"]] = f"{record['value']:.4g}"
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):  # still being written
+            continue
+        try:
+            record = json.loads(line)
+            if record["name"] in metrics and record["value"] is not None:  # null: NaN
+                place = {"seed": record["seed"], "env_steps": record["env_steps"]}
+                row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(metrics, ""))
+                row[record["name"]] = f"{record['value']:.4g}"
+        except UNREADABLE:
+            raise CurvesError(f"{file}: line {number} is no record") from None
+    if not rows:
+        raise CurvesError(f"{file}: has no value of {', '.join(metrics)}")
     tables.write(table, list(rows.values()))
+
+
+def read(table: Path) -> dict[int, list[float]]:
+    """A table's evaluation returns, of all seeds, by environment steps."""
+    returns = defaultdict[int, list[float]](list)
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row[RETURN]:
+                    returns[int(row["env_steps"])].append(float(row[RETURN]))
+    except (ValueError, TypeError, KeyError, csv.Error):
+        raise CurvesError(f"{table}: is no table of {RETURN}") from None
+    if not returns:
+        raise CurvesError(f"{table}: has no value of {RETURN}")
+    if len(set(map(len, returns.values()))) > 1:
+        raise CurvesError(f"{table}: its seeds were not evaluated at the same steps")
+    return returns
 
 
 def draw(picture: Path, title: str, files: list[Path]) -> None:
     """One line for each table, of the evaluation returns."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for table in files:
-        returns = defaultdict(list)
-        with table.open() as file:
-            for row in csv.DictReader(file):
-                returns[int(row["env_steps"])].append(float(row[RETURN]))
+        returns = read(table)
         steps = sorted(returns)
         values = np.array([returns[step] for step in steps])  # (evaluations, S)
         name = table.stem.replace("_", " ")
@@ -64,8 +92,8 @@ def draw(picture: Path, title: str, files: list[Path]) -> None:
     figure.savefig(picture, dpi=150)
 
 
-def main() -> None:
-    """Read the command line."""
+def main(argv: list[str] | None = None) -> int:
+    """Read the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,12 +106,17 @@ def main() -> None:
     command.add_argument("picture", type=Path)
     command.add_argument("title")
     command.add_argument("tables", type=Path, nargs="+")
-    arguments = parser.parse_args()
-    if arguments.command == "collect":
-        collect(arguments.run, arguments.table, arguments.metrics)
-    else:
-        draw(arguments.picture, arguments.title, arguments.tables)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "collect":
+            collect(arguments.run, arguments.table, arguments.metrics)
+        else:
+            draw(arguments.picture, arguments.title, arguments.tables)
+    except (CurvesError, OSError) as error:
+        print(f"curves: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from magpo import plotting
+from magpo.runs import UNREADABLE
 
 GPAE = plotting.PUBLISHED.with_name("gpae_table2.csv")
 WIN_RATE_SUITES = {"smax", "connector"}
@@ -121,17 +123,21 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def read(folder: Path) -> Run | None:
     """A run's evaluations; None where it has none yet."""
     where, values = None, defaultdict[int, dict[int, float]](dict)
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if '"eval/' not in line or not line.endswith("\n"):  # training; or still being written
-                continue
+    with (folder / "metrics.jsonl").open("rb") as file:
+        for number, data in enumerate(file, 1):
             try:
+                line = data.decode()
+                if '"eval/' not in line or not line.endswith("\n"):  # training; or half-written
+                    continue
                 record = json.loads(line)
                 where = record["system"], record["env"], record["task"], record["run"]
+                if not all(isinstance(word, str) for word in where):
+                    raise TypeError
                 wanted = record["name"] == f"eval/{headline(record['env'])}"
                 if wanted and record["value"] is not None:  # null: what JSON has no number for
-                    values[record["seed"]][record["env_steps"]] = record["value"]
-            except (ValueError, KeyError, TypeError):
+                    curve = values[index(record["seed"])]
+                    curve[index(record["env_steps"])] = record["value"] + 0.0
+            except UNREADABLE:
                 raise PlotError(f"{folder}/metrics.jsonl: line {number} is no record") from None
     if where is None or not values:
         return None
@@ -142,11 +148,11 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """What of a run's config.yaml decides what is learned."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        if not isinstance(config, dict):
+            raise PlotError(f"{folder}: config.yaml holds no settings")
+        return flat({key: value for key, value in config.items() if key not in NO_SETTINGS})
+    except UNREADABLE:
         raise PlotError(f"{folder}: config.yaml is missing or cannot be read") from None
-    if not isinstance(config, dict):
-        raise PlotError(f"{folder}: config.yaml holds no settings")
-    return flat({key: value for key, value in config.items() if key not in NO_SETTINGS})
 
 
 def find(folders: list[Path]) -> list[Run]:

@@ -112,6 +112,7 @@ def test_later_wins(mine):
 def test_tuned_values_can_be_turned_off(mine):
     assert load(mine, [TINY]).tuned
     assert load(mine, [TINY, "tuned=true"]).tuned
+    assert load(mine, [TINY, "+tuned=false"]) == load(mine, [TINY, "tuned=false"])
     run = load(mine, [TINY, "tuned=false"])
     assert not run.tuned
     assert run.algorithm.system.lr == 0.1
@@ -303,11 +304,23 @@ BAD = {
     "seed_too_large": ([TINY, "seeds=[4294967296]"], "less than 4294967296"),
     "too_few_steps": ([TINY, "total_steps=90000"], "at least 499712 or num_evaluations at most 21"),
     "no_update": ([TINY, "total_steps=4095"], "at least 499712, not 4095"),
+    "too_many_steps": ([TINY, "total_steps=1e300"], "less than 1000000000000000, not 1e+300"),
+    "too_many_updates": ([TINY, "tuned=false", "total_steps=1e14"], "must be below 35184372088832"),
     "unfinished_list": ([TINY, "seeds=[0"], "key=[0,1]"),
     "no_value": ([TINY, "seeds"], "write key=value"),
     "sweep": ([TINY, "system.lr=0.1,0.2"], "--multirun"),
     "unknown_interpolation": ([TINY, "results_dir=${nowhere}"], "nowhere"),
     "tuned_is_no_bool": ([TINY, "tuned=maybe"], "true or false"),
+    "added_tuned_is_no_bool": ([TINY, "+tuned=maybe"], "true or false"),
+    "group_elsewhere": ([TINY, "tuned@x=false"], "write tuned=<value>"),
+    "hydras_group": ([TINY, "hydra=3"], "unknown key 'hydra'"),
+    "no_key": ([TINY, "=3"], "unknown key ''"),
+    "what_is_said_of_a_run": ([TINY, "+run.system=mappo"], "unknown key 'run.system'"),
+    "resume_is_a_number": (["resume=3"], "a run's folder or auto"),
+    "resume_is_a_list": (["resume=[a]"], "a run's folder or auto"),
+    "resume_is_too_long": (["resume=" + 5000 * "a"], "File name too long"),
+    "added_resume": ([TINY, "++resume=/nowhere"], "no run there"),
+    "number_too_long": ([TINY, "total_steps=" + 5000 * "9"], "cannot read"),
 }
 
 
@@ -320,6 +333,25 @@ def test_bad_input(mine, name, monkeypatch, capsys):
     assert stop.value.code == 2
     assert out == ""
     assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("system.gamma.x=3", "did you mean 'system.gamma'"),
+        ("run=3", "unknown key 'run'"),
+        ("run.system=mappo", "unknown key 'run.system'"),
+        ("--multirun", "resume=auto"),
+    ],
+)
+def test_bad_input_with_resume(mine, argument, expected, monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.dump(load(mine, [TINY]))))
+    with pytest.raises(SystemExit) as stop:
+        command_line(monkeypatch, mine, argument, f"resume={tmp_path}")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
     assert err.count("\n") == 1
     assert expected in err
 

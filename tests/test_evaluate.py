@@ -1,5 +1,6 @@
 """The evaluator against a slow Python loop."""
 
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magpo.evaluate import evaluate
+from magpo.evaluate import evaluate, main
 from magpo.types import Observation, StepType, TimeStep, restart
 
 N, LIMIT, B = 3, 7, 5
@@ -98,3 +99,20 @@ def test_keys_decide():
     ]
     np.testing.assert_array_equal(returns[0], returns[1])
     assert not np.array_equal(returns[0], returns[2])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("episodes=0", "episodes must be at least 1 and at most 2147483647, not 0"),
+        ("episodes=99999999999999999999", "episodes must be at least 1 and at most 2147483647"),
+        ("seed=9223372036854775808", "seed must be at least 0 and at most 4294967295"),
+        ("greedy=1", "greedy must be of type bool"),
+    ],
+)
+def test_bad_requests_are_one_line(argument, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", "run=nowhere", argument])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and message in err

@@ -235,6 +235,34 @@ def test_bad_input_is_one_line(wrong, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("metrics.jsonl", b'"run"', b'"\xff"'),
+        ("metrics.jsonl", b'"value": 0.4', b'"value": "x"'),
+        ("metrics.jsonl", b'"value": 0.4', b'"value": [1]'),
+        ("metrics.jsonl", b'"seed": 0', b'"seed": "x"'),
+        ("metrics.jsonl", b'"seed": 0', b'"seed": null'),
+        ("metrics.jsonl", b'"env_steps": 0', b'"env_steps": "x"'),
+        ("metrics.jsonl", b'"env_steps": 0', b'"env_steps": 0.5'),
+        ("metrics.jsonl", b'"env": "lbf"', b'"env": 3'),
+        ("metrics.jsonl", b'"seed": 0', b'"seed": ' + b"[" * 100_000),
+        ("config.yaml", b"num_envs", b"3"),
+        ("config.yaml", b"lr", b"3"),
+        ("config.yaml", b"num_envs: ", b"num_envs: " + b"[" * 3000),
+        ("config.yaml", b"num_envs: 4", b"num_envs: &a {b: *a}"),
+    ],
+    ids=lambda text: str(text)[:30],
+)
+def test_a_damaged_file_is_one_line_that_names_it(name, old, new, tmp_path, capsys):
+    file = write(tmp_path, "magpo", {0: 0.4}) / name
+    assert old in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(old, new))
+    assert plot.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert str(file.parent) in err and name in err and err.count("\n") == 1
+
+
 def test_an_output_that_cannot_be_a_folder_is_one_line(tmp_path, capsys):
     write(tmp_path, "magpo", {0: 0.4})
     (tmp_path / "out").write_text("")

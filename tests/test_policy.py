@@ -1,6 +1,7 @@
 """Trained policies: loaded, played and exported, here and in processes that lack something."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,15 @@ def observation():
     mask[..., 0] = True
     views = rng.normal(size=(B, N, O)).astype(np.float32)
     return Observation(jnp.asarray(views), jnp.asarray(mask), jnp.zeros(B, jnp.int32))
+
+
+def test_what_was_trained_is_in_the_checkpoint_not_in_config_yaml(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    text = (copy / "config.yaml").read_text()
+    edited = text.replace("hidden_dim: 8", "hidden_dim: 16").replace("- 7\n", "- 5\n- 7\n")
+    assert edited.count("\n") > text.count("\n")
+    (copy / "config.yaml").write_text(edited)
+    assert policy.read(copy).config == policy.read(folder).config
 
 
 def of_agent(observation, agent):

@@ -47,8 +47,9 @@ class Lbf:
         one_of(self, ends=wrappers.ENDS)
         self.truncates = self.ends == "bootstrapped"
         # Only the first and the last row are sure to be open to the agents (jumanji's generator).
-        at_most(self, fov=self.grid_size, num_agents=2 * self.grid_size)
-        at_most(self, num_food=((self.grid_size - 2) ** 2 - self.num_agents - 1) // 5)
+        inside = (self.grid_size - 2) ** 2
+        at_most(self, fov=self.grid_size, num_agents=min(2 * self.grid_size, inside - 6))
+        at_most(self, num_food=(inside - self.num_agents - 1) // 5)
         generator = RandomGenerator(
             grid_size=self.grid_size,
             fov=self.fov,

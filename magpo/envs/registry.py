@@ -4,6 +4,7 @@ A new task is a new YAML file; a new suite is a new file beside this one and a l
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -34,7 +35,8 @@ def register(task: str, build: Callable[..., Environment], **options: Any) -> No
     """Add a task of your own, "suite/task", to those that `make` and `env=` know.
 
     It is built as build(name=task, global_state=..., **options), with overrides of the options.
-    Raises ValueError where the name is taken, or is not "suite/task".
+    Another task of that name of yours is replaced. Raises ValueError where it is not "suite/task",
+    or the suite is one of magpo's.
     """
     suite, _, name = task.partition("/")
     if suite in SUITES or not re.fullmatch(r"[\w.-]+", suite) or not re.fullmatch(r"[\w.-]+", name):
@@ -80,7 +82,7 @@ def options(task: str) -> dict[str, Any]:
     return {str(option): value for option, value in values.items()}
 
 
-def make(task: str, *, global_state: bool = False, **overrides: Any) -> Environment:
+def make(task: str, /, *, global_state: bool = False, **overrides: Any) -> Environment:
     """Build one environment, agent ids included.
 
     `global_state` asks for `Observation.global_state`; the other keywords replace options of the
@@ -94,6 +96,12 @@ def make(task: str, *, global_state: bool = False, **overrides: Any) -> Environm
         kind = type(values[option])
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{task}: {option} must be of type {kind.__name__}, not {value!r}")
+        counts = option != "time_limit" and task not in registered
+        most = 10_000 if counts else 2**31 - 1
+        if kind is int and value > most:
+            raise ValueError(f"{task}: {option} must be at most {most}, not {value}")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{task}: {option} must be finite, not {value}")
         values[option] = value
     if task in registered:
         build = registered[task][0]

@@ -39,7 +39,7 @@ class Rware:
     terminates: ClassVar[str] = "a collision"
 
     def __post_init__(self) -> None:
-        at_least(self, shelf_rows=1, shelf_columns=1, column_height=1, num_agents=1)
+        at_least(self, shelf_rows=1, shelf_columns=3, column_height=1, num_agents=1)
         at_least(self, sensor_range=1, request_queue_size=1, time_limit=1)
         if self.shelf_columns % 2 == 0:
             raise ValueError(f"{self.name}: shelf_columns must be odd, not {self.shelf_columns}")

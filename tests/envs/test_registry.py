@@ -188,7 +188,7 @@ def test_the_global_state_is_on_request():
         ("rware/tiny-4ag", {"num_agents": 2.0}, ["num_agents must be of type int, not 2.0"]),
         ("rware/tiny-4ag", {"num_agents": True}, ["num_agents must be of type int, not True"]),
         ("rware/tiny-4ag", {"num_agents": 111}, ["num_agents must be at most 110"]),
-        ("rware/tiny-4ag", {"shelf_columns": 2}, ["shelf_columns must be odd, not 2"]),
+        ("rware/tiny-4ag", {"shelf_columns": 4}, ["shelf_columns must be odd, not 4"]),
         ("rware/tiny-4ag", {"request_queue_size": 32}, ["request_queue_size must be at most 31"]),
         ("rware/tiny-4ag", {"sensor_range": 0}, ["sensor_range must be at least 1"]),
         ("coordsum/3x10-30", {"opponent_history": "release"}, ["did you mean 'released'"]),
@@ -200,9 +200,17 @@ def test_the_global_state_is_on_request():
         ("lbf/8x8-2p-2f-coop", {"num_food": 7}, ["num_food must be at most 6, not 7"]),
         ("lbf/8x8-2p-2f-coop", {"grid_size": 5, "fov": 5}, ["num_food must be at most 1, not 2"]),
         ("lbf/8x8-2p-2f-coop", {"penalty": -0.1}, ["penalty must be at least 0, not -0.1"]),
-        ("lbf/8x8-2p-2f-coop", {"penalty": float("nan")}, ["penalty must be at least 0"]),
+        ("lbf/8x8-2p-2f-coop", {"penalty": float("nan")}, ["penalty must be finite, not nan"]),
         ("lbf/8x8-2p-2f-coop", {"ends": "realeased"}, ["did you mean 'released'"]),
-        ("connector/con-5x5x3a", {"num_agents": 9}, ["num_agents must be at most 8, not 9"]),
+        ("lbf/8x8-2p-2f-coop", {"time_limit": 2**31}, ["time_limit must be at most 2147483647"]),
+        (
+            "lbf/8x8-2p-2f-coop",
+            {"grid_size": 5, "fov": 5, "num_agents": 4},
+            ["num_agents must be at most 3, not 4"],
+        ),
+        ("coordsum/3x10-30", {"num_agents": 10**9}, ["num_agents must be at most 10000"]),
+        ("rware/tiny-4ag", {"shelf_columns": 1}, ["shelf_columns must be at least 3, not 1"]),
+        ("connector/con-5x5x3a", {"num_agents": 9}, ["num_agents must be at most 3, not 9"]),
         ("connector/con-5x5x3a", {"grid_size": 2}, ["grid_size must be at least 3, not 2"]),
         ("connector/con-5x5x3a", {"num_agents": 0}, ["num_agents must be at least 1, not 0"]),
         ("mpe/simple_spread_3ag", {"local_ratio": 1.5}, ["local_ratio must be at most 1"]),
@@ -228,11 +236,16 @@ def test_an_integer_will_do_for_a_real_number():
 
 
 def test_a_missing_library_is_named_with_what_installs_it():
-    code = "import sys; sys.modules['brax'] = None; from magpo import envs; envs.make('{}')"
+    without = "import sys; sys.modules['brax'] = None; "
+    code = without + "from magpo import envs; envs.make('{}')"
     command = [sys.executable, "-c", code.format("mabrax/ant-4x2")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     message = "needs brax, which is not installed: pip install 'magpo[mabrax]'"
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
+    table = [sys.executable, "-c", without + "from magpo.envs.__main__ import main; main()"]
+    listed = subprocess.run(table, capture_output=True, text=True, check=True)
+    assert "smax/3m" in listed.stdout and "mabrax" not in listed.stdout
+    assert listed.stderr.splitlines() == [f"left out: mabrax {message}"]
     others = [sys.executable, "-c", code.format("mpe/simple_spread_3ag")]
     assert subprocess.run(others, capture_output=True, text=True, check=True).stdout == ""
 

@@ -331,6 +331,18 @@ def test_exit_codes(config, monkeypatch, capsys, error, code, line):
     assert capsys.readouterr().err == line
 
 
+def test_a_launchers_job_ends_with_the_signals_code(monkeypatch):
+    monkeypatch.setattr(experiment, "_signals", [])
+    monkeypatch.setattr(experiment, "run", lambda *args: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            experiment._job(None, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143
+
+
 def test_unwritable_results_are_refused_before_compiling(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(experiment, "compile_programs", None)

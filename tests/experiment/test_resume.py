@@ -97,6 +97,34 @@ def test_what_an_interruption_would_lose_is_saved(config, monkeypatch):
     folder = stop_after(monkeypatch, config, 4)
     names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
     assert names == ["00000003", "00000001"]  # the first is always due
+    run(config, resume=str(folder))  # the log had chunk 4 already
+    same_logs(folder, run(config).folder)
+
+
+def test_without_a_checkpoint_a_run_begins_again_as_it_was(config, monkeypatch):
+    folder = stop_after(monkeypatch, config, 0)
+    with pytest.raises(ConfigError, match=r"precision: float32, now bfloat16.*allow_changes=\["):
+        run(config, resume=str(folder), precision="bfloat16")
+    again = {"resume": str(folder), "precision": "bfloat16", "allow_changes": ("precision",)}
+    same_logs(run(config, **again).folder, run(config).folder)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["precision"] == "bfloat16"
+
+
+def test_a_finished_run_without_checkpoints_is_left_alone(config):
+    folder = run(config, keep=0).folder
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="finished, and has no checkpoint to go on from"):
+        run(config, keep=0, resume=str(folder))
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_log_that_lost_records_is_named(config, monkeypatch, capsys):
+    folder = stop_after(monkeypatch, config, 4)
+    log = folder / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:1000])
+    run(config, resume=str(folder))
+    assert f"warning: {log} is shorter than it was: records are missing" in capsys.readouterr().out
+    assert {record["env_steps"] for record in records(folder)} >= {0, 96, 120}
 
 
 def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
@@ -153,6 +181,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, monkeypat
         (path / "manifest.json").unlink()
     with pytest.raises(ConfigError, match=r"no checkpoint can be used: .*cannot be read"):
         run(config, resume=str(folder))
+
+
+def test_what_could_not_be_used_is_never_used_later(config, monkeypatch):
+    whole, folder = run(config).folder, stop_after(monkeypatch, config, 4)
+    manifest = folder / "checkpoints/00000003/manifest.json"
+    manifest.rename(folder / "away")
+    again = dataclasses.replace(config, resume=str(folder), keep=1)
+    stop_after(monkeypatch, again, 3)
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"00000002", "00000003.unusable"}
+    (folder / "away").rename(folder / "checkpoints/00000003.unusable/manifest.json")
+    same_logs(run(again).folder, whole)
 
 
 def test_another_runs_checkpoint_is_refused(config, monkeypatch):

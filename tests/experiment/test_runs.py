@@ -51,8 +51,45 @@ def test_a_killed_run_is_stopped(config):
 
 def test_what_is_no_run_is_left_out(config, tmp_path, listed):
     folder = runs.create(dataclasses.replace(config, results_dir=str(tmp_path)))
-    (folder / "config.yaml").write_text("run: [")
+    (folder / "config.yaml").unlink()
     assert listed(tmp_path) == f"no runs under {tmp_path}\n"
     with pytest.raises(SystemExit) as stop:
         listed(tmp_path / "none")
     assert stop.value.code == 2
+
+
+RECORD = '{"name": "eval/episode_return", "env_steps": 5, "value": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "shown"),
+    [
+        ("config.yaml", "num_envs:", "num_envs: 0\nwas:", "test/count"),
+        ("config.yaml", "num_envs:", "num_envs: [2]\nwas:", "test/count"),
+        ("config.yaml", "run:", "run: foo\nwas:", "unknown"),
+        ("config.yaml", "run:", "run: [", "unknown"),
+        ("config.yaml", "run:", "run: !!int ''\nwas:", "unknown"),
+        ("config.yaml", "run:", "run: " + "[" * 3000, "unknown"),
+        ("config.yaml", "system: fake", "system: 3", "stopped"),
+        ("run.json", '"running"', '"[/x]"', "[/x]"),
+        ("run.json", '"running"', '"\\ud800\\u001b[2J"', "??[2J"),
+        ("run.json", '"running"', "[" * 100_000, "unknown"),
+        ("metrics.jsonl", "2}", '"x"}', "stopped"),
+        ("metrics.jsonl", "5", "null", "stopped"),
+        ("metrics.jsonl", "5", '"x"', "stopped"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_damaged_run_is_listed_and_so_are_the_others(
+    name, old, new, shown, config, tmp_path, listed
+):
+    config = dataclasses.replace(config, results_dir=str(tmp_path))
+    damaged, intact = runs.create(config), runs.create(config)
+    for folder in (damaged, intact):
+        (folder / "metrics.jsonl").write_text(RECORD)
+    text = (damaged / name).read_text()
+    assert text.count(old) == 1
+    (damaged / name).write_text(text.replace(old, new))
+    rows = {line.split()[0]: line for line in listed(tmp_path).splitlines()[1:3]}
+    assert shown in rows[damaged.name]
+    assert "stopped" in rows[intact.name] and rows[intact.name].split()[-1] == "2"

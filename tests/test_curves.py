@@ -1,0 +1,78 @@
+"""scripts/curves.py on what the library writes, and on damage."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "curves.py"
+spec = importlib.util.spec_from_file_location("curves_script", SCRIPT)
+curves = importlib.util.module_from_spec(spec)
+sys.modules["curves_script"] = curves
+spec.loader.exec_module(curves)
+
+
+def record(seed, env_steps, value):
+    row = {"seed": seed, "env_steps": env_steps, "name": curves.RETURN, "value": value}
+    return json.dumps(row) + "\n"
+
+
+def test_null_values_and_a_half_written_line_are_skipped(tmp_path):
+    text = record(0, 0, 0.25) + record(1, 0, 0.75) + record(0, 5, None) + record(1, 5, None)
+    (tmp_path / "metrics.jsonl").write_text(text + record(0, 9, 1.0)[:-9])
+    table, picture = tmp_path / "a.csv", tmp_path / "a.png"
+    assert curves.main(["collect", str(tmp_path), str(table)]) == 0
+    with table.open() as file:
+        rows = [tuple(row.values()) for row in csv.DictReader(file)]
+    assert rows == [("0", "0", "0.25"), ("1", "0", "0.75")]
+    assert curves.main(["draw", str(picture), "title", str(table)]) == 0
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        record(0, 0, None),
+        record(0, 0, "x"),
+        record([0], 0, 1.0),
+        "{\n",
+        "3\n",
+        "[" * 100_000 + "\n",
+        "\0\n",
+    ],
+    ids=lambda text: text and text[:90],
+)
+def test_a_run_that_cannot_be_collected_is_one_line(text, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    assert curves.main(["collect", str(tmp_path), str(tmp_path / "a.csv")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("curves: ") and "metrics.jsonl" in err and err.count("\n") == 1
+    assert not (tmp_path / "a.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        None,
+        "",
+        "0,0,1\n1,0,1\n0,5,1\n",  # seed 1 ends early
+        "0,0,x\n",
+        "0,x,1\n",
+        "0\n0,0,\n",
+        "\xff\n",
+    ],
+)
+def test_a_table_that_cannot_be_drawn_is_one_line(rows, tmp_path, capsys):
+    table = tmp_path / "a.csv"
+    if rows is not None:
+        table.write_text(f"seed,env_steps,{curves.RETURN}\n{rows}", encoding="latin-1")
+    assert curves.main(["draw", str(tmp_path / "a.png"), "title", str(table)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("curves: ") and str(table) in err and err.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
