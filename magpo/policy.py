@@ -64,9 +64,7 @@ def read(folder: str | Path, system: ModuleType | None = None) -> Trained:
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
     path, meta = found
-    run = config.from_values(
-        system or name, meta["config"], path
-    )  # its own: config.yaml can be edited
+    run = config.from_values(system or name, meta["config"], path)  # config.yaml could be edited
     try:
         record = checkpoint.load_named(path, meta, "record")
         env = TypeAdapter(EnvSpec).validate_json(json.dumps(meta["env"]), strict=True)
