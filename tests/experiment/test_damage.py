@@ -110,7 +110,7 @@ def test_damaged_files_mean_the_checkpoint_before(config, folder, tmp_path):
         start = begin(config, folder)
         assert start.chunk == int(before.name) == K - 1
         np.testing.assert_array_equal(start.state.params["updates"], [2.0 * (K - 1)] * len(SEEDS))
-        shutil.rmtree(newest)
+        shutil.rmtree(newest, ignore_errors=True)  # or set aside
         shutil.copytree(kept, newest)
     again = begin(config, folder)
     np.testing.assert_array_equal(again.state.params["peak"], whole.state.params["peak"])
@@ -131,7 +131,7 @@ def test_intact_but_wrong_checkpoints_are_never_used(config, folder, tmp_path):
             assert "\n" not in str(error)  # noqa: PT017
         else:
             assert start.chunk == int(before.name), kind
-        shutil.rmtree(newest)
+        shutil.rmtree(newest, ignore_errors=True)  # or set aside
         shutil.copytree(kept, newest)
     assert seen == set(KINDS)
 
