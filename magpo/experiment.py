@@ -201,8 +201,10 @@ def _claimed_folder(config: RunConfig, stack: ExitStack) -> Path:
         folder = found or runs.create(config)
         try:
             stack.enter_context(runs.working(folder))
-        except ConfigError:  # another job was faster
-            continue
+        except ConfigError:
+            if found is None:
+                raise
+            continue  # another job was faster
         return folder
 
 
