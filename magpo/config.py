@@ -33,6 +33,11 @@ from magpo import paths
 from magpo.envs import registry
 
 T = TypeVar("T")
+# What reading a damaged file raises.
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
+    *(RecursionError, yaml.YAMLError),
+)
 GROUPS = ("env", "budget", "logger")  # folders of files to choose from, by env=rware/tiny-4ag
 # What is no part of a run, and so not in its config.yaml.
 OF_THIS_PROCESS: dict[str, Any] = {
@@ -204,11 +209,18 @@ def dump(config: RunConfig) -> dict[str, Any]:
 
 def read(system: str | ModuleType, file: Path) -> RunConfig:
     """A run's config.yaml, checked like a new one. Raises ConfigError."""
+    return from_values(system, plain_values(file), file)
+
+
+def plain_values(file: Path) -> dict[str, Any]:
+    """What is in a run's config.yaml, not checked. Raises ConfigError."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{file}: cannot be read ({type(error).__name__})") from error
-    return from_values(system, values, file)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: not the configuration of a run")
+    return values
 
 
 def from_values(system: str | ModuleType, values: Any, source: Path) -> RunConfig:

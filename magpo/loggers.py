@@ -144,7 +144,7 @@ class JsonLines:
         removed = not self.path.exists()
         if not (removed or self.unwritten):
             return  # what a resumed run will write anew stays until then
-        if removed:  # removed; the open file still has it all
+        if removed:  # the open file still has it all
             self.file.seek(0)
             self.unwritten[:0] = self.file.read(self.size)
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from magpo import checkpoint, config, runs
@@ -87,9 +86,8 @@ def read(folder: str | Path, system: ModuleType | None = None) -> Trained:
 def _system(folder: Path) -> ModuleType:
     """The module of the run's system: one of the package's, never what a file names freely."""
     try:
-        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        name = values["run"]["system"]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        name = config.plain_values(folder / "config.yaml")["run"]["system"]
+    except (ConfigError, TypeError, KeyError) as error:
         raise ConfigError(f"{folder}: no run there (no config.yaml that can be read)") from error
     if name not in config.systems():
         raise ConfigError(f"{folder}: a run of {name!r}; pass its module as `system`")

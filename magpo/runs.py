@@ -27,18 +27,13 @@ from rich.text import Text
 from magpo import checkpoint
 from magpo import config as configuration
 from magpo.checkpoint import CheckpointError
-from magpo.config import ConfigError, RunConfig
+from magpo.config import UNREADABLE, ConfigError, RunConfig
 from magpo.loggers import write_aside
 
 if sys.platform != "win32":
     import fcntl
 
 STATUS, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", ".lock", "checkpoints"
-# What reading a damaged file raises.
-UNREADABLE = (
-    *(OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
-    *(RecursionError, yaml.YAMLError),
-)
 
 
 def create(config: RunConfig) -> Path:
@@ -73,20 +68,9 @@ def newest_unfinished(config: RunConfig) -> Path | None:
         if status(folder) in ("finished", "running", "unknown"):
             continue
         with suppress(ConfigError):
-            if not configuration.differences(read_config(folder), wanted):
+            if not configuration.differences(configuration.plain_values(folder / CONFIG), wanted):
                 return folder
     return None
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The values in the run's config.yaml, not checked. Raises ConfigError."""
-    try:
-        values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        if isinstance(values, dict):
-            return values
-    except UNREADABLE as error:
-        raise ConfigError(f"{folder / CONFIG}: cannot be read ({type(error).__name__})") from error
-    raise ConfigError(f"{folder / CONFIG}: not the configuration of a run")
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -251,7 +235,7 @@ def summaries(root: Path) -> list[Summary]:
 def _summary(folder: Path) -> Summary:
     run = Summary(folder, "?", "?", 0, "unknown", 0, 0, None)
     with suppress(*UNREADABLE):
-        values = read_config(folder)
+        values = configuration.plain_values(folder / CONFIG)
         system, task = str(values["run"]["system"]), str(values["run"]["env"])
         run = run._replace(system=system, task=task, num_seeds=len(values["seeds"]))
         per_chunk = values["num_envs"] * values["rollout_length"] * values["num_evaluations"]

@@ -59,7 +59,8 @@ def _begin_again(folder: Path, config: RunConfig) -> None:
     runs.identity(folder)
     if runs.last_status(folder) == "finished":
         raise ConfigError(f"resume={folder}: finished, and has no checkpoint to go on from")
-    _check_changes(folder, runs.read_config(folder), configuration.dump(config), config)
+    old = configuration.plain_values(folder / runs.CONFIG)
+    _check_changes(folder, old, configuration.dump(config), config)
     runs.write_config(folder, config)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from magpo import tables
-from magpo.runs import UNREADABLE
+from magpo.config import UNREADABLE
 
 RETURN = "eval/episode_return"
 

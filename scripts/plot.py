@@ -40,7 +40,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from magpo import plotting
-from magpo.runs import UNREADABLE
+from magpo.config import UNREADABLE
 
 GPAE = plotting.PUBLISHED.with_name("gpae_table2.csv")
 WIN_RATE_SUITES = {"smax", "connector"}
