@@ -8,7 +8,6 @@ come from jumanji's legacy generator, the paper's.
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 from jumanji.environments import Connector as Simulator
 from jumanji.environments.routing.connector.constants import PATH, POSITION, TARGET
@@ -86,13 +85,18 @@ class Connector:
         target_at = jnp.where(own.connected[:, None], 0, own.target)  # (N, 2)
         places = jnp.concatenate([own.position, target_at], axis=1) / size**2
 
-        board = jnp.pad(state.grid, FOV, constant_values=-1)
-        window = jax.vmap(lambda corner: jax.lax.dynamic_slice(board, corner, (WINDOW, WINDOW)))
-        cell = window(own.position).reshape(self.num_agents, -1)  # (N, W * W)
-        outside, kind = cell < 0, cell % TARGET
+        # Every cell's features first, of which each view then takes its own: half the time of
+        # taking cells first, since XLA fuses a gather into all that uses it.
+        board = jnp.pad(state.grid, FOV, constant_values=-1).reshape(-1)  # (C,)
+        outside, kind = board < 0, board % TARGET
         blocked = jnp.where(outside | (kind == POSITION), 1.0, jnp.where(kind == PATH, -1.0, 0.0))
-        is_own = cell == TARGET * (1 + jnp.arange(self.num_agents)[:, None])
-        is_target = (kind == 0) & (cell > 0)
-        targets = jnp.where(outside | is_own, 1.0, jnp.where(is_target, -1.0, 0.0))
-        views = jnp.concatenate([places, blocked, targets], axis=1)
+        targets = jnp.where(outside, 1.0, jnp.where((kind == 0) & (board > 0), -1.0, 0.0))
+        width = size + 2 * FOV
+        window = (width * jnp.arange(WINDOW)[:, None] + jnp.arange(WINDOW)).reshape(-1)  # (W * W,)
+        cells = jnp.concatenate([window, width**2 + window])
+        cells += own.position @ jnp.array([width, 1])[:, None]  # (N, 2 * W * W)
+        seen = jnp.concatenate([blocked, targets]).at[cells].get(mode="promise_in_bounds")
+        own_target = width**2 + (own.target + FOV) @ jnp.array([width, 1])  # (N,)
+        is_own = (cells == own_target[:, None]) & ~own.connected[:, None]
+        views = jnp.concatenate([places, jnp.where(is_own, 1.0, seen)], axis=1)
         return wrappers.observe(views, state.action_mask, state.step_count, self.global_state)
