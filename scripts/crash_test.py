@@ -103,8 +103,9 @@ def main() -> None:
     parent = Path(run.results_dir, run.system, *run.env.name.split("/"))
     random.seed(arguments.seed)
 
+    before = set(parent.glob("*"))
     finish(start(arguments.system, arguments.overrides))
-    (whole,) = parent.iterdir()
+    (whole,) = set(parent.iterdir()) - before
     some_chunks_s = 1 + 4 * last_wall_s(whole) / run.num_evaluations
     killed, process, folder = 0, None, whole
     while killed < arguments.kills:
