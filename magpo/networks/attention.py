@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import orthogonal
 
+from magpo.networks.autoregressive import written
 from magpo.networks.torsos import Dense, parts
 from magpo.types import Array
 
 
 class KeysValues(NamedTuple):
-    """Of the agents that have acted, each (B, N, H, D)."""
+    """Of the agents that have acted, each (B, H, N, D)."""
 
     key: Array
     value: Array
@@ -59,13 +60,12 @@ class Attention(nn.Module):
     ) -> tuple[Array, KeysValues]:
         """Agent `agent`'s token, (B, F), seeing those of the agents before it through `cache`."""
         query, key, value = self._project(x_query, x_key)
-        cache = jax.tree.map(
-            lambda past, new: jax.lax.dynamic_update_slice_in_dim(past, new[:, None], agent, 1),
-            cache,
-            KeysValues(key, value),
-        )
-        scores = jnp.einsum("bhd,bnhd->bhn", query, cache.key)
-        seen = jnp.arange(scores.shape[-1]) <= agent
-        weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min))
-        attended = jnp.einsum("bhn,bnhd->bhd", weights, cache.value)
+        before = jnp.arange(cache.key.shape[2]) < agent
+        past = jnp.einsum("bhd,bhnd->bhn", query, cache.key)
+        past = jnp.where(before, past, jnp.finfo(past.dtype).min)
+        own = (query * key).sum(-1, keepdims=True)
+        weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1))
+        attended = jnp.einsum("bhn,bhnd->bhd", weights[..., :-1], cache.value)
+        attended += weights[..., -1:] * value
+        cache = written(cache, KeysValues(key, value), agent)
         return self.output(attended.reshape(x_query.shape)), cache

@@ -119,7 +119,8 @@ class MAT(nn.Module):
         """One timestep, agent after agent; the observation has a leading axis B."""
         del reset_before
         encoded, value = self._encode(observation)
-        empty = jnp.zeros((*value.shape, self.n_head, self.embed_dim // self.n_head))
+        batch, num_agents = value.shape
+        empty = jnp.zeros((batch, self.n_head, num_agents, self.embed_dim // self.n_head))
 
         def take_turn(caches: list, token: Array, turn: Turn) -> tuple[list, Policy]:
             x, after = self.embed_action(token), []

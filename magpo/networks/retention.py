@@ -11,12 +11,12 @@ F embedding features = H * D.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.initializers import normal
 
+from magpo.networks.autoregressive import written
 from magpo.networks.torsos import Dense
 from magpo.types import Array
 
@@ -154,14 +154,11 @@ class Retention(nn.Module):
         The state is read, not written, until the timestep's last agent has acted.
         """
         (query, key, value), gate = self.project(x_query, x_key)
-        cache = jax.tree.map(
-            lambda past, new: jax.lax.dynamic_update_slice_in_dim(past, new[:, None], agent, 1),
-            cache,
-            Cache(key, value),
-        )
-        scores = jnp.einsum("bhd,bnhd->bnh", query, cache.key)  # later agents' keys are still 0
-        retained = jnp.einsum("bnh,bnhe->bhe", scores, cache.value)
+        scores = jnp.einsum("bhd,bhnd->bhn", query, cache.key)  # later agents' keys are still 0
+        retained = jnp.einsum("bhn,bhne->bhe", scores, cache.value)
+        retained += (query * key).sum(-1, keepdims=True) * value
         retained += jnp.einsum("bhd,bhde->bhe", query, state)
+        cache = written(cache, Cache(key, value), agent)
         return self.finish(retained, gate), cache
 
 
@@ -174,11 +171,11 @@ class Projections(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the timestep being decoded, each (B, N, H, D); 0 for agents to come."""
+    """Keys and values of the timestep being decoded, each (B, H, N, D); 0 for agents to come."""
 
     key: Array
     value: Array
 
     def into(self, state: Array) -> Array:
         """The state (B, H, D, D) with the timestep's tokens added."""
-        return state + jnp.einsum("bnhd,bnhe->bhde", self.key, self.value)
+        return state + jnp.einsum("bhnd,bhne->bhde", self.key, self.value)

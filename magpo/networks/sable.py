@@ -193,7 +193,8 @@ class Sable(nn.Module):
         carry = self._decayed(carry, reset_before)
         encoded, value, encoder_state = self._encode(carry, observation)
         position = self._position(observation)[:, 0]
-        empty = jnp.zeros((*value.shape, self.n_head, self.embed_dim // self.n_head))
+        head_dim = self.embed_dim // self.n_head
+        empty = jnp.zeros((len(value), self.n_head, self.num_agents, head_dim))
 
         def take_turn(caches: list, token: Array, turn: Turn) -> tuple[list, Policy]:
             x = self.decoder_norm(self.embed_action(token))
