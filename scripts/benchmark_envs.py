@@ -5,7 +5,7 @@
 Random actions, the same for all; every step writes all of its outputs over the last one's.
 `wrapper` is our step's time over the simulator's own; `auto_reset` is the time of a step with
 restarts over that of the step and of the resets that were due; `part` is what takes much of a slow
-simulator's step. Medians of turns taken in a row.
+simulator's step. Medians over rounds in which each is timed once.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from magpo import envs, tables
 from magpo.envs.wrappers import AutoReset
 from magpo.types import Array, action_spec
 
-NUM_ENVS, STEPS, TURNS = 128, 256, 3
+NUM_ENVS, STEPS = 128, 256
+ROUNDS, ROUNDS_S = 3, 20.0  # of both at least
 TASKS = [
     "coordsum/3x10-30",
     "lbf/15x15-4p-5f",
@@ -137,7 +138,7 @@ def measure(task: str) -> dict[str, Any]:
 
     restarted = scanned(step_with_resets)
     first, (auto_first, _) = reset(keys)[0], jax.jit(batch.reset)(jax.random.key(0))
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "reset": lambda: reset(keys),
         "step": lambda: ours(first, actions, step_keys),
         "step_with_resets": lambda: restarted(auto_first, actions, step_keys),
@@ -151,11 +152,16 @@ def measure(task: str) -> dict[str, Any]:
         alone = scanned(jax.vmap(part[1]))
         calls["part"] = lambda: alone(first, actions, step_keys)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for name in [*calls, *TURNS * list(calls)]:  # the first of each compiles
-        start = time.perf_counter()
-        wait(calls[name]())
-        times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(turns[1:]) for name, turns in times.items()}
+    for call in calls.values():
+        wait(call())  # compiles
+    begin, rounds = time.perf_counter(), 0
+    while rounds < ROUNDS or time.perf_counter() - begin < ROUNDS_S:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            wait(call())
+            times[name].append(time.perf_counter() - start)
+        rounds += 1
+    seconds = {name: statistics.median(taken) for name, taken in times.items()}
     ended = float(calls["step_with_resets"]()[0].begun - NUM_ENVS) / (NUM_ENVS * STEPS)
     unit = 1e6 / (NUM_ENVS * STEPS)
     step, reset_us = unit * seconds["step"], unit * STEPS * seconds["reset"]
