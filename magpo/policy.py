@@ -9,7 +9,7 @@ installed one of the run's name, or a module of your own.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -98,10 +98,10 @@ def _system(folder: Path) -> ModuleType:
 class Policy:
     """A trained policy of all agents, or of one. `*batch` is any number of leading axes."""
 
-    module: ModuleType
-    system: Any
+    module: ModuleType = field(repr=False)
+    system: Any = field(repr=False)
     env: EnvSpec
-    params: Any
+    params: Any = field(repr=False)
     one_agent: bool
 
     def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> Any:

@@ -43,7 +43,8 @@ class Connector:
 
     def __post_init__(self) -> None:
         at_least(self, grid_size=3, num_agents=1, time_limit=1)
-        at_most(self, num_agents=self.grid_size**2 // 7)  # more, and some find no way to begin
+        room = self.grid_size**2 // 7  # with more agents some find no way to begin
+        at_most(self, f"where grid_size is {self.grid_size}", num_agents=room)
         one_of(self, ends=wrappers.ENDS)
         self.truncates = self.ends == "bootstrapped"
         generator = LegacyRandomWalkGenerator(self.grid_size, self.num_agents)

@@ -48,8 +48,10 @@ class Lbf:
         self.truncates = self.ends == "bootstrapped"
         # Only the first and the last row are sure to be open to the agents (jumanji's generator).
         inside = (self.grid_size - 2) ** 2
-        at_most(self, fov=self.grid_size, num_agents=min(2 * self.grid_size, inside - 6))
-        at_most(self, num_food=(inside - self.num_agents - 1) // 5)
+        size = f"where grid_size is {self.grid_size}"
+        room = min(2 * self.grid_size, inside - 6)
+        at_most(self, size, fov=self.grid_size, num_agents=room)
+        at_most(self, size, num_food=(inside - self.num_agents - 1) // 5)
         generator = RandomGenerator(
             grid_size=self.grid_size,
             fov=self.fov,

@@ -128,12 +128,13 @@ def at_least(env: Any, **lowest: float) -> None:
             raise ValueError(f"{env.name}: {option} must be at least {low}, not {value}")
 
 
-def at_most(env: Any, **highest: float) -> None:
+def at_most(env: Any, why: str = "", /, **highest: float) -> None:
     """Raise a one-line ValueError if an option of `env` is above the value given for it."""
+    because = f" {why}" if why else ""
     for option, high in highest.items():
         value = getattr(env, option)
         if not value <= high:
-            raise ValueError(f"{env.name}: {option} must be at most {high}, not {value}")
+            raise ValueError(f"{env.name}: {option} must be at most {high}{because}, not {value}")
 
 
 def one_of(env: Any, **choices: Sequence[str]) -> None:
