@@ -37,6 +37,8 @@ class Layout:
 
             if self.seeds_at_once is None:
                 return jax.vmap(one)(own)
+            if self.seeds_at_once == 1:  # vmapped, a `lax.cond` would run both of its branches
+                return jax.lax.map(one, own)
             return jax.lax.map(one, own, batch_size=self.seeds_at_once)
 
         spread = self.per_device(over_seeds, (EACH_SEED, ALL))
@@ -104,4 +106,8 @@ def layout(config: RunConfig) -> Layout:
         raise ConfigError(f"seeds_per_batch must divide the {own} seeds of a device, not {at_once}")
     axes = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((along_seeds, along_envs), (SEED, "env"), axis_types=axes)
-    return Layout(mesh, config.num_envs, None if at_once == own else at_once)
+    if own == 1:
+        at_once = 1
+    elif at_once == own:
+        at_once = None
+    return Layout(mesh, config.num_envs, at_once)
