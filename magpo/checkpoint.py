@@ -60,9 +60,11 @@ def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, An
             _write(aside / MANIFEST, {name: _sha256(aside / name) for name in _files(aside)})
             shutil.rmtree(final, ignore_errors=True)
             os.replace(aside, final)
-    except BaseException:
+    except BaseException as error:
         if processes.is_first():
             shutil.rmtree(aside, ignore_errors=True)
+        if os.strerror(errno.ENOSPC) in str(error):  # Orbax says it in four lines
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
     return final
 
@@ -72,7 +74,8 @@ def _check_room(folder: Path, parts: Mapping[str, Any]) -> None:
 
     Several processes would not agree, and wait for each other.
     """
-    needed = 2**16 + sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
+    leaves = jax.tree.leaves(parts)
+    needed = 2**18 + sum(2**10 + leaf.nbytes for leaf in leaves)  # files, and Orbax's descriptions
     if jax.process_count() == 1 and shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

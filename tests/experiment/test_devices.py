@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiment.counting import run
 from magpo import config as configuration
-from magpo import experiment
+from magpo import devices, experiment
 from magpo.config import ConfigError
 
 SMALL = [
@@ -95,9 +98,23 @@ def test_seeds_in_batches_are_the_same_run(config):
     assert figures(together.folder) == figures(apart.folder)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "runs_both"),
+    [({"seeds": (7,)}, False), ({"seeds_per_batch": 1}, False), ({"seeds_per_batch": 3}, True)],
+)
+def test_a_seed_at_a_time_runs_one_branch_of_a_cond(config, overrides, runs_both):
+    each_seed = devices.layout(replace(config, **overrides)).each_seed
+
+    def one(x):
+        return jax.lax.cond(x > 0, jnp.sin, jnp.cos, x)
+
+    traced = str(jax.make_jaxpr(each_seed(one))(jnp.zeros(3)))
+    assert ("select_n" in traced) == runs_both
+
+
 def test_sizes_that_do_not_divide_are_refused(config, monkeypatch):
     with pytest.raises(ConfigError, match="seeds_per_batch must divide the 3 seeds of a device"):
         run(config, seeds_per_batch=2)
-    monkeypatch.setattr(experiment.devices.jax, "device_count", lambda: 15)
+    monkeypatch.setattr(devices.jax, "device_count", lambda: 15)
     with pytest.raises(ConfigError, match="num_envs must be a multiple of 5, not 4"):
         run(config)
