@@ -142,9 +142,10 @@ def test_connector_is_jumanji_s(wires):
     team = raw.reward.sum(-1)[1:][until]
     for agent in range(3):
         np.testing.assert_allclose(ours.reward[until][:, agent], team, rtol=1e-5)
-    ratio = raw.extras["ratio_connections"][1:]
-    np.testing.assert_array_equal(ours.metrics["ratio_connections"][until], ratio[until])
-    np.testing.assert_array_equal(ours.metrics["win_rate"][until], ratio[until] == 1)
+    for name, values in raw.extras.items():
+        np.testing.assert_array_equal(ours.metrics[name][until], values[1:][until])
+    won = raw.extras["ratio_connections"][1:] == 1
+    np.testing.assert_array_equal(ours.metrics["win_rate"][until], won[until])
 
 
 def test_connector_terminates_when_all_are_connected_or_stuck_and_truncates_at_the_limit(wires):
