@@ -67,5 +67,5 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1))
         attended = jnp.einsum("bhn,bhnd->bhd", weights[..., :-1], cache.value)
         attended += weights[..., -1:] * value
-        cache = written(cache, KeysValues(key, value), agent)
+        cache = written(cache, KeysValues(key, value), agent, read=attended)
         return self.output(attended.reshape(x_query.shape)), cache

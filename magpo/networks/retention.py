@@ -158,7 +158,7 @@ class Retention(nn.Module):
         retained = jnp.einsum("bhn,bhne->bhe", scores, cache.value)
         retained += (query * key).sum(-1, keepdims=True) * value
         retained += jnp.einsum("bhd,bhde->bhe", query, state)
-        cache = written(cache, Cache(key, value), agent)
+        cache = written(cache, Cache(key, value), agent, read=retained)
         return self.finish(retained, gate), cache
 
 
