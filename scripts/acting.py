@@ -2,13 +2,14 @@
 
     python scripts/acting.py scripts/results/acting.csv
 
-Default sizes (64 features, one head, one block), 64 environments, medians of turns of 50 steps; per
-agent the time stays as it is where acting is linear.
+Default sizes (64 features, one head, one block), 64 environments, 50 steps, medians over rounds in
+which each is timed once; per agent the time stays as it is where acting is linear.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from magpo.networks.mat import MAT
 from magpo.networks.sable import Sable
 from magpo.types import Array, Observation
 
-NUM_ENVS, NUM_FEATURES, NUM_ACTIONS, STEPS, TURNS = 64, 20, 6, 50, 7
+NUM_ENVS, NUM_FEATURES, NUM_ACTIONS, STEPS, ROUNDS = 64, 20, 6, 50, 50
 
 
 def network(name: str, num_agents: int) -> Any:
@@ -32,8 +33,8 @@ def network(name: str, num_agents: int) -> Any:
     return Sable(num_agents, **of_env, **sizes, decay_scaling_factor=0.8, chunk_size=1)
 
 
-def measure(name: str, num_agents: int) -> float:
-    """Microseconds of one step of one environment."""
+def steps(name: str, num_agents: int) -> Callable[[], Any]:
+    """What acts for STEPS steps, compiled."""
     model = network(name, num_agents)
     key = jax.random.key(0)
     observation = Observation(
@@ -54,12 +55,9 @@ def measure(name: str, num_agents: int) -> float:
 
         return jax.lax.scan(step, carry, keys)
 
-    keys, times = jax.random.split(key, STEPS), []
-    for _ in range(1 + TURNS):  # the first one compiles
-        start = time.perf_counter()
-        jax.block_until_ready(act(carry, keys))  # type: ignore[no-untyped-call]
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times[1:]) / STEPS / NUM_ENVS
+    keys = jax.random.split(key, STEPS)
+    jax.block_until_ready(act(carry, keys))  # type: ignore[no-untyped-call]
+    return lambda: act(carry, keys)
 
 
 def main() -> None:
@@ -69,17 +67,19 @@ def main() -> None:
     )
     parser.add_argument("table", type=Path)
     table = parser.parse_args().table
+    calls = {(name, n): steps(name, n) for name in ("mat", "sable") for n in (3, 10, 30)}
+    times: dict[tuple[str, int], list[float]] = {which: [] for which in calls}
+    for _ in range(ROUNDS):
+        for which, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())  # type: ignore[no-untyped-call]
+            times[which].append(time.perf_counter() - start)
     rows = []
-    for name in ("mat", "sable"):
-        for num_agents in (3, 10, 30):
-            step_us = measure(name, num_agents)
-            row: dict[str, Any] = {
-                "network": name,
-                "agents": num_agents,
-                "step_us": f"{step_us:.2f}",
-            }
-            rows.append(row | {"per_agent_us": f"{step_us / num_agents:.3f}"})
-            print(rows[-1], flush=True)
+    for (name, num_agents), taken in times.items():
+        step_us = 1e6 * statistics.median(taken) / STEPS / NUM_ENVS
+        row: dict[str, Any] = {"network": name, "agents": num_agents, "step_us": f"{step_us:.2f}"}
+        rows.append(row | {"per_agent_us": f"{step_us / num_agents:.3f}"})
+        print(rows[-1], flush=True)
     tables.write(table, rows)
 
 
