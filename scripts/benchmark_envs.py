@@ -1,4 +1,4 @@
-"""What our wrappers cost on top of the simulators: one task of each suite, 128 environments.
+"""What our wrappers cost on top of the simulators: tasks of each suite, 128 environments.
 
     python scripts/benchmark_envs.py scripts/results/envs.csv [lbf/8x8-2p-2f-coop ...]
 
@@ -27,6 +27,7 @@ ROUNDS, ROUNDS_S = 3, 20.0  # of both at least
 TASKS = [
     "coordsum/3x10-30",
     "lbf/15x15-4p-5f",
+    "connector/con-5x5x3a",
     "connector/con-10x10x10a",
     "mpe/simple_spread_3ag",
     "rware/tiny-4ag",
