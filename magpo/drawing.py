@@ -79,17 +79,20 @@ def lbf(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
 
 def connector(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
     """Paths in their agents' colours, targets as squares."""
+    from magpo.envs.connector import FOV, PATH, TARGET, WHOSE
+
     _board(axes, env.grid_size, env.grid_size)
-    for row, column in np.argwhere(state.grid > 0):
-        agent, kind = divmod(int(state.grid[row, column]) - 1, 3)
-        if kind == 0:
-            _square(axes, row, column, colour(agent), size=0.3)
-        elif kind == 2:
-            _square(axes, row, column, colour(agent))
-            axes.text(column, row, str(agent), ha="center", va="center", fontsize=7)
-    connected = (state.agents.position == state.agents.target).all(axis=-1)
-    for agent, (row, column) in enumerate(state.agents.position):
-        _agent(axes, agent, row, column, acts=connected[agent])
+    cells = state.cells.reshape(env.width, env.width)[FOV:-FOV, FOV:-FOV]
+    whose, what = cells >> WHOSE, cells & ((1 << WHOSE) - 1)
+    for row, column in np.argwhere(what == PATH):
+        _square(axes, row, column, colour(whose[row, column]), size=0.3)
+    for row, column in np.argwhere(what == TARGET):
+        agent = whose[row, column]
+        _square(axes, row, column, colour(agent))
+        axes.text(column, row, str(agent), ha="center", va="center", fontsize=7)
+    for agent, head in enumerate(state.heads):
+        row, column = np.array(divmod(head, env.width)) - FOV
+        _agent(axes, agent, row, column, acts=head == state.targets[agent])
 
 
 def rware(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:

@@ -1,5 +1,7 @@
 """RWARE, LBF and Connector against jumanji, stepped by hand with the same actions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,10 +121,17 @@ def test_lbf_terminates_when_all_is_eaten_and_truncates_at_the_limit(board):
     np.testing.assert_allclose(final.metrics["episode_return"], cleared, rtol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def wires(play):
+@pytest.fixture(scope="module", params=["legal actions", "any actions"])
+def wires(play, request):
     env = envs.make("connector/con-5x5x3a", time_limit=12)
     played = play(env, 1, 64)
+    if request.param == "any actions":
+        actions = np.random.default_rng(0).integers(0, 5, played.actions.shape, np.int32)
+        state, _ = jax.vmap(env.reset)(played.keys)
+        _, timesteps = jax.jit(partial(jax.lax.scan, jax.vmap(env.step)))(state, actions)
+        timesteps = jax.tree.map(np.asarray, timesteps)
+        ends = np.argmax(timesteps.last(), axis=0)
+        played = played._replace(actions=actions, timesteps=timesteps, ends=ends)
     raw = by_hand(Connector(Walks(5, 3), time_limit=12), played.keys, played.actions)
     return played, raw
 
