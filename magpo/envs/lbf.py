@@ -82,6 +82,9 @@ class Lbf:
         return state, restart(self.num_agents, observation, raw.extras)
 
     def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
+        # What jumanji works out from the ids every step XLA works out once, if they are constant.
+        ids = jnp.arange(self.num_agents, dtype=state.agents.id.dtype)
+        state = state.replace(agents=state.agents.replace(id=ids))
         state, raw = self.simulator.step(state, action)
         timestep = TimeStep(
             step_type=raw.step_type,

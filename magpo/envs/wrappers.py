@@ -135,12 +135,12 @@ class AutoReset:
         metrics = _with_statistics(timestep.metrics, state)
 
         begun = state.begun + ended.sum()
-        number = state.begun + jnp.cumsum(ended) - 1  # of the next episode, where one ended
 
         # A loop of at most one turn: most steps end no episode, and vmapped over seeds `lax.cond`
         # would run on every step.
         def restart_ended(restarts: _Restarts) -> _Restarts:
             spares, first_spare = self._refill(state, begun, restarts)
+            number = state.begun + jnp.cumsum(ended) - 1  # of the next episode, where one ended
             taken = number - first_spare
             running = jax.tree.map(
                 lambda spare, old: _where(ended, spare.at[taken].get(mode="clip"), old),
