@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from magpo import envs, tables
 from magpo.envs.wrappers import AutoReset
 from magpo.types import Array, action_spec
 
-NUM_ENVS, STEPS, RESETS = 128, 256, 8
+NUM_ENVS, STEPS = 128, 256
 ROUNDS, ROUNDS_S = 3, 20.0  # of both at least
 TASKS = [
     "coordsum/3x10-30",
@@ -119,8 +120,7 @@ def measure(task: str) -> dict[str, Any]:
     """A task's times, in microseconds for each environment and step."""
     env = envs.make(task)
     batch = AutoReset(env, NUM_ENVS)
-    # Some generators take as long as their slowest board: several batches, as restarts draw them.
-    reset_keys = jax.random.split(jax.random.key(0), (RESETS, NUM_ENVS))
+    key = jax.random.key(0)
     shape = STEPS, NUM_ENVS, *action_spec(env).shape
     if env.action_kind == "discrete":
         actions = jax.random.randint(jax.random.key(1), shape, 0, env.action_dim)
@@ -141,15 +141,20 @@ def measure(task: str) -> dict[str, Any]:
         return state, (timestep._replace(terminal_observation=None), value)
 
     restarted = scanned(step_with_resets)
-    first, (auto_first, _) = reset(reset_keys[0])[0], jax.jit(batch.reset)(jax.random.key(0))
+    auto_first, _ = jax.jit(batch.reset)(key)
+    ended = int(restarted(auto_first, actions, step_keys)[0].begun) - NUM_ENVS
+    # The very episodes drawn meanwhile: a generator takes as long as its slowest board.
+    drawn = 2 * NUM_ENVS + jnp.arange(-(-ended // NUM_ENVS) * NUM_ENVS)
+    drawn_keys = jax.vmap(partial(jax.random.fold_in, key))(drawn).reshape(-1, NUM_ENVS)
+    first = reset(drawn_keys[0])[0]
     calls: dict[str, Callable[[], Any]] = {
-        "resets": lambda: [reset(keys) for keys in reset_keys],
+        "resets": lambda: [reset(keys) for keys in drawn_keys],
         "step": lambda: ours(first, actions, step_keys),
         "step_with_resets": lambda: restarted(auto_first, actions, step_keys),
     }
     if hasattr(env, "simulator"):
         raw_reset, raw_step = simulator_of(env)
-        raw, raw_first = scanned(jax.vmap(raw_step)), jax.jit(jax.vmap(raw_reset))(reset_keys[0])
+        raw, raw_first = scanned(jax.vmap(raw_step)), jax.jit(jax.vmap(raw_reset))(drawn_keys[0])
         calls["simulator"] = lambda: raw(raw_first, actions, step_keys)
     part = slow_part(env)
     if part:
@@ -166,9 +171,9 @@ def measure(task: str) -> dict[str, Any]:
             times[name].append(time.perf_counter() - start)
         rounds += 1
     seconds = {name: statistics.median(taken) for name, taken in times.items()}
-    ended = float(calls["step_with_resets"]()[0].begun - NUM_ENVS) / (NUM_ENVS * STEPS)
     unit = 1e6 / (NUM_ENVS * STEPS)
-    step, reset_us = unit * seconds["step"], unit * STEPS / RESETS * seconds["resets"]
+    step, reset_us = unit * seconds["step"], 1e6 * seconds["resets"] / drawn.size
+    ends_per_step = ended / (NUM_ENVS * STEPS)
     with_resets = unit * seconds["step_with_resets"]
     simulator = unit * seconds["simulator"] if "simulator" in seconds else None
     return {
@@ -177,11 +182,11 @@ def measure(task: str) -> dict[str, Any]:
         "step_us": f"{step:.2f}",
         "wrapper": f"{step / simulator - 1:+.1%}" if simulator else "",
         "reset_us": f"{reset_us:.2f}",
-        "ends_per_step": f"{ended:.4f}",
+        "ends_per_step": f"{ends_per_step:.4f}",
         "with_resets_us": f"{with_resets:.2f}",
         "part": part[0] if part else "",
         "part_of_step": f"{seconds['part'] / seconds['step']:.0%}" if part else "",
-        "auto_reset": f"{with_resets / (step + ended * reset_us) - 1:+.1%}",
+        "auto_reset": f"{with_resets / (step + ends_per_step * reset_us) - 1:+.1%}",
     }
 
 

@@ -200,7 +200,7 @@ def make(config: Config, env: Environment) -> System:
     of_env = {"action_dim": env.action_dim, "action_kind": env.action_kind}
     actor = RecurrentActor if config.network.actor.memory else FeedForwardActor
     values = config.system
-    num_steps = config.num_updates * values.ppo_epochs * values.num_minibatches
+    num_steps = float(config.num_updates * values.ppo_epochs * values.num_minibatches)  # > int32?
 
     def optimiser(learning_rate: float) -> optax.GradientTransformation:
         last = 0.0 if values.anneal_lr else learning_rate
