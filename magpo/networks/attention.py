@@ -15,11 +15,14 @@ from magpo.networks.torsos import Dense, parts
 from magpo.types import Array
 
 
-class KeysValues(NamedTuple):
-    """Of the agents that have acted, each (B, H, N, D)."""
+class Folded(NamedTuple):
+    """What acting needs of an attention layer: a query's projection with the keys', the values'
+    with the output's. Queries, keys and values themselves are never formed then."""
 
-    key: Array
-    value: Array
+    seek: Array  # (F, H * F)
+    seek_bias: Array  # (H * F,)
+    tell: Array  # (H * F, F)
+    tell_bias: Array  # (F,)
 
 
 class Attention(nn.Module):
@@ -55,17 +58,38 @@ class Attention(nn.Module):
         attended = jnp.einsum("...hij,...jhd->...ihd", jax.nn.softmax(scores), value)
         return self.output(attended.reshape(x_query.shape))
 
-    def token(
-        self, x_query: Array, x_key: Array, cache: KeysValues, agent: Array
-    ) -> tuple[Array, KeysValues]:
-        """Agent `agent`'s token, (B, F), seeing those of the agents before it through `cache`."""
-        query, key, value = self._project(x_query, x_key)
-        before = jnp.arange(cache.key.shape[2]) < agent
-        past = jnp.einsum("bhd,bhnd->bhn", query, cache.key)
-        past = jnp.where(before, past, jnp.finfo(past.dtype).min)
-        own = (query * key).sum(-1, keepdims=True)
-        weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1))
-        attended = jnp.einsum("bhn,bhnd->bhd", weights[..., :-1], cache.value)
-        attended += weights[..., -1:] * value
-        cache = written(cache, KeysValues(key, value), agent, read=attended)
-        return self.output(attended.reshape(x_query.shape)), cache
+    def folded(self) -> Folded:
+        """The layer's projections, multiplied out."""
+        heads = (-1, self.n_head, self.embed_dim // self.n_head)
+        query, key_value, output = (
+            layer.variables["params"] for layer in (self.query, self.key_value, self.output)
+        )
+        to_query = heads[-1] ** -0.5 * query["kernel"].reshape(heads)  # (F, H, D)
+        to_key, to_value = (k.reshape(heads) for k in jnp.split(key_value["kernel"], 2, axis=1))
+        _, value_bias = jnp.split(key_value["bias"], 2)  # the keys' adds to all scores alike
+        to_output = output["kernel"].reshape(*heads[1:], -1)  # (H, D, F)
+        query_bias = heads[-1] ** -0.5 * query["bias"].reshape(heads[1:])
+        return Folded(
+            seek=jnp.einsum("fhd,ghd->fhg", to_query, to_key).reshape(self.embed_dim, -1),
+            seek_bias=jnp.einsum("hd,ghd->hg", query_bias, to_key).reshape(-1),
+            tell=jnp.einsum("ghd,hdf->hgf", to_value, to_output).reshape(-1, self.embed_dim),
+            tell_bias=value_bias @ output["kernel"] + output["bias"],
+        )
+
+
+def token(
+    layer: Folded, x_query: Array, x_key: Array, cache: Array, agent: Array
+) -> tuple[Array, Array]:
+    """Agent `agent`'s token, (B, F), seeing those of the agents before it, and the cache after it.
+
+    The cache is of their `x_key`, (B, 1, N, F): half of what their keys and values would be.
+    """
+    sought = (x_query @ layer.seek + layer.seek_bias).reshape(len(x_query), -1, x_key.shape[-1])
+    past = jnp.einsum("bhf,bnf->bhn", sought, cache[:, 0])
+    past = jnp.where(jnp.arange(past.shape[-1]) < agent, past, jnp.finfo(past.dtype).min)
+    own = jnp.einsum("bhf,bf->bh", sought, x_key)[..., None]
+    weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1))
+    mean = jnp.einsum("bhn,bnf->bhf", weights[..., :-1], cache[:, 0])
+    mean += weights[..., -1:] * x_key[:, None]
+    cache = written(cache, x_key[:, None], agent, read=mean[:, :1])
+    return mean.reshape(len(x_query), -1) @ layer.tell + layer.tell_bias, cache

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import orthogonal
 
-from magpo.networks.attention import Attention, KeysValues
+from magpo.networks.attention import Attention, Folded, token
 from magpo.networks.autoregressive import Acted, Turn, decode, shifted
 from magpo.networks.heads import ActionKind, Policy, PolicyHead
 from magpo.networks.torsos import Dense
@@ -52,12 +52,20 @@ class _DecoderBlock(nn.Module):
         return self._finish(encoded, self.cross_attention(encoded, x, causal=True))
 
     def token(
-        self, x: Array, encoded: Array, caches: tuple[KeysValues, KeysValues], agent: Array
-    ) -> tuple[Array, tuple[KeysValues, KeysValues]]:
-        attended, own = self.self_attention.token(x, x, caches[0], agent)
+        self,
+        x: Array,
+        encoded: Array,
+        layers: tuple[Folded, Folded],
+        caches: tuple[Array, Array],
+        agent: Array,
+    ) -> tuple[Array, tuple[Array, Array]]:
+        attended, own = token(layers[0], x, x, caches[0], agent)
         x = self.norms[0](x + attended)
-        attended, cross = self.cross_attention.token(encoded, x, caches[1], agent)
+        attended, cross = token(layers[1], encoded, x, caches[1], agent)
         return self._finish(encoded, attended), (own, cross)
+
+    def folded(self) -> tuple[Folded, Folded]:
+        return self.self_attention.folded(), self.cross_attention.folded()
 
 
 class MAT(nn.Module):
@@ -120,16 +128,18 @@ class MAT(nn.Module):
         del reset_before
         encoded, value = self._encode(observation)
         batch, num_agents = value.shape
-        empty = jnp.zeros((batch, self.n_head, num_agents, self.embed_dim // self.n_head))
+        empty = jnp.zeros((batch, 1, num_agents, self.embed_dim))
 
-        def take_turn(caches: list, token: Array, turn: Turn) -> tuple[list, Policy]:
-            x, after = self.embed_action(token), []
-            for block, cache in zip(self.decoder, caches, strict=True):
-                x, cache = block.token(x, turn.encoded, cache, turn.agent)
+        folded = [block.folded() for block in self.decoder]
+
+        def take_turn(caches: list, read: Array, turn: Turn) -> tuple[list, Policy]:
+            x, after = self.embed_action(read), []
+            for block, layers, cache in zip(self.decoder, folded, caches, strict=True):
+                x, cache = block.token(x, turn.encoded, layers, cache, turn.agent)
                 after.append(cache)
             return after, self.policy_head(self.policy_torso(x), turn.action_mask)
 
-        caches = [(KeysValues(empty, empty), KeysValues(empty, empty)) for _ in self.decoder]
+        caches = [(empty, empty) for _ in self.decoder]
         _, action, log_prob = decode(
             take_turn, caches, encoded, observation.action_mask, key, self.action_kind, greedy
         )
