@@ -130,6 +130,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more different numbers, not {list(self.seeds)}")
+        if self.steps_per_update >= 2**31:
+            raise ValueError(
+                "num_envs * rollout_length, the steps of an update, must be below "
+                f"{2**31}, not {self.num_envs} * {self.rollout_length}"
+            )
         if self.updates_per_chunk == 0:
             needed = self.num_evaluations * self.steps_per_update
             fewer = self.total_steps // self.steps_per_update

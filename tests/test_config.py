@@ -306,6 +306,7 @@ BAD = {
     "no_update": ([TINY, "total_steps=4095"], "at least 499712, not 4095"),
     "too_many_steps": ([TINY, "total_steps=1e300"], "less than 1000000000000000, not 1e+300"),
     "too_many_updates": ([TINY, "tuned=false", "total_steps=1e14"], "must be below 35184372088832"),
+    "too_large_an_update": ([TINY, "num_envs=2147483646"], "must be below 2147483648, not 2147"),
     "unfinished_list": ([TINY, "seeds=[0"], "key=[0,1]"),
     "no_value": ([TINY, "seeds"], "write key=value"),
     "sweep": ([TINY, "system.lr=0.1,0.2"], "--multirun"),
