@@ -129,7 +129,6 @@ class MAT(nn.Module):
         encoded, value = self._encode(observation)
         batch, num_agents = value.shape
         empty = jnp.zeros((batch, 1, num_agents, self.embed_dim))
-
         folded = [block.folded() for block in self.decoder]
 
         def take_turn(caches: list, read: Array, turn: Turn) -> tuple[list, Policy]:
