@@ -36,16 +36,6 @@ class SableCarry(NamedTuple):
     decoder_cross: tuple[Any, ...]
 
 
-class _Mix(nn.Module):
-    """How a block ends: a feed-forward layer on top of its input, or none, and a norm."""
-
-    ffn: bool
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return nn.RMSNorm()(x + SwiGLU(name="feed_forward")(x) if self.ffn else x)
-
-
 class _EncoderBlock(nn.Module):
     embed_dim: int
     n_head: int
@@ -53,11 +43,13 @@ class _EncoderBlock(nn.Module):
 
     def setup(self) -> None:
         self.retention = Retention(self.embed_dim, self.n_head)
-        self.norm = nn.RMSNorm()
-        self.mix = _Mix(self.ffn)
+        self.norms = [nn.RMSNorm() for _ in range(2)]
+        if self.ffn:
+            self.feed_forward = SwiGLU()
 
     def finish(self, x: Array, retained: Array) -> Array:
-        return self.mix(self.norm(x + retained))
+        x = self.norms[0](x + retained)
+        return self.norms[1](x + self.feed_forward(x) if self.ffn else x)
 
     def chunkwise(self, x: Array, position: Array, state: Array, weights: ChunkWeights) -> Array:
         x_key = x + position
@@ -76,11 +68,13 @@ class _DecoderBlock(nn.Module):
     def setup(self) -> None:
         self.self_retention = Retention(self.embed_dim, self.n_head)
         self.cross_retention = Retention(self.embed_dim, self.n_head)
-        self.norms = [nn.RMSNorm() for _ in range(2)]
-        self.mix = _Mix(self.ffn)
+        self.norms = [nn.RMSNorm() for _ in range(3)]
+        if self.ffn:
+            self.feed_forward = SwiGLU()
 
     def finish(self, encoded: Array, retained: Array) -> Array:
-        return self.mix(self.norms[1](encoded + retained))
+        x = self.norms[1](encoded + retained)
+        return self.norms[2](x + self.feed_forward(x) if self.ffn else x)
 
     def chunkwise(
         self,

@@ -162,4 +162,4 @@ def test_feed_forward_layers_train_or_are_absent():
     structure = str(jax.tree_util.tree_structure(without))
     assert "feed_forward" not in structure
     # The norm behind it stays: released, it follows the layer that adds nothing.
-    assert structure.count("scale") == str(jax.tree_util.tree_structure(params)).count("scale")
+    assert structure.count("norms_") == str(jax.tree_util.tree_structure(params)).count("norms_")
