@@ -200,7 +200,8 @@ def make(config: Config, env: Environment) -> System:
     of_env = {"action_dim": env.action_dim, "action_kind": env.action_kind}
     actor = RecurrentActor if config.network.actor.memory else FeedForwardActor
     values = config.system
-    num_steps = float(config.num_updates * values.ppo_epochs * values.num_minibatches)  # > int32?
+    # A float: there may be more steps than an int32 counts.
+    num_steps = float(config.num_updates * values.ppo_epochs * values.num_minibatches)
 
     def optimiser(learning_rate: float) -> optax.GradientTransformation:
         last = 0.0 if values.anneal_lr else learning_rate
