@@ -63,6 +63,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**32)]
 
 
+def must_divide(key: str, value: int, of: str, number: int) -> None:
+    """Raise ValueError where `value`, set by `key`, does not divide `number`, named `of`."""
+    if number % value:
+        raise ValueError(f"{key} must divide {of} = {number}, not {value}")
+
+
 @dataclass(frozen=True)
 class EnvConfig:
     name: str  # "rware/tiny-4ag"

@@ -63,6 +63,21 @@ def strong(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
 
 
+def episode_sums(timestep: TimeStep) -> dict[str, Array]:
+    """The metrics, () each, summed over those of E episodes that ended, and their number."""
+    metrics = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
+    return jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), metrics)
+
+
+def episode_means(sums: dict[str, Array]) -> dict[str, Array]:
+    """What is logged of them: their number, and per episode the rest; NaN where none ended."""
+    number = sums["episodes"]
+    return {
+        f"rollout/{name}": number if name == "episodes" else total / number
+        for name, total in sums.items()
+    }
+
+
 class AutoResetState(NamedTuple):
     """E environments, and the starts of episodes to come, drawn E at a time.
 

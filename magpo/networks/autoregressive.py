@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from magpo.networks.heads import ActionKind, Policy, executed_action
-from magpo.types import Array
+from magpo.types import Array, Observation
 
 
 class Acted(NamedTuple):
@@ -41,6 +42,24 @@ def shifted(action: Array, action_dim: int, action_kind: ActionKind) -> Array:
     tokens = token(action, action_dim, action_kind)
     start = start_token((*tokens.shape[:-2], 1), action_dim)
     return jnp.concatenate([start, tokens[..., :-1, :]], axis=-2)
+
+
+def init_along(
+    network: nn.Module,
+    key: Array,
+    carry: Any,
+    observation: Observation,
+    action: jax.ShapeDtypeStruct,
+    num_steps: int,
+) -> Any:
+    """Parameters, from `num_steps` times one timestep's observation, (B, ...), and no actions.
+
+    `action` is what `magpo.types.action_spec` gives.
+    """
+    never = jnp.zeros((*observation.step_count.shape, num_steps), bool)
+    along = jax.tree.map(lambda x: jnp.stack([x] * num_steps, axis=1), observation)
+    none = jnp.zeros((*never.shape, *action.shape), action.dtype)
+    return network.init(key, carry, along, none, never)
 
 
 def written(cache: Any, new: Any, agent: Array, read: Array) -> Any:

@@ -5,7 +5,7 @@ reverse pass is written out because automatic differentiation of a scan adds up 
 step by step; here the gate gradients are kept and the weight gradient is one matmul at the end.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax.linen.initializers import lecun_normal, orthogonal, zeros_init
 
 from magpo.networks.heads import ActionKind, Policy, PolicyHead, executed_action
 from magpo.networks.torsos import Dense, parts
-from magpo.types import Array
+from magpo.types import Array, Observation
 
 
 class _Gates(NamedTuple):
@@ -153,6 +153,47 @@ class FeedForwardActor(nn.Module):
         for _ in range(2):
             x = nn.tanh(Dense(self.hidden_dim, kernel_init=orthogonal(2**0.5))(x))
         return hidden, PolicyHead(self.action_dim, self.action_kind)(x, action_mask)
+
+
+Actor = RecurrentActor | FeedForwardActor
+
+
+def init_alone(actor: Actor, key: Array, hidden: Any, observation: Observation) -> Any:
+    """An actor's parameters, from what the first agent sees; hidden and observation (E, ...)."""
+    view, mask = observation.agents_view[None, :, 0], observation.action_mask[None, :, 0]
+    hidden = jax.tree.map(lambda x: x[:, 0], hidden)
+    return actor.init(key, hidden, view, mask, jnp.zeros(view.shape[:2], bool))
+
+
+def act_alone(
+    actor: Actor,
+    params: Any,
+    hidden: Any,
+    observation: Observation,
+    key: Array,
+    greedy: bool,
+    own_params: bool = False,
+) -> tuple[Array, Any]:
+    """Actions (B, N[, A]) and hidden states, each from one agent's observation, by construction.
+
+    With `own_params` the parameters are (N, ...), each agent's own.
+    """
+
+    def act_one(
+        params: Any, hidden: Any, view: Array, mask: Array, key: Array
+    ) -> tuple[Array, Any]:
+        hidden = jax.tree.map(lambda x: x[None], hidden)
+        inputs = view[None, None], mask[None, None], jnp.zeros((1, 1), bool)
+        hidden, policy = actor.apply(params, hidden, *inputs)
+        raw = policy.mode() if greedy else policy.sample(key)
+        hidden = jax.tree.map(lambda x: x[0], hidden)
+        return executed_action(raw, actor.action_kind)[0, 0], hidden
+
+    agents = jax.vmap(act_one, in_axes=(0 if own_params else None, 0, 0, 0, 0))
+    keys = jax.random.split(key, observation.agents_view.shape[:2])
+    return jax.vmap(agents, in_axes=(None, 0, 0, 0, 0))(
+        params, hidden, observation.agents_view, observation.action_mask, keys
+    )
 
 
 class RecurrentCritic(nn.Module):

@@ -36,20 +36,28 @@ class SableCarry(NamedTuple):
     decoder_cross: tuple[Any, ...]
 
 
-class _EncoderBlock(nn.Module):
+class _Block(nn.Module):
     embed_dim: int
     n_head: int
     ffn: bool
+    num_norms: int
 
     def setup(self) -> None:
-        self.retention = Retention(self.embed_dim, self.n_head)
-        self.norms = [nn.RMSNorm() for _ in range(2)]
+        self.norms = [nn.RMSNorm() for _ in range(self.num_norms)]
         if self.ffn:
             self.feed_forward = SwiGLU()
 
     def finish(self, x: Array, retained: Array) -> Array:
-        x = self.norms[0](x + retained)
-        return self.norms[1](x + self.feed_forward(x) if self.ffn else x)
+        x = self.norms[-2](x + retained)
+        return self.norms[-1](x + self.feed_forward(x) if self.ffn else x)
+
+
+class _EncoderBlock(_Block):
+    num_norms: int = 2
+
+    def setup(self) -> None:
+        super().setup()
+        self.retention = Retention(self.embed_dim, self.n_head)
 
     def chunkwise(self, x: Array, position: Array, state: Array, weights: ChunkWeights) -> Array:
         x_key = x + position
@@ -60,21 +68,13 @@ class _EncoderBlock(nn.Module):
         return self.finish(x, retained), state
 
 
-class _DecoderBlock(nn.Module):
-    embed_dim: int
-    n_head: int
-    ffn: bool
+class _DecoderBlock(_Block):
+    num_norms: int = 3
 
     def setup(self) -> None:
+        super().setup()
         self.self_retention = Retention(self.embed_dim, self.n_head)
         self.cross_retention = Retention(self.embed_dim, self.n_head)
-        self.norms = [nn.RMSNorm() for _ in range(3)]
-        if self.ffn:
-            self.feed_forward = SwiGLU()
-
-    def finish(self, encoded: Array, retained: Array) -> Array:
-        x = self.norms[1](encoded + retained)
-        return self.norms[2](x + self.feed_forward(x) if self.ffn else x)
 
     def chunkwise(
         self,

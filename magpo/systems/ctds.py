@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import optax
 
 from magpo import experiment
-from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from magpo.envs.wrappers import AutoReset
+from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
+from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
+from magpo.networks.autoregressive import init_along
 from magpo.networks.heads import Policy, executed_action
-from magpo.networks.recurrent import RecurrentActor
+from magpo.networks.recurrent import RecurrentActor, act_alone, init_alone
 from magpo.networks.sable import Sable, SableCarry
 from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
 
@@ -64,11 +65,7 @@ class GuiderConfig:
     ffn: bool
 
     def __post_init__(self) -> None:
-        if self.embed_dim % (2 * self.n_head):
-            raise ValueError(
-                f"embed_dim must be a multiple of 2 * n_head = {2 * self.n_head}, "
-                f"not {self.embed_dim}"
-            )
+        must_divide("2 * n_head", 2 * self.n_head, "embed_dim", self.embed_dim)
 
 
 @dataclass(frozen=True)
@@ -93,17 +90,9 @@ class Config:
     network: NetworkConfig
 
     def __post_init__(self) -> None:
-        for key, value, number, of in (
-            ("system.num_minibatches", self.system.num_minibatches, self.num_envs, "num_envs"),
-            (
-                "network.guider.chunk_size",
-                self.network.guider.chunk_size,
-                self.rollout_length,
-                "rollout_length",
-            ),
-        ):
-            if number % value:
-                raise ValueError(f"{key} must divide {of} = {number}, not {value}")
+        num_minibatches, chunk_size = self.system.num_minibatches, self.network.guider.chunk_size
+        must_divide("system.num_minibatches", num_minibatches, "num_envs", self.num_envs)
+        must_divide("network.guider.chunk_size", chunk_size, "rollout_length", self.rollout_length)
 
 
 class Params(NamedTuple):
@@ -287,9 +276,7 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
             ended=timestep.last(),
             terminal_value=terminal_value(system, params, acted.carry, timestep),
         )
-        ended = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
-        episodes = jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), ended)
-        return Loop(env_state, timestep, acted.carry), (transition, episodes)
+        return Loop(env_state, timestep, acted.carry), (transition, episode_sums(timestep))
 
     key, key_steps = jax.random.split(state.key)
     keys = jax.random.split(key_steps, system.config.rollout_length)
@@ -449,12 +436,8 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
         jax.random.split(key_epochs, system.config.system.ppo_epochs),
     )
     metrics = jax.tree.map(jnp.mean, metrics)
-    number = collected.episodes["episodes"]
-    episodes = {
-        f"rollout/{name}": number if name == "episodes" else total / number
-        for name, total in collected.episodes.items()
-    }
-    return state._replace(key=key, **learning._asdict()), metrics | episodes
+    state = state._replace(key=key, **learning._asdict())
+    return state, metrics | episode_means(collected.episodes)
 
 
 def init(system: System, key: Array) -> TrainState:
@@ -465,19 +448,12 @@ def init(system: System, key: Array) -> TrainState:
     observation = timestep.observation
     hidden = jnp.zeros((config.num_envs, env.num_agents, config.network.learner.hidden_dim))
     memory = Memory(system.guider.initial_carry(config.num_envs), hidden)
-    never = jnp.zeros((config.num_envs, config.network.guider.chunk_size), bool)
-    one_chunk = jax.tree.map(lambda x: jnp.stack([x] * never.shape[1], axis=1), observation)
-    spec = action_spec(env)
-    action = jnp.zeros((*never.shape, *spec.shape), spec.dtype)
+    chunk_size = config.network.guider.chunk_size
     params = Params(
-        guider=system.guider.init(key_guider, memory.guider, one_chunk, action, never),
-        learner=system.learner.init(
-            key_learner,
-            hidden[:, 0],
-            observation.agents_view[None, :, 0],
-            observation.action_mask[None, :, 0],
-            never[None, :, 0],
+        guider=init_along(
+            system.guider, key_guider, memory.guider, observation, action_spec(env), chunk_size
         ),
+        learner=init_alone(system.learner, key_learner, hidden, observation),
     )
     opt_state = Params(*(system.optimiser.init(network) for network in params))
     return TrainState(params, opt_state, key, env_state, timestep, memory)
@@ -505,16 +481,7 @@ def act(
     system: System, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Array]:
     """Decentralised actions (B, N[, A]): each from one agent's observation, by construction."""
-
-    def act_one(hidden: Array, view: Array, mask: Array, key: Array) -> tuple[Array, Array]:
-        inputs = hidden[None], view[None, None], mask[None, None], jnp.zeros((1, 1), bool)
-        hidden, policy = system.learner.apply(params, *inputs)
-        raw = policy.mode() if greedy else policy.sample(key)
-        return executed_action(raw, system.env.action_kind)[0, 0], hidden[0]
-
-    keys = jax.random.split(key, carry.shape[:2])
-    act_all = jax.vmap(jax.vmap(act_one))
-    return act_all(carry, observation.agents_view, observation.action_mask, keys)
+    return act_alone(system.learner, params, carry, observation, key, greedy)
 
 
 def main() -> None:

@@ -29,10 +29,23 @@ import jax.numpy as jnp
 import optax
 
 from magpo import experiment
-from magpo.config import ConfigError, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from magpo.envs.wrappers import AutoReset
+from magpo.config import (
+    ConfigError,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    must_divide,
+)
+from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
 from magpo.networks.heads import Policy, executed_action
-from magpo.networks.recurrent import FeedForwardActor, PerAgentCritic, RecurrentActor
+from magpo.networks.recurrent import (
+    FeedForwardActor,
+    PerAgentCritic,
+    RecurrentActor,
+    act_alone,
+    init_alone,
+)
 from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
 
 CARD = Card("a critic, in training", "each agent's policy", "GRU or none", parameters="shared")
@@ -98,11 +111,8 @@ class Config:
     network: NetworkConfig
 
     def __post_init__(self) -> None:
-        if self.num_envs % self.system.num_minibatches:
-            raise ValueError(
-                f"system.num_minibatches must divide num_envs = {self.num_envs}, "
-                f"not {self.system.num_minibatches}"
-            )
+        num_minibatches = self.system.num_minibatches
+        must_divide("system.num_minibatches", num_minibatches, "num_envs", self.num_envs)
 
     @property
     def global_state(self) -> bool:
@@ -341,9 +351,7 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Trajectory, 
             ended=timestep.last(),
             terminal=terminal(system, state.params.actor, hidden, timestep, action, key_terminal),
         )
-        ended = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
-        episodes = jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), ended)
-        return Loop(env_state, timestep, memory), (transition, episodes)
+        return Loop(env_state, timestep, memory), (transition, episode_sums(timestep))
 
     key, key_steps, key_last = jax.random.split(state.key, 3)
     keys = jax.random.split(key_steps, system.config.rollout_length)
@@ -520,12 +528,8 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
         jax.random.split(key_epochs, config.ppo_epochs),
     )
     metrics = jax.tree.map(jnp.mean, metrics) | measure(config, batch, trace)
-    number = episodes["episodes"]
-    metrics |= {
-        f"rollout/{name}": number if name == "episodes" else total / number
-        for name, total in episodes.items()
-    }
-    return state._replace(key=key, **learning._asdict()), metrics
+    state = state._replace(key=key, **learning._asdict())
+    return state, metrics | episode_means(episodes)
 
 
 def measure(config: SystemConfig, batch: Batch, trace: Array) -> dict[str, Array]:
@@ -558,12 +562,11 @@ def init(system: System, key: Array) -> TrainState:
         actor=initial_carry(system, (config.num_envs,)),
         critic=jnp.zeros((config.num_envs, config.network.critic.hidden_dim)),
     )
-    view, mask, _, whole = jax.tree.map(lambda x: x[None, :1], timestep.observation)
-    hidden = jax.tree.map(lambda x: x[:1, 0], memory.actor)
-    never, spec = jnp.zeros((1, 1), bool), action_spec(system.env)
+    whole, never = global_state(timestep.observation)[None, :1], jnp.zeros((1, 1), bool)
+    spec = action_spec(system.env)
     action = jnp.zeros((1, 1, *spec.shape), spec.dtype)
     params = Params(
-        actor=system.actor.init(key_actor, hidden, view[:, :, 0], mask[:, :, 0], never),
+        actor=init_alone(system.actor, key_actor, memory.actor, timestep.observation),
         critic=system.critic.init(key_critic, memory.critic[:1], whole, action, never),
     )
     opt_state = Params(*(o.init(p) for o, p in zip(system.optimiser, params, strict=True)))
@@ -600,18 +603,7 @@ def act(
     system: System, params: Any, carry: Any, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Any]:
     """Decentralised actions (B, N[, A]): each from one agent's observation, by construction."""
-
-    def act_one(hidden: Any, view: Array, mask: Array, key: Array) -> tuple[Array, Any]:
-        hidden = jax.tree.map(lambda x: x[None], hidden)
-        inputs = view[None, None], mask[None, None], jnp.zeros((1, 1), bool)
-        hidden, policy = system.actor.apply(params, hidden, *inputs)
-        raw = policy.mode() if greedy else policy.sample(key)
-        hidden = jax.tree.map(lambda x: x[0], hidden)
-        return executed_action(raw, system.env.action_kind)[0, 0], hidden
-
-    keys = jax.random.split(key, observation.agents_view.shape[:2])
-    act_all = jax.vmap(jax.vmap(act_one))
-    return act_all(carry, observation.agents_view, observation.action_mask, keys)
+    return act_alone(system.actor, params, carry, observation, key, greedy)
 
 
 def main() -> None:

@@ -28,10 +28,10 @@ import jax.numpy as jnp
 import optax
 
 from magpo import experiment
-from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from magpo.envs.wrappers import AutoReset
+from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
+from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
 from magpo.networks.heads import Policy, executed_action
-from magpo.networks.recurrent import RecurrentActor, RecurrentCritic
+from magpo.networks.recurrent import RecurrentActor, RecurrentCritic, act_alone, init_alone
 from magpo.types import Array, Card, Environment, Observation, TimeStep
 
 CARD = Card("a critic, in training", "each agent's policy", "GRU", parameters="each agent's own")
@@ -77,18 +77,11 @@ class Config:
     network: NetworkConfig
 
     def __post_init__(self) -> None:
-        chunk_size = self.system.recurrent_chunk_size
-        if self.rollout_length % chunk_size:
-            raise ValueError(
-                f"system.recurrent_chunk_size must divide rollout_length = {self.rollout_length}, "
-                f"not {chunk_size}"
-            )
-        if self.num_sequences % self.system.num_minibatches:
-            raise ValueError(
-                "system.num_minibatches must divide the number of sequences, num_envs * "
-                f"rollout_length / recurrent_chunk_size = {self.num_sequences}, "
-                f"not {self.system.num_minibatches}"
-            )
+        length, chunk_size = self.rollout_length, self.system.recurrent_chunk_size
+        must_divide("system.recurrent_chunk_size", chunk_size, "rollout_length", length)
+        sequences = "the number of sequences, num_envs * rollout_length / recurrent_chunk_size"
+        num_minibatches, number = self.system.num_minibatches, self.num_sequences
+        must_divide("system.num_minibatches", num_minibatches, sequences, number)
 
     @property
     def num_chunks(self) -> int:
@@ -307,9 +300,8 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
             ended=timestep.last(),
             terminal_value=terminal_value(system, state.params.critic, critic, timestep),
         )
-        ended = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
-        episodes = jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), ended)
-        return Loop(env_state, timestep, Memory(actor, critic)), (transition, episodes)
+        memory = Memory(actor, critic)
+        return Loop(env_state, timestep, memory), (transition, episode_sums(timestep))
 
     def chunk(loop: Loop, keys: Array) -> tuple[Loop, tuple[Memory, Any]]:
         after, collected = jax.lax.scan(step, loop, keys)
@@ -501,17 +493,12 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
     learning = Params(*map(Learning, state.params, state.opt_state))
     actor, metrics = update_actors(system, learning.actor, batch, key_actors)
     critic, critic_metrics = train(system, critic_minibatch, learning.critic, batch, key_critic)
-    number = collected.episodes["episodes"]
-    episodes = {
-        f"rollout/{name}": number if name == "episodes" else total / number
-        for name, total in collected.episodes.items()
-    }
     state = state._replace(
         key=key,
         params=Params(actor.params, critic.params),
         opt_state=Params(actor.opt_state, critic.opt_state),
     )
-    return state, metrics | critic_metrics | episodes
+    return state, metrics | critic_metrics | episode_means(collected.episodes)
 
 
 def init(system: System, key: Array) -> TrainState:
@@ -523,15 +510,14 @@ def init(system: System, key: Array) -> TrainState:
         actor=initial_carry(system, (config.num_envs,)),
         critic=jnp.zeros((config.num_envs, config.network.critic.hidden_dim)),
     )
-    view, mask, _, whole = jax.tree.map(lambda x: x[None, :1], timestep.observation)
-    never = jnp.zeros((1, 1), bool)
-    actor_inputs = memory.actor[:1, 0], view[:, :, 0], mask[:, :, 0], never
+    whole = jax.tree.map(lambda x: x[None], timestep.observation.global_state)
+    inputs = whole, jnp.zeros((1, config.num_envs), bool)
     params = Params(
         actor=jax.lax.map(
-            lambda key: system.actor.init(key, *actor_inputs),
+            lambda key: init_alone(system.actor, key, memory.actor, timestep.observation),
             jax.random.split(key_actor, system.env.num_agents),
         ),
-        critic=system.critic.init(key_critic, memory.critic[:1], whole, never),
+        critic=system.critic.init(key_critic, memory.critic, *inputs),
     )
     opt_state = Params(
         actor=jax.vmap(system.optimiser.actor.init)(params.actor),
@@ -562,18 +548,7 @@ def act(
     system: System, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Array]:
     """Decentralised actions (B, N[, A]): each from one agent's observation, by construction."""
-
-    def act_one(
-        params: Any, hidden: Array, view: Array, mask: Array, key: Array
-    ) -> tuple[Array, Array]:
-        inputs = hidden[None], view[None, None], mask[None, None], jnp.zeros((1, 1), bool)
-        hidden, policy = system.actor.apply(params, *inputs)
-        raw = policy.mode() if greedy else policy.sample(key)
-        return executed_action(raw, system.env.action_kind)[0, 0], hidden[0]
-
-    keys = jax.random.split(key, carry.shape[:2])
-    act_all = jax.vmap(jax.vmap(act_one), in_axes=(None, 0, 0, 0, 0))
-    return act_all(params, carry, observation.agents_view, observation.action_mask, keys)
+    return act_alone(system.actor, params, carry, observation, key, greedy, own_params=True)
 
 
 def main() -> None:

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import optax
 
 from magpo import experiment
-from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from magpo.envs.wrappers import AutoReset
+from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
+from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
 from magpo.networks.heads import Policy, executed_action
-from magpo.networks.recurrent import RecurrentActor, RecurrentCritic
+from magpo.networks.recurrent import RecurrentActor, RecurrentCritic, act_alone, init_alone
 from magpo.types import Array, Card, Environment, Observation, TimeStep
 
 CARD = Card("a critic, in training", "each agent's policy", "GRU", parameters="shared")
@@ -73,18 +73,11 @@ class Config:
     network: NetworkConfig
 
     def __post_init__(self) -> None:
-        chunk_size = self.system.recurrent_chunk_size
-        if self.rollout_length % chunk_size:
-            raise ValueError(
-                f"system.recurrent_chunk_size must divide rollout_length = {self.rollout_length}, "
-                f"not {chunk_size}"
-            )
-        if self.num_sequences % self.system.num_minibatches:
-            raise ValueError(
-                "system.num_minibatches must divide the number of sequences, num_envs * "
-                f"rollout_length / recurrent_chunk_size = {self.num_sequences}, "
-                f"not {self.system.num_minibatches}"
-            )
+        length, chunk_size = self.rollout_length, self.system.recurrent_chunk_size
+        must_divide("system.recurrent_chunk_size", chunk_size, "rollout_length", length)
+        sequences = "the number of sequences, num_envs * rollout_length / recurrent_chunk_size"
+        num_minibatches, number = self.system.num_minibatches, self.num_sequences
+        must_divide("system.num_minibatches", num_minibatches, sequences, number)
 
     @property
     def num_chunks(self) -> int:
@@ -308,9 +301,8 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
             ended=timestep.last(),
             terminal_value=terminal_value(system, state.params.critic, critic, timestep),
         )
-        ended = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
-        episodes = jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), ended)
-        return Loop(env_state, timestep, Memory(actor, critic)), (transition, episodes)
+        memory = Memory(actor, critic)
+        return Loop(env_state, timestep, memory), (transition, episode_sums(timestep))
 
     def chunk(loop: Loop, keys: Array) -> tuple[Loop, tuple[Memory, Any]]:
         after, collected = jax.lax.scan(step, loop, keys)
@@ -446,12 +438,8 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
         jax.random.split(key_epochs, system.config.system.ppo_epochs),
     )
     metrics = jax.tree.map(jnp.mean, metrics)
-    number = collected.episodes["episodes"]
-    episodes = {
-        f"rollout/{name}": number if name == "episodes" else total / number
-        for name, total in collected.episodes.items()
-    }
-    return state._replace(key=key, **learning._asdict()), metrics | episodes
+    state = state._replace(key=key, **learning._asdict())
+    return state, metrics | episode_means(collected.episodes)
 
 
 def init(system: System, key: Array) -> TrainState:
@@ -464,13 +452,10 @@ def init(system: System, key: Array) -> TrainState:
         actor=initial_carry(system, (config.num_envs,)),
         critic=jnp.zeros((config.num_envs, num_critics, config.network.critic.hidden_dim)),
     )
-    view, mask, _, whole = jax.tree.map(lambda x: x[None, :1], timestep.observation)
-    never = jnp.zeros((1, 1), bool)
-    critic_inputs = view[:, :, 0] if whole is None else whole
+    view, whole = timestep.observation.agents_view[:, 0], timestep.observation.global_state
+    critic_inputs, never = (view if whole is None else whole)[None, :1], jnp.zeros((1, 1), bool)
     params = Params(
-        actor=system.actor.init(
-            key_actor, memory.actor[:1, 0], view[:, :, 0], mask[:, :, 0], never
-        ),
+        actor=init_alone(system.actor, key_actor, memory.actor, timestep.observation),
         critic=system.critic.init(key_critic, memory.critic[:1, 0], critic_inputs, never),
     )
     opt_state = Params(*(o.init(p) for o, p in zip(system.optimiser, params, strict=True)))
@@ -499,16 +484,7 @@ def act(
     system: System, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Array]:
     """Decentralised actions (B, N[, A]): each from one agent's observation, by construction."""
-
-    def act_one(hidden: Array, view: Array, mask: Array, key: Array) -> tuple[Array, Array]:
-        inputs = hidden[None], view[None, None], mask[None, None], jnp.zeros((1, 1), bool)
-        hidden, policy = system.actor.apply(params, *inputs)
-        raw = policy.mode() if greedy else policy.sample(key)
-        return executed_action(raw, system.env.action_kind)[0, 0], hidden[0]
-
-    keys = jax.random.split(key, carry.shape[:2])
-    act_all = jax.vmap(jax.vmap(act_one))
-    return act_all(carry, observation.agents_view, observation.action_mask, keys)
+    return act_alone(system.actor, params, carry, observation, key, greedy)
 
 
 def main() -> None:

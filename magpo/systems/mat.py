@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import optax
 
 from magpo import experiment
-from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from magpo.envs.wrappers import AutoReset
+from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
+from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
 from magpo.networks.heads import Policy, executed_action
 from magpo.networks.mat import MAT
 from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
@@ -56,10 +56,7 @@ class NetworkConfig:
     n_block: PositiveInt
 
     def __post_init__(self) -> None:
-        if self.embed_dim % self.n_head:
-            raise ValueError(
-                f"embed_dim must be a multiple of n_head = {self.n_head}, not {self.embed_dim}"
-            )
+        must_divide("n_head", self.n_head, "embed_dim", self.embed_dim)
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,8 @@ class Config:
     network: NetworkConfig
 
     def __post_init__(self) -> None:
-        if self.num_timesteps % self.system.num_minibatches:
-            raise ValueError(
-                "system.num_minibatches must divide num_envs * rollout_length = "
-                f"{self.num_timesteps}, not {self.system.num_minibatches}"
-            )
+        num_minibatches, what = self.system.num_minibatches, "num_envs * rollout_length"
+        must_divide("system.num_minibatches", num_minibatches, what, self.num_timesteps)
 
     @property
     def num_timesteps(self) -> int:
@@ -221,9 +215,7 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
             ended=timestep.last(),
             terminal_value=terminal_value(system, state.params, timestep),
         )
-        ended = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
-        episodes = jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), ended)
-        return Loop(env_state, timestep), (transition, episodes)
+        return Loop(env_state, timestep), (transition, episode_sums(timestep))
 
     key, key_steps = jax.random.split(state.key)
     keys = jax.random.split(key_steps, system.config.rollout_length)
@@ -324,12 +316,8 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
         jax.random.split(key_epochs, system.config.system.ppo_epochs),
     )
     metrics = jax.tree.map(jnp.mean, metrics)
-    number = collected.episodes["episodes"]
-    episodes = {
-        f"rollout/{name}": number if name == "episodes" else total / number
-        for name, total in collected.episodes.items()
-    }
-    return state._replace(key=key, **learning._asdict()), metrics | episodes
+    state = state._replace(key=key, **learning._asdict())
+    return state, metrics | episode_means(collected.episodes)
 
 
 def init(system: System, key: Array) -> TrainState:

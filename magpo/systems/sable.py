@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import optax
 
 from magpo import experiment
-from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from magpo.envs.wrappers import AutoReset
+from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
+from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
+from magpo.networks.autoregressive import init_along
 from magpo.networks.heads import Policy, executed_action
 from magpo.networks.sable import Sable, SableCarry
 from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
@@ -61,11 +62,7 @@ class NetworkConfig:
     memory: bool
 
     def __post_init__(self) -> None:
-        if self.embed_dim % (2 * self.n_head):
-            raise ValueError(
-                f"embed_dim must be a multiple of 2 * n_head = {2 * self.n_head}, "
-                f"not {self.embed_dim}"
-            )
+        must_divide("2 * n_head", 2 * self.n_head, "embed_dim", self.embed_dim)
 
 
 @dataclass(frozen=True)
@@ -77,17 +74,12 @@ class Config:
     network: NetworkConfig
 
     def __post_init__(self) -> None:
-        if self.num_sequences % self.system.num_minibatches:
-            raise ValueError(
-                f"system.num_minibatches must divide the number of sequences, num_envs"
-                f"{'' if self.network.memory else ' * rollout_length'} = {self.num_sequences}, "
-                f"not {self.system.num_minibatches}"
-            )
-        if self.network.memory and self.rollout_length % self.network.chunk_size:
-            raise ValueError(
-                f"network.chunk_size must divide rollout_length = {self.rollout_length}, "
-                f"not {self.network.chunk_size}"
-            )
+        sequences = "num_envs" if self.network.memory else "num_envs * rollout_length"
+        num_minibatches, number = self.system.num_minibatches, self.num_sequences
+        must_divide("system.num_minibatches", num_minibatches, sequences, number)
+        length, chunk_size = self.rollout_length, self.network.chunk_size
+        if self.network.memory:
+            must_divide("network.chunk_size", chunk_size, "rollout_length", length)
 
     @property
     def sequence_length(self) -> int:
@@ -250,9 +242,7 @@ def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
             ended=timestep.last(),
             terminal_value=terminal_value(system, state.params, acted.carry, timestep),
         )
-        ended = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
-        episodes = jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), ended)
-        return Loop(env_state, timestep, acted.carry), (transition, episodes)
+        return Loop(env_state, timestep, acted.carry), (transition, episode_sums(timestep))
 
     key, key_steps = jax.random.split(state.key)
     keys = jax.random.split(key_steps, system.config.rollout_length)
@@ -373,12 +363,8 @@ def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Arr
         jax.random.split(key_epochs, system.config.system.ppo_epochs),
     )
     metrics = jax.tree.map(jnp.mean, metrics)
-    number = collected.episodes["episodes"]
-    episodes = {
-        f"rollout/{name}": number if name == "episodes" else total / number
-        for name, total in collected.episodes.items()
-    }
-    return state._replace(key=key, **learning._asdict()), metrics | episodes
+    state = state._replace(key=key, **learning._asdict())
+    return state, metrics | episode_means(collected.episodes)
 
 
 def init(system: System, key: Array) -> TrainState:
@@ -387,13 +373,8 @@ def init(system: System, key: Array) -> TrainState:
     key, key_env, key_network = jax.random.split(key, 3)
     env_state, timestep = system.envs.reset(key_env)
     memory = initial_carry(system, (config.num_envs,))
-    never = jnp.zeros((config.num_envs, config.network.chunk_size), bool)
-    one_chunk = jax.tree.map(
-        lambda x: jnp.stack([x] * config.network.chunk_size, axis=1), timestep.observation
-    )
-    spec = action_spec(system.env)
-    action = jnp.zeros((*never.shape, *spec.shape), spec.dtype)
-    params = system.network.init(key_network, memory, one_chunk, action, never)
+    spec, chunk_size = action_spec(system.env), config.network.chunk_size
+    params = init_along(system.network, key_network, memory, timestep.observation, spec, chunk_size)
     return TrainState(params, system.optimiser.init(params), key, env_state, timestep, memory)
 
 
