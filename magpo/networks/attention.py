@@ -15,14 +15,16 @@ from magpo.networks.torsos import Dense, parts
 from magpo.types import Array
 
 
-class Folded(NamedTuple):
-    """What acting needs of an attention layer: a query's projection with the keys', the values'
-    with the output's. Queries, keys and values themselves are never formed then."""
+class TokenWeights(NamedTuple):
+    """What acting needs of an attention layer. With one head a query's projection is multiplied out
+    with the keys', the values' with the output's: keys and values are then the inputs as they are.
+    """
 
-    seek: Array  # (F, H * F)
-    seek_bias: Array  # (H * F,)
-    tell: Array  # (H * F, F)
-    tell_bias: Array  # (F,)
+    query: Array  # (F, H * D)
+    query_bias: Array  # (H * D,)
+    key_value: tuple[Array, Array] | None  # (F, 2 * H * D), (2 * H * D,)
+    output: Array  # (H * D, F)
+    output_bias: Array  # (F,)
 
 
 class Attention(nn.Module):
@@ -58,38 +60,55 @@ class Attention(nn.Module):
         attended = jnp.einsum("...hij,...jhd->...ihd", jax.nn.softmax(scores), value)
         return self.output(attended.reshape(x_query.shape))
 
-    def folded(self) -> Folded:
-        """The layer's projections, multiplied out."""
-        heads = (-1, self.n_head, self.embed_dim // self.n_head)
+    def token_weights(self) -> TokenWeights:
+        """The layer's weights for `token`."""
+        scale = (self.embed_dim // self.n_head) ** -0.5
         query, key_value, output = (
             layer.variables["params"] for layer in (self.query, self.key_value, self.output)
         )
-        to_query = heads[-1] ** -0.5 * query["kernel"].reshape(heads)  # (F, H, D)
-        to_key, to_value = (k.reshape(heads) for k in jnp.split(key_value["kernel"], 2, axis=1))
+        layer = TokenWeights(
+            query=scale * query["kernel"],
+            query_bias=scale * query["bias"],
+            key_value=(key_value["kernel"], key_value["bias"]),
+            output=output["kernel"],
+            output_bias=output["bias"],
+        )
+        if self.n_head > 1:
+            return layer
+        to_key, to_value = jnp.split(key_value["kernel"], 2, axis=1)
         _, value_bias = jnp.split(key_value["bias"], 2)  # the keys' adds to all scores alike
-        to_output = output["kernel"].reshape(*heads[1:], -1)  # (H, D, F)
-        query_bias = heads[-1] ** -0.5 * query["bias"].reshape(heads[1:])
-        return Folded(
-            seek=jnp.einsum("fhd,ghd->fhg", to_query, to_key).reshape(self.embed_dim, -1),
-            seek_bias=jnp.einsum("hd,ghd->hg", query_bias, to_key).reshape(-1),
-            tell=jnp.einsum("ghd,hdf->hgf", to_value, to_output).reshape(-1, self.embed_dim),
-            tell_bias=value_bias @ output["kernel"] + output["bias"],
+        return TokenWeights(
+            query=layer.query @ to_key.T,
+            query_bias=layer.query_bias @ to_key.T,
+            key_value=None,
+            output=to_value @ layer.output,
+            output_bias=value_bias @ layer.output + layer.output_bias,
         )
 
 
 def token(
-    layer: Folded, x_query: Array, x_key: Array, cache: Array, agent: Array
-) -> tuple[Array, Array]:
+    layer: TokenWeights, x_query: Array, x_key: Array, cache: tuple[Array, ...], agent: Array
+) -> tuple[Array, tuple[Array, ...]]:
     """Agent `agent`'s token, (B, F), seeing those of the agents before it, and the cache after it.
 
-    The cache is of their `x_key`, (B, 1, N, F): half of what their keys and values would be.
+    The cache is of keys and of values, (B, H, N, D), or, where they are the same, of one of them.
     """
-    sought = (x_query @ layer.seek + layer.seek_bias).reshape(len(x_query), -1, x_key.shape[-1])
-    past = jnp.einsum("bhf,bnf->bhn", sought, cache[:, 0])
-    past = jnp.where(jnp.arange(past.shape[-1]) < agent, past, jnp.finfo(past.dtype).min)
-    own = jnp.einsum("bhf,bf->bh", sought, x_key)[..., None]
-    weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1))
-    mean = jnp.einsum("bhn,bnf->bhf", weights[..., :-1], cache[:, 0])
-    mean += weights[..., -1:] * x_key[:, None]
-    cache = written(cache, x_key[:, None], agent, read=mean[:, :1])
-    return mean.reshape(len(x_query), -1) @ layer.tell + layer.tell_bias, cache
+    batch, n_head, num_agents, width = cache[0].shape
+    own: tuple[Array, ...] = (x_key,)
+    if layer.key_value is not None:
+        kernel, bias = layer.key_value
+        own = tuple(jnp.split(x_key @ kernel + bias, 2, axis=-1))
+    query, key, value = (
+        x.reshape(-1, 1, width)  # (B * H, 1, D)
+        for x in (x_query @ layer.query + layer.query_bias, own[0], own[-1])
+    )
+    keys, values = (x.reshape(-1, num_agents, width) for x in (cache[0], cache[-1]))
+    past = jnp.einsum("biw,bnw->bin", query, keys)
+    past = jnp.where(jnp.arange(num_agents) < agent, past, jnp.finfo(past.dtype).min)
+    now = jnp.einsum("biw,biw->bi", query, key)[..., None]
+    weights = jax.nn.softmax(jnp.concatenate([past, now], axis=-1))
+    mean = jnp.einsum("bin,bnw->biw", weights[..., :-1], values) + weights[..., -1:] * value
+    by_head = (batch, n_head, width)
+    new = tuple(x.reshape(by_head) for x in own)
+    cache = written(cache, new, agent, read=mean.reshape(by_head))
+    return mean.reshape(x_query.shape) @ layer.output + layer.output_bias, cache

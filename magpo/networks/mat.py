@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import orthogonal
 
-from magpo.networks.attention import Attention, Folded, token
+from magpo.networks.attention import Attention, TokenWeights, token
 from magpo.networks.autoregressive import Acted, Turn, decode, shifted
 from magpo.networks.heads import ActionKind, Policy, PolicyHead
 from magpo.networks.torsos import Dense
@@ -55,17 +55,17 @@ class _DecoderBlock(nn.Module):
         self,
         x: Array,
         encoded: Array,
-        layers: tuple[Folded, Folded],
-        caches: tuple[Array, Array],
+        layers: tuple[TokenWeights, TokenWeights],
+        caches: tuple[tuple[Array, ...], tuple[Array, ...]],
         agent: Array,
-    ) -> tuple[Array, tuple[Array, Array]]:
+    ) -> tuple[Array, tuple[tuple[Array, ...], tuple[Array, ...]]]:
         attended, own = token(layers[0], x, x, caches[0], agent)
         x = self.norms[0](x + attended)
         attended, cross = token(layers[1], encoded, x, caches[1], agent)
         return self._finish(encoded, attended), (own, cross)
 
-    def folded(self) -> tuple[Folded, Folded]:
-        return self.self_attention.folded(), self.cross_attention.folded()
+    def token_weights(self) -> tuple[TokenWeights, TokenWeights]:
+        return self.self_attention.token_weights(), self.cross_attention.token_weights()
 
 
 class MAT(nn.Module):
@@ -128,17 +128,18 @@ class MAT(nn.Module):
         del reset_before
         encoded, value = self._encode(observation)
         batch, num_agents = value.shape
-        empty = jnp.zeros((batch, 1, num_agents, self.embed_dim))
-        folded = [block.folded() for block in self.decoder]
+        empty = jnp.zeros((batch, self.n_head, num_agents, self.embed_dim // self.n_head))
+        weights = [block.token_weights() for block in self.decoder]
 
         def take_turn(caches: list, read: Array, turn: Turn) -> tuple[list, Policy]:
             x, after = self.embed_action(read), []
-            for block, layers, cache in zip(self.decoder, folded, caches, strict=True):
+            for block, layers, cache in zip(self.decoder, weights, caches, strict=True):
                 x, cache = block.token(x, turn.encoded, layers, cache, turn.agent)
                 after.append(cache)
             return after, self.policy_head(self.policy_torso(x), turn.action_mask)
 
-        caches = [(empty, empty) for _ in self.decoder]
+        cache = (empty,) if self.n_head == 1 else (empty, empty)  # of keys and values
+        caches = [(cache, cache) for _ in self.decoder]
         _, action, log_prob = decode(
             take_turn, caches, encoded, observation.action_mask, key, self.action_kind, greedy
         )

@@ -12,15 +12,16 @@ from magpo.types import Observation
 B, N, O, A = 5, 4, 7, 3
 
 
-@pytest.fixture(scope="module", params=["discrete", "continuous"])
+@pytest.fixture(scope="module", params=[("discrete", 1), ("discrete", 2), ("continuous", 2)])
 def acted(request):
-    model = MAT(A, request.param, embed_dim=8, n_head=2, n_block=2)
+    action_kind, n_head = request.param
+    model = MAT(A, action_kind, embed_dim=8, n_head=n_head, n_block=2)
     keys = jax.random.split(jax.random.key(0), 4)
     mask = jnp.ones((B, N, A), bool)
-    if request.param == "discrete":
+    discrete = action_kind == "discrete"
+    if discrete:
         mask = jax.random.bernoulli(keys[0], 0.7, mask.shape).at[..., 1].set(True)
     observation = Observation(jax.random.normal(keys[1], (B, N, O)), mask, jnp.zeros(B, jnp.int32))
-    discrete = request.param == "discrete"
     action = jnp.zeros((B, N) if discrete else (B, N, A), int if discrete else float)
     params = model.init(keys[2], (), observation, action, None)
     params = jax.tree.map(lambda x: x * 6.0, params)  # away from a uniform policy
