@@ -81,15 +81,14 @@ class _DecoderBlock(_Block):
         x: Array,
         encoded: Array,
         position: Array,
-        self_state: Array,
-        cross_state: Array,
+        states: tuple[Array, Array],
         weights: ChunkWeights,
     ) -> Array:
         x_key = x + position
-        retained = self.self_retention.chunkwise(x_key, x_key, self_state, weights, causal=True)
+        retained = self.self_retention.chunkwise(x_key, x_key, states[0], weights, causal=True)
         x_key = self.norms[0](x + retained) + position
         retained = self.cross_retention.chunkwise(
-            encoded + position, x_key, cross_state, weights, causal=True
+            encoded + position, x_key, states[1], weights, causal=True
         )
         return self.finish(encoded, retained)
 
@@ -98,16 +97,15 @@ class _DecoderBlock(_Block):
         x: Array,
         encoded: Array,
         position: Array,
-        self_state: Array,
-        cross_state: Array,
+        states: tuple[Array, Array],
         caches: tuple[Cache, Cache],
         agent: Array,
     ) -> tuple[Array, tuple[Cache, Cache]]:
         x_key = x + position
-        retained, own = self.self_retention.token(x_key, x_key, self_state, caches[0], agent)
+        retained, own = self.self_retention.token(x_key, x_key, states[0], caches[0], agent)
         x_key = self.norms[0](x + retained) + position
         retained, cross = self.cross_retention.token(
-            encoded + position, x_key, cross_state, caches[1], agent
+            encoded + position, x_key, states[1], caches[1], agent
         )
         return self.finish(encoded, retained), (own, cross)
 
@@ -201,7 +199,7 @@ class Sable(nn.Module):
             after = []
             for i, block in enumerate(self.decoder):
                 states = carry.decoder_self[i], carry.decoder_cross[i]
-                x, cache = block.token(x, turn.encoded, position, *states, caches[i], turn.agent)
+                x, cache = block.token(x, turn.encoded, position, states, caches[i], turn.agent)
                 after.append(cache)
             return after, self.policy_head(self.policy_torso(x), turn.action_mask)
 
@@ -233,7 +231,7 @@ class Sable(nn.Module):
         position: Array,
         weights: ChunkWeights,
     ) -> Array:
-        return self.decoder[i].chunkwise(x, encoded, position, *states, weights)
+        return self.decoder[i].chunkwise(x, encoded, position, states, weights)
 
     def _scan_blocks(self, stack: str, x: Array, states: Sequence, *inputs) -> Array:
         """`x` through a stack's blocks, computed again in the reverse pass.
