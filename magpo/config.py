@@ -31,6 +31,7 @@ from pydantic_core import ErrorDetails
 
 from magpo import paths
 from magpo.envs import registry
+from magpo.errors import ConfigError
 
 T = TypeVar("T")
 # What reading a damaged file raises.
@@ -45,10 +46,6 @@ OF_THIS_PROCESS: dict[str, Any] = {
     "allow_changes": [],
     "distributed": {"coordinator": None, "num_processes": None, "process_id": None},
 }
-
-
-class ConfigError(ValueError):
-    """Bad input, in one line: what is wrong, what is allowed, the nearest match."""
 
 
 def _whole(value: Any) -> Any:

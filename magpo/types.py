@@ -5,7 +5,7 @@ L = T * N tokens, O observation features, G global-state features, A actions (a 
 the dimensions of a continuous action).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -73,36 +73,39 @@ class Environment(Protocol):
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """What of an environment a policy depends on. A system's `make` takes it for one."""
+    """The static properties of an environment that a system depends on: what `make` needs."""
 
     name: str
     num_agents: int
     num_features: int  # O
+    num_state_features: int | None  # G; None without a global state
     action_dim: int
     action_kind: Literal["discrete", "continuous"]
     time_limit: int
     truncates: bool
     headline: str
-
-
-class Card(NamedTuple):
-    """What a system is: a row of `python -m magpo.systems`, and how its policies are loaded."""
-
-    centralised: str  # what sees all agents
-    deployed: Literal["each agent's policy", "a joint policy"]
-    memory: str  # of what is deployed
-    parameters: Literal["shared", "each agent's own"]  # of what is deployed
+    stop_action: int | None  # the action by which an agent does nothing, if there is one
 
 
 def spec(env: Environment) -> EnvSpec:
-    """An environment's EnvSpec."""
-    num_features = env.observation_spec.agents_view.shape[-1]
-    names = [field.name for field in fields(EnvSpec) if field.name != "num_features"]
-    return EnvSpec(num_features=num_features, **{name: getattr(env, name) for name in names})
+    """Return an environment's EnvSpec."""
+    views = env.observation_spec
+    return EnvSpec(
+        name=env.name,
+        num_agents=env.num_agents,
+        num_features=views.agents_view.shape[-1],
+        num_state_features=None if views.global_state is None else views.global_state.shape[-1],
+        action_dim=env.action_dim,
+        action_kind=env.action_kind,
+        time_limit=env.time_limit,
+        truncates=env.truncates,
+        headline=env.headline,
+        stop_action=getattr(env, "stop_action", None),
+    )
 
 
-def action_spec(env: Environment) -> jax.ShapeDtypeStruct:
-    """What `env.step` takes: (N,) int32, or (N, A) float32 if continuous."""
+def action_spec(env: Environment | EnvSpec) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of `env.step`'s action: (N,) int32, or (N, A) float32 if continuous."""
     shaped: Any = jax.ShapeDtypeStruct
     discrete = env.action_kind == "discrete"
     spec: jax.ShapeDtypeStruct = shaped(

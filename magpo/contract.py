@@ -1,0 +1,142 @@
+"""The contract between a system and everything that runs, saves, loads and exports it.
+
+A system is a module with the names of `Algorithm`. All its functions are pure and written for ONE
+member, a seed with one setting of the varied hyperparameters, on no particular device; the
+experiment loop maps them over members.
+"""
+
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from types import ModuleType
+from typing import (
+    Any,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+    get_type_hints,
+)
+
+import jax
+import numpy as np
+
+from magpo.errors import ConfigError
+from magpo.types import Array, Environment, EnvSpec, Observation
+
+H = TypeVar("H")
+
+
+class Deployed(Enum):
+    """What acts outside training."""
+
+    EACH_AGENT = "each agent's policy"
+    JOINT = "a joint policy"
+
+
+class Parameters(Enum):
+    """Whose the deployed policy's parameters are."""
+
+    SHARED = "shared"
+    PER_AGENT = "each agent's own"
+
+
+class Card(NamedTuple):
+    """A system in a few words: a row of `python -m magpo.systems`."""
+
+    centralised: str  # the part that sees all agents
+    deployed: Deployed
+    carry: str  # the deployed policy's recurrent state
+    parameters: Parameters
+    # The fields of its TrainState whose arrays have a leading axis of environments. Several devices
+    # can share these; they copy all others.
+    per_environment: tuple[str, ...] = ("env_state", "timestep", "carry")
+
+
+class AlgorithmConfig(Protocol):
+    """A frozen dataclass. It may also ask for numbers of `RunConfig`, by their names."""
+
+    @property
+    def hyper(self) -> Any: ...  # `system.*`, a class made by `hyperparameters`
+
+    @property
+    def needs_global_state(self) -> bool: ...  # Whether it reads `Observation.global_state`
+
+
+class TrainState(Protocol):
+    """Everything that changes during training: a NamedTuple with at least these fields."""
+
+    @property
+    def params(self) -> Any: ...
+
+    @property
+    def hyper(self) -> Any: ...  # the configuration's `hyper` as data, see `as_data`
+
+    def _replace(self, *, hyper: Any) -> Any: ...
+
+
+class Algorithm(Protocol):
+    """A system's module. `setup` is what `make` returns: everything static, hashable."""
+
+    CARD: Card
+    Config: Any  # a dataclass type, an AlgorithmConfig
+
+    def make(self, config: Any, spec: EnvSpec) -> Any: ...  # raises ConfigError
+
+    def init(self, setup: Any, env: Environment, key: Array) -> Any: ...  # a TrainState
+
+    def train_chunk(
+        self, setup: Any, env: Environment, state: Any
+    ) -> tuple[Any, dict[str, Array]]: ...  # metrics have an axis of updates
+
+    def policy_params(self, state: Any) -> Any: ...  # deployed, a part of `state.params`
+
+    def initial_carry(self, setup: Any, batch_shape: tuple[int, ...]) -> Any: ...
+
+    def act(
+        self,
+        setup: Any,
+        params: Any,
+        carry: Any,
+        observation: Observation,
+        key: Array,
+        greedy: bool,
+    ) -> tuple[Array, Any]: ...
+
+
+def algorithm(module: ModuleType) -> Algorithm:
+    """Return a module as an Algorithm. Raises ConfigError if it lacks a name of the contract."""
+    functions = [name for name in vars(Algorithm) if not name.startswith("_")]
+    names = [*Algorithm.__annotations__, *functions]
+    missing = [name for name in names if not hasattr(module, name)]
+    if missing:
+        raise ConfigError(
+            f"{module.__name__} is not a system: it lacks {', '.join(missing)}; "
+            f"a system has {', '.join(names)} (magpo.contract)"
+        )
+    return cast(Algorithm, module)
+
+
+@dataclass_transform(frozen_default=True)
+def hyperparameters(cls: type[H]) -> type[H]:
+    """Make a frozen dataclass whose floats are leaves of a pytree and whose other fields, counts
+    and choices, are static. A compiled program serves all values of the floats."""
+    made: Any = dataclass(frozen=True)(cls)
+    names = float_names(made)
+    static = [field.name for field in fields(made) if field.name not in names]
+    jax.tree_util.register_dataclass(made, data_fields=names, meta_fields=static)
+    return cast(type[H], made)
+
+
+def float_names(hyper: Any) -> list[str]:
+    """The names of the fields that are floats, in a class made by `hyperparameters`."""
+    kinds = get_type_hints(hyper)
+    return [f.name for f in fields(hyper) if float in (kinds[f.name], *get_args(kinds[f.name]))]
+
+
+def as_data(hyper: H) -> H:
+    """Return hyperparameters whose floats are () float32 arrays, infinite where they were None."""
+    values = {name: getattr(hyper, name) for name in float_names(type(hyper))}
+    data = {k: np.float32(np.inf if v is None else v) for k, v in values.items()}
+    return cast(H, replace(cast(Any, hyper), **data))
