@@ -366,6 +366,7 @@ def _check(system: str | ModuleType, name: str, values: dict[str, Any]) -> RunCo
     numbers = ("num_envs", "rollout_length", "updates_per_chunk", "num_updates")
     asked = {field.name for field in fields(module.Config)}
     algorithm |= {number: getattr(config, number) for number in numbers if number in asked}
+    algorithm["hyper"] = algorithm.pop("system")
     return replace(config, algorithm=_validate(module.Config, algorithm))
 
 

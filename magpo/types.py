@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Metrics = dict[str, Array]  # by name, as `metrics.jsonl` records them
 
 
 class StepType:

@@ -1,5 +1,6 @@
-"""What every suite shares: agent ids, the global state, automatic restarts, episode statistics."""
+"""What every suite shares: agent ids, the global state, automatic restarts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,21 +62,6 @@ def observation_spec(
 def strong(tree: Any) -> Any:
     """The same values, none weakly typed: what a scan carries must come out as it went in."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
-
-
-def episode_sums(timestep: TimeStep) -> dict[str, Array]:
-    """The metrics, () each, summed over those of E episodes that ended, and their number."""
-    metrics = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
-    return jax.tree.map(lambda x: jnp.where(timestep.last(), x, 0).sum(), metrics)
-
-
-def episode_means(sums: dict[str, Array]) -> dict[str, Array]:
-    """What is logged of them: their number, and per episode the rest; NaN where none ended."""
-    number = sums["episodes"]
-    return {
-        f"rollout/{name}": number if name == "episodes" else total / number
-        for name, total in sums.items()
-    }
 
 
 class AutoResetState(NamedTuple):
@@ -225,3 +211,19 @@ def _with_statistics(metrics: dict[str, Array], state: AutoResetState) -> dict[s
 def _where(rows: Array, new: Array, old: Array) -> Array:
     """`new` in the rows (E,) that are set, else `old`; both (E, ...)."""
     return jnp.where(rows.reshape(rows.shape + (1,) * (old.ndim - 1)), new, old)
+
+
+def terminal_value(timestep: TimeStep, value: Callable[[Observation], Array]) -> Array | None:
+    """Return the values (E, N) of truncated episodes' last observations, 0 elsewhere.
+
+    `value` computes them from the observations before any restart, only at steps that truncate an
+    episode. None on suites that never truncate.
+    """
+    terminal, truncated = timestep.terminal_observation, timestep.truncated()
+    if terminal is None:
+        return None
+    return jax.lax.cond(
+        truncated.any(),
+        lambda: jnp.where(truncated[:, None], value(terminal), 0.0),
+        lambda: jnp.zeros_like(timestep.reward),
+    )

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from magpo.networks.heads import ActionKind, Policy, executed_action
-from magpo.types import Array, Observation
+from magpo.networks.heads import ActionKind, Distribution, executed_action
+from magpo.types import Array, EnvSpec, Observation, action_spec
 
 
-class Acted(NamedTuple):
+class JointAction(NamedTuple):
     """One timestep's outcome."""
 
     carry: Any
@@ -44,22 +44,14 @@ def shifted(action: Array, action_dim: int, action_kind: ActionKind) -> Array:
     return jnp.concatenate([start, tokens[..., :-1, :]], axis=-2)
 
 
-def init_along(
-    network: nn.Module,
-    key: Array,
-    carry: Any,
-    observation: Observation,
-    action: jax.ShapeDtypeStruct,
-    num_steps: int,
+def init_joint(
+    network: nn.Module, key: Array, carry: Any, observation: Observation, spec: EnvSpec
 ) -> Any:
-    """Parameters, from `num_steps` times one timestep's observation, (B, ...), and no actions.
-
-    `action` is what `magpo.types.action_spec` gives.
-    """
-    never = jnp.zeros((*observation.step_count.shape, num_steps), bool)
-    along = jax.tree.map(lambda x: jnp.stack([x] * num_steps, axis=1), observation)
-    none = jnp.zeros((*never.shape, *action.shape), action.dtype)
-    return network.init(key, carry, along, none, never)
+    """Return the parameters of a network of all agents; observation (B, ...)."""
+    along, no_reset = jax.tree.map(lambda x: x[:, None], (observation, observation.step_count < 0))
+    action = action_spec(spec)
+    none = jnp.zeros((*no_reset.shape, *action.shape), action.dtype)
+    return network.init(key, carry, along, none, no_reset)
 
 
 def written(cache: Any, new: Any, agent: Array, read: Array) -> Any:
@@ -85,7 +77,7 @@ class Turn(NamedTuple):
 
 
 def decode(
-    take_turn: Callable[[Any, Array, Turn], tuple[Any, Policy]],
+    take_turn: Callable[[Any, Array, Turn], tuple[Any, Distribution]],
     caches: Any,
     encoded: Array,
     action_mask: Array,

@@ -73,7 +73,7 @@ class TanhNormal(NamedTuple):
         return jnp.sum(jnp.where(self.mask, kl, 0.0), axis=-1)
 
 
-class Policy(Protocol):
+class Distribution(Protocol):
     """What both have in common."""
 
     def sample(self, key: Array) -> Array: ...
@@ -102,7 +102,7 @@ class PolicyHead(nn.Module):
     action_kind: ActionKind
 
     @nn.compact
-    def __call__(self, features: Array, action_mask: Array) -> Policy:
+    def __call__(self, features: Array, action_mask: Array) -> Distribution:
         output = Dense(self.action_dim, kernel_init=orthogonal(0.01))(features)
         if self.action_kind == "discrete":
             output = jnp.where(action_mask, output, jnp.finfo(output.dtype).min)

@@ -11,8 +11,8 @@ from flax import linen as nn
 from flax.linen.initializers import orthogonal
 
 from magpo.networks.attention import Attention, TokenWeights, token
-from magpo.networks.autoregressive import Acted, Turn, decode, shifted
-from magpo.networks.heads import ActionKind, Policy, PolicyHead
+from magpo.networks.autoregressive import JointAction, Turn, decode, shifted
+from magpo.networks.heads import ActionKind, Distribution, PolicyHead
 from magpo.networks.torsos import Dense
 from magpo.types import Array, Observation
 
@@ -97,7 +97,7 @@ class MAT(nn.Module):
 
     def __call__(
         self, carry: tuple[()], observation: Observation, action: Array, reset_before: Array | None
-    ) -> tuple[Array, Policy]:
+    ) -> tuple[Array, Distribution]:
         """Values and policies (..., N) of any leading axes.
 
         `action` (..., N[, A]) is raw. `carry` and `reset_before` say nothing.
@@ -123,7 +123,7 @@ class MAT(nn.Module):
         reset_before: Array | None,
         key: Array,
         greedy: bool = False,
-    ) -> Acted:
+    ) -> JointAction:
         """One timestep, agent after agent; the observation has a leading axis B."""
         del reset_before
         encoded, value = self._encode(observation)
@@ -131,7 +131,7 @@ class MAT(nn.Module):
         empty = jnp.zeros((batch, self.n_head, num_agents, self.embed_dim // self.n_head))
         weights = [block.token_weights() for block in self.decoder]
 
-        def take_turn(caches: list, read: Array, turn: Turn) -> tuple[list, Policy]:
+        def take_turn(caches: list, read: Array, turn: Turn) -> tuple[list, Distribution]:
             x, after = self.embed_action(read), []
             for block, layers, cache in zip(self.decoder, weights, caches, strict=True):
                 x, cache = block.token(x, turn.encoded, layers, cache, turn.agent)
@@ -143,7 +143,7 @@ class MAT(nn.Module):
         _, action, log_prob = decode(
             take_turn, caches, encoded, observation.action_mask, key, self.action_kind, greedy
         )
-        return Acted(carry, action, log_prob, value)
+        return JointAction(carry, action, log_prob, value)
 
     def _encode(self, observation: Observation) -> tuple[Array, Array]:
         """The encoding (..., N, F) and the values (..., N)."""

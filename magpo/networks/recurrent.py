@@ -1,103 +1,29 @@
-"""A GRU over a sequence, the decentralised actors, and the recurrent critics.
+"""Recurrent policies and critics, with all agents as an array axis.
 
-The GRU's input projections are one matmul over all timesteps; only the recurrence is scanned. Its
-reverse pass is written out because automatic differentiation of a scan adds up the weight gradient
-step by step; here the gate gradients are kept and the weight gradient is one matmul at the end.
+Each network here reads one sequence; `Actors`, `Critic` and `ActionCritic` run it for all agents of
+all environments. Axis letters beyond `magpo.types`: B environments or sequences, C steps of a
+sequence, K sequences that a critic reads of each environment, H features of a hidden state.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import lecun_normal, orthogonal, zeros_init
 
-from magpo.networks.heads import ActionKind, Policy, PolicyHead, executed_action
+from magpo.networks.heads import ActionKind, Distribution, PolicyHead, executed_action
+from magpo.networks.kernels import gru_scan, look_up, sum_of_others
 from magpo.networks.torsos import Dense, parts
-from magpo.types import Array, Observation
-
-
-class _Gates(NamedTuple):
-    """What the reverse pass needs of one step, each (B, H)."""
-
-    reset: Array  # r
-    update: Array  # z
-    candidate: Array  # n
-    recurrent: Array  # the hidden state's part of the candidate, before r scales it
-
-
-def _keep(reset_before: Array, hidden: Array) -> Array:
-    return jnp.where(reset_before[..., None], 0.0, hidden)
-
-
-def _gru_step(hidden: Array, inputs: Array, kernel: Array, bias: Array) -> tuple[Array, _Gates]:
-    input_r, input_z, input_n = jnp.split(inputs, 3, axis=-1)
-    hidden_r, hidden_z, hidden_n = jnp.split(hidden @ kernel, 3, axis=-1)
-    reset = jax.nn.sigmoid(input_r + hidden_r)
-    update = jax.nn.sigmoid(input_z + hidden_z)
-    recurrent = hidden_n + bias
-    candidate = jnp.tanh(input_n + reset * recurrent)
-    hidden = candidate + update * (hidden - candidate)
-    return hidden, _Gates(reset, update, candidate, recurrent)
-
-
-@jax.custom_vjp
-def gru_scan(
-    hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array
-) -> Array:
-    """Hidden states (T, B, H) of a GRU over `inputs`.
-
-    Args:
-        hidden: (B, H), before the first step.
-        inputs: (T, B, 3H), the projected inputs of the reset, update and candidate gates.
-        reset_before: (T, B) bool, where the hidden state is zeroed before the step.
-        kernel: (H, 3H) recurrent weights.
-        bias: (H,) of the candidate's recurrent part.
-    """
-    return _gru_forward(hidden, inputs, reset_before, kernel, bias)[0]
-
-
-def _gru_forward(
-    hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array
-) -> tuple[Array, tuple]:
-    def step(hidden, step_inputs):
-        inputs, reset_before = step_inputs
-        hidden, gates = _gru_step(_keep(reset_before, hidden), inputs, kernel, bias)
-        return hidden, (hidden, gates)
-
-    _, (hiddens, gates) = jax.lax.scan(step, hidden, (inputs, reset_before))
-    return hiddens, (hidden, hiddens, gates, reset_before, kernel)
-
-
-def _gru_backward(residuals: tuple, d_hiddens: Array) -> tuple:
-    hidden, hiddens, gates, reset_before, kernel = residuals
-    before = _keep(reset_before, jnp.concatenate([hidden[None], hiddens[:-1]]))  # (T, B, H)
-
-    def step(d_hidden, step_inputs):
-        d_output, before, gates, reset_before = step_inputs
-        d_hidden = d_hidden + d_output
-        d_candidate = d_hidden * (1.0 - gates.update) * (1.0 - gates.candidate**2)
-        d_update = d_hidden * (before - gates.candidate) * gates.update * (1.0 - gates.update)
-        d_reset = d_candidate * gates.recurrent * gates.reset * (1.0 - gates.reset)
-        d_gates = jnp.concatenate([d_reset, d_update, d_candidate * gates.reset], axis=-1)
-        d_before = d_hidden * gates.update + d_gates @ kernel.T
-        return _keep(reset_before, d_before), (d_gates, d_candidate)
-
-    d_hidden, (d_gates, d_candidate) = jax.lax.scan(
-        step, jnp.zeros_like(hidden), (d_hiddens, before, gates, reset_before), reverse=True
-    )
-    width = hidden.shape[-1]
-    d_inputs = jnp.concatenate([d_gates[..., : 2 * width], d_candidate], axis=-1)
-    d_kernel = before.reshape(-1, width).T @ d_gates.reshape(-1, 3 * width)
-    d_bias = d_gates[..., 2 * width :].sum((0, 1))
-    return d_hidden, d_inputs, None, d_kernel, d_bias
-
-
-gru_scan.defvjp(_gru_forward, _gru_backward)
+from magpo.types import Array, EnvSpec, Observation, action_spec
 
 
 class GRU(nn.Module):
-    """(T, B, D) inputs to (T, B, H) hidden states; as Cho et al. (2014), in cuDNN's form."""
+    """(C, B, D) inputs to (C, B, H) hidden states; as Cho et al. (2014), in cuDNN's form.
+
+    The input projections are one matmul over all steps; only the recurrence is scanned.
+    """
 
     hidden_dim: int
 
@@ -118,26 +44,21 @@ class RecurrentActor(nn.Module):
     action_kind: ActionKind
     hidden_dim: int
 
-    def setup(self) -> None:
-        self.embed = Dense(self.hidden_dim, kernel_init=orthogonal(2**0.5))
-        self.memory = GRU(self.hidden_dim)
-        self.mix = Dense(self.hidden_dim, kernel_init=orthogonal(2**0.5))
-        self.head = PolicyHead(self.action_dim, self.action_kind)
-
+    @nn.compact
     def __call__(
         self, hidden: Array, agents_view: Array, action_mask: Array, reset_before: Array
-    ) -> tuple[Array, Policy]:
-        """hidden (B, H), agents_view (T, B, O), action_mask (T, B, A), reset_before (T, B)."""
-        hiddens = self.remember(hidden, agents_view, reset_before)  # (T, B, H)
-        return hiddens[-1], self.head(nn.relu(self.mix(hiddens)), action_mask)
-
-    def remember(self, hidden: Array, agents_view: Array, reset_before: Array) -> Array:
-        """The hidden states alone, (T, B, H)."""
-        return self.memory(hidden, nn.relu(self.embed(agents_view)), reset_before)
+    ) -> tuple[Array, Distribution]:
+        """hidden (B, H), agents_view (C, B, O), action_mask (C, B, A), reset_before (C, B)."""
+        init = orthogonal(2**0.5)
+        embedded = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="embed")(agents_view))
+        hiddens = GRU(self.hidden_dim, name="gru")(hidden, embedded, reset_before)
+        mixed = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="mix")(hiddens))
+        head = PolicyHead(self.action_dim, self.action_kind, name="head")
+        return hiddens[-1], head(mixed, action_mask)
 
 
 class FeedForwardActor(nn.Module):
-    """As `RecurrentActor`, without memory: two tanh layers, for continuous control."""
+    """A `RecurrentActor` without recurrence: two tanh layers, for continuous control."""
 
     action_dim: int
     action_kind: ActionKind
@@ -146,54 +67,13 @@ class FeedForwardActor(nn.Module):
     @nn.compact
     def __call__(
         self, hidden: tuple[()], agents_view: Array, action_mask: Array, reset_before: Array
-    ) -> tuple[tuple[()], Policy]:
-        """agents_view (T, B, O), action_mask (T, B, A); nothing is remembered or reset."""
+    ) -> tuple[tuple[()], Distribution]:
+        """agents_view (C, B, O), action_mask (C, B, A); `hidden` is empty and nothing is reset."""
         del reset_before
         x = agents_view
         for _ in range(2):
             x = nn.tanh(Dense(self.hidden_dim, kernel_init=orthogonal(2**0.5))(x))
         return hidden, PolicyHead(self.action_dim, self.action_kind)(x, action_mask)
-
-
-Actor = RecurrentActor | FeedForwardActor
-
-
-def init_alone(actor: Actor, key: Array, hidden: Any, observation: Observation) -> Any:
-    """An actor's parameters, from what the first agent sees; hidden and observation (E, ...)."""
-    view, mask = observation.agents_view[None, :, 0], observation.action_mask[None, :, 0]
-    hidden = jax.tree.map(lambda x: x[:, 0], hidden)
-    return actor.init(key, hidden, view, mask, jnp.zeros(view.shape[:2], bool))
-
-
-def act_alone(
-    actor: Actor,
-    params: Any,
-    hidden: Any,
-    observation: Observation,
-    key: Array,
-    greedy: bool,
-    own_params: bool = False,
-) -> tuple[Array, Any]:
-    """Actions (B, N[, A]) and hidden states, each from one agent's observation, by construction.
-
-    With `own_params` the parameters are (N, ...), each agent's own.
-    """
-
-    def act_one(
-        params: Any, hidden: Any, view: Array, mask: Array, key: Array
-    ) -> tuple[Array, Any]:
-        hidden = jax.tree.map(lambda x: x[None], hidden)
-        inputs = view[None, None], mask[None, None], jnp.zeros((1, 1), bool)
-        hidden, policy = actor.apply(params, hidden, *inputs)
-        raw = policy.mode() if greedy else policy.sample(key)
-        hidden = jax.tree.map(lambda x: x[0], hidden)
-        return executed_action(raw, actor.action_kind)[0, 0], hidden
-
-    agents = jax.vmap(act_one, in_axes=(0 if own_params else None, 0, 0, 0, 0))
-    keys = jax.random.split(key, observation.agents_view.shape[:2])
-    return jax.vmap(agents, in_axes=(None, 0, 0, 0, 0))(
-        params, hidden, observation.agents_view, observation.action_mask, keys
-    )
 
 
 class RecurrentCritic(nn.Module):
@@ -204,41 +84,197 @@ class RecurrentCritic(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Array, inputs: Array, reset_before: Array) -> tuple[Array, Array]:
-        """hidden (B, H), inputs (T, B, D), reset_before (T, B) to hidden and values (T, B, V)."""
+        """hidden (B, H), inputs (C, B, D), reset_before (C, B) to hidden and values (C, B, V)."""
         init = orthogonal(2**0.5)
         embedded = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="embed")(inputs))
-        hiddens = GRU(self.hidden_dim, name="memory")(hidden, embedded, reset_before)
+        hiddens = GRU(self.hidden_dim, name="gru")(hidden, embedded, reset_before)
         mixed = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="mix")(hiddens))
         head = Dense(self.num_values, kernel_init=orthogonal(1.0), name="head")
         return hiddens[-1], head(mixed)
 
 
-@jax.custom_vjp
-def _look_up(table: Array, action: Array) -> Array:
-    """table (N, A, H), action (..., N) int to rows (..., N, H)."""
-    return table[jnp.arange(table.shape[0]), action]
+def split_time(tree: Any, length: int) -> Any:
+    """(T, E, ...) to (B, C, ...): each environment's steps in contiguous sequences of C = length.
+
+    B = T / C * E; the first E sequences are all environments' first.
+    """
+
+    def split(x: Array) -> Array:
+        chunks = x.reshape(-1, length, *x.shape[1:]).swapaxes(1, 2)  # (T / C, E, C, ...)
+        return chunks.reshape(-1, *chunks.shape[2:])
+
+    return jax.tree.map(split, tree)
 
 
-def _look_up_backward(inputs: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
-    table, action = inputs  # one matmul: the scatter of autodiff adds up in any order on a GPU
-    chosen = jax.nn.one_hot(action, table.shape[1])
-    return jnp.einsum("...na,...nh->nah", chosen, d_rows), None
+def _unroll(
+    network: nn.Module, params: Any, carry: Any, inputs: tuple[Array, ...], reset_before: Array
+) -> tuple[Any, Any]:
+    """Run a network along all sequences at once.
+
+    carry (B, K, H), inputs (B, C, K, ...), reset_before (B, C) to the carry after the last step and
+    outputs (B, C, K, ...). Inside, time is first and each of the B * K sequences is a row.
+    """
+    batch, length, number = inputs[0].shape[:3]
+
+    def rows(x: Array) -> Array:
+        return x.swapaxes(0, 1).reshape(length, batch * number, *x.shape[3:])
+
+    hidden = jax.tree.map(lambda x: x.reshape(batch * number, -1), carry)
+    resets = jnp.repeat(reset_before.T, number, axis=1)
+    hidden, outputs = network.apply(params, hidden, *map(rows, inputs), resets)
+    return (
+        jax.tree.map(lambda x: x.reshape(batch, number, -1), hidden),
+        jax.tree.map(
+            lambda x: x.reshape(length, batch, number, *x.shape[2:]).swapaxes(0, 1), outputs
+        ),
+    )
 
 
-_look_up.defvjp(lambda table, action: (_look_up(table, action), (table, action)), _look_up_backward)
+def _step(unroll: Any, params: Any, carry: Any, *inputs: Any) -> tuple[Any, Any]:
+    """Run `unroll` along one step: inputs (B, ...) to the carry and outputs (B, ...)."""
+    carry, outputs = unroll(params, carry, *jax.tree.map(lambda x: x[:, None], inputs))
+    return carry, jax.tree.map(lambda x: x[:, 0], outputs)
 
 
-@jax.custom_vjp
-def _sum_of_others(x: Array) -> Array:
-    """(..., N, H) to the sums over all agents but one, whose own row counts exactly nothing."""
-    others = 1.0 - jnp.eye(x.shape[-2])
-    return (others[..., None] * x[..., None, :, :]).sum(axis=-2)
+@dataclass(frozen=True)
+class Actors:
+    """All agents' decentralised policies.
+
+    `shared`: one set of parameters for all agents; else each agent's own, with a leading axis N.
+    """
+
+    spec: EnvSpec
+    hidden_dim: int
+    recurrent: bool = True
+    shared: bool = True
+
+    @property
+    def network(self) -> RecurrentActor | FeedForwardActor:
+        """One agent's policy."""
+        kind = RecurrentActor if self.recurrent else FeedForwardActor
+        return kind(self.spec.action_dim, self.spec.action_kind, self.hidden_dim)
+
+    def init(self, key: Array) -> Any:
+        """Return the parameters."""
+        view = jnp.zeros((1, 1, self.spec.num_features))
+        mask, reset_before = jnp.ones((1, 1, self.spec.action_dim), bool), jnp.ones((1, 1), bool)
+        hidden = jax.tree.map(lambda x: x[:, 0], self.initial_carry((1,)))
+
+        def init(key: Array) -> Any:
+            return self.network.init(key, hidden, view, mask, reset_before)
+
+        return (
+            init(key)
+            if self.shared
+            else jax.vmap(init)(jax.random.split(key, self.spec.num_agents))
+        )
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> Any:
+        """Return the carry at an episode's start, (*batch_shape, N, H); () without recurrence."""
+        if not self.recurrent:
+            return ()
+        return jnp.zeros((*batch_shape, self.spec.num_agents, self.hidden_dim))
+
+    def unroll(
+        self, params: Any, carry: Any, observation: Observation, reset_before: Array
+    ) -> tuple[Any, Distribution]:
+        """Run the policies along sequences.
+
+        Args:
+            carry: (B, N, H) before the first step.
+            observation: leading axes (B, C).
+            reset_before: (B, C) bool, where the carry is zeroed before the step.
+
+        Returns:
+            The carry (B, N, H) after the last step and the distributions (B, C, N).
+        """
+        if self.shared:
+            return self.unroll_shared(params, carry, observation, reset_before)
+        view, mask = (x.swapaxes(0, 1) for x in (observation.agents_view, observation.action_mask))
+        of_agents = jax.vmap(self.network.apply, in_axes=(0, 1, 2, 2, None), out_axes=(1, 2))
+        carry, distribution = of_agents(params, carry, view, mask, reset_before.T)
+        return carry, jax.tree.map(lambda x: x.swapaxes(0, 1), distribution)
+
+    def unroll_shared(
+        self, params: Any, carry: Any, observation: Observation, reset_before: Array
+    ) -> tuple[Any, Distribution]:
+        """Run `unroll` with one set of parameters for all agents that `observation` has."""
+        inputs = observation.agents_view, observation.action_mask
+        return _unroll(self.network, params, carry, inputs, reset_before)
+
+    def step(
+        self, params: Any, carry: Any, observation: Observation, reset_before: Array
+    ) -> tuple[Any, Distribution]:
+        """Run the policies for one step: the carry (B, N, H) and the distributions (B, N)."""
+        return _step(self.unroll, params, carry, observation, reset_before)
+
+    def act(
+        self, params: Any, carry: Any, observation: Observation, key: Array, greedy: bool
+    ) -> tuple[Array, Any]:
+        """Return actions (B, N[, A]) and the carry after them.
+
+        Each agent's action is computed by a function of its own observation alone, mapped over
+        agents: no other agent's view can leak into it.
+        """
+
+        def act_alone(
+            params: Any, hidden: Any, view: Array, mask: Array, key: Array
+        ) -> tuple[Array, Any]:
+            hidden, inputs = jax.tree.map(lambda x: x[None], (hidden, (view[None], mask[None])))
+            no_reset = jnp.zeros((1, 1), bool)
+            hidden, distribution = self.network.apply(params, hidden, *inputs, no_reset)
+            raw = distribution.mode() if greedy else distribution.sample(key)
+            action = executed_action(raw, self.spec.action_kind)
+            return action[0, 0], jax.tree.map(lambda x: x[0], hidden)
+
+        keys = jax.random.split(key, observation.agents_view.shape[:2])
+        over_agents = jax.vmap(act_alone, in_axes=(None if self.shared else 0, 0, 0, 0, 0))
+        over_batch = jax.vmap(over_agents, in_axes=(None, 0, 0, 0, 0))
+        return over_batch(params, carry, observation.agents_view, observation.action_mask, keys)
 
 
-_sum_of_others.defvjp(
-    lambda x: (_sum_of_others(x), None),
-    lambda _, d_sums: (d_sums.sum(axis=-2, keepdims=True) - d_sums,),  # near enough for a gradient
-)
+@dataclass(frozen=True)
+class Critic:
+    """A value for each agent, from the global state or from the agent's own observation."""
+
+    spec: EnvSpec
+    hidden_dim: int
+    sees: Literal["global_state", "observation"] = "global_state"
+
+    @property
+    def network(self) -> RecurrentCritic:
+        """All agents' values from the global state, or one agent's from its observation."""
+        num_values = self.spec.num_agents if self.sees == "global_state" else 1
+        return RecurrentCritic(num_values, self.hidden_dim)
+
+    def init(self, key: Array) -> Any:
+        """Return the parameters."""
+        state = self.sees == "global_state"
+        num_inputs = self.spec.num_state_features if state else self.spec.num_features
+        inputs, reset_before = jnp.zeros((1, 1, num_inputs or 0)), jnp.ones((1, 1), bool)
+        return self.network.init(key, jnp.zeros((1, self.hidden_dim)), inputs, reset_before)
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> Array:
+        """Return the carry at an episode's start, (*batch_shape, K, H)."""
+        number = 1 if self.sees == "global_state" else self.spec.num_agents
+        return jnp.zeros((*batch_shape, number, self.hidden_dim))
+
+    def unroll(
+        self, params: Any, carry: Array, observation: Observation, reset_before: Array
+    ) -> tuple[Array, Array]:
+        """Run the critic along sequences: as `Actors.unroll`, to values (B, C, N)."""
+        inputs = observation.agents_view
+        if self.sees == "global_state":
+            assert observation.global_state is not None
+            inputs = observation.global_state[:, :, None]
+        carry, value = _unroll(self.network, params, carry, (inputs,), reset_before)
+        return carry, value.reshape(*reset_before.shape, self.spec.num_agents)
+
+    def step(
+        self, params: Any, carry: Array, observation: Observation, reset_before: Array
+    ) -> tuple[Array, Array]:
+        """Run the critic for one step: the carry (B, K, H) and the values (B, N)."""
+        return _step(self.unroll, params, carry, observation, reset_before)
 
 
 class PerAgentCritic(nn.Module):
@@ -255,40 +291,88 @@ class PerAgentCritic(nn.Module):
     hidden_dim: int
     sees_actions: bool
 
-    def setup(self) -> None:
-        init = orthogonal(2**0.5)
-        self.embed = Dense(self.hidden_dim, kernel_init=init)
-        self.memory = GRU(self.hidden_dim)
-        self.head = Dense(1, kernel_init=orthogonal(1.0))
-        num_features = self.hidden_dim
-        if self.sees_actions:
-            num_features += self.num_agents * (self.action_dim + 1)
-        self.kernel = self.param("kernel", init, (num_features, self.hidden_dim))
-        self.bias = self.param("bias", zeros_init(), (self.hidden_dim,))
-
-    def remember(self, hidden: Array, global_state: Array, reset_before: Array) -> Array:
-        """hidden (B, H), global_state (T, B, G), reset_before (T, B) to hidden states (T, B, H)."""
-        return self.memory(hidden, nn.relu(self.embed(global_state)), reset_before)
-
-    def value(self, hiddens: Array, action: Array) -> Array:
-        """hiddens (..., H) after the state, raw actions (..., N[, A]) to values (..., N)."""
-        of_state, of_others = self.kernel[: self.hidden_dim], self.kernel[self.hidden_dim :]
-        mixed = (hiddens @ of_state + self.bias)[..., None, :]  # (..., 1, H)
-        if self.sees_actions:
-            of_id, of_actions = of_others[: self.num_agents], of_others[self.num_agents :]
-            of_actions = of_actions.reshape(self.num_agents, self.action_dim, self.hidden_dim)
-            if self.action_kind == "discrete":
-                each = _look_up(of_actions, action)
-            else:
-                executed = executed_action(action, self.action_kind)
-                each = jnp.einsum("...na,nah->...nh", executed, of_actions)
-            mixed = mixed + _sum_of_others(each) + of_id
-        value = self.head(nn.relu(mixed))[..., 0]
-        return jnp.broadcast_to(value, (*hiddens.shape[:-1], self.num_agents))
-
+    @nn.compact
     def __call__(
         self, hidden: Array, global_state: Array, action: Array, reset_before: Array
     ) -> tuple[Array, Array]:
-        """Hidden states (T, B, H) and values (T, B, N)."""
-        hiddens = self.remember(hidden, global_state, reset_before)
-        return hiddens, self.value(hiddens, action)
+        """Return hidden states (C, B, H) and values (C, B, N).
+
+        Args:
+            hidden: (B, H) before the first step.
+            global_state: (C, B, G).
+            action: (C, B, N[, A]), raw.
+            reset_before: (C, B) bool.
+        """
+        init = orthogonal(2**0.5)
+        embedded = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="embed")(global_state))
+        hiddens = GRU(self.hidden_dim, name="gru")(hidden, embedded, reset_before)
+        num_inputs = self.hidden_dim
+        if self.sees_actions:
+            num_inputs += self.num_agents * (self.action_dim + 1)
+        kernel = self.param("kernel", init, (num_inputs, self.hidden_dim))
+        of_state, of_others = kernel[: self.hidden_dim], kernel[self.hidden_dim :]
+        mixed = hiddens @ of_state + self.param("bias", zeros_init(), (self.hidden_dim,))
+        mixed = mixed[..., None, :]  # (C, B, 1, H)
+        if self.sees_actions:
+            of_id, of_actions = of_others[: self.num_agents], of_others[self.num_agents :]
+            mixed = mixed + sum_of_others(self._embed_actions(of_actions, action)) + of_id
+        value = Dense(1, kernel_init=orthogonal(1.0), name="head")(nn.relu(mixed))[..., 0]
+        return hiddens, jnp.broadcast_to(value, (*hiddens.shape[:-1], self.num_agents))
+
+    def _embed_actions(self, kernel: Array, action: Array) -> Array:
+        """Return each agent's action by its own rows of the kernel, (C, B, N, H)."""
+        kernel = kernel.reshape(self.num_agents, self.action_dim, self.hidden_dim)
+        if self.action_kind == "discrete":
+            return look_up(kernel, action)
+        return jnp.einsum("...na,nah->...nh", executed_action(action, self.action_kind), kernel)
+
+
+@dataclass(frozen=True)
+class ActionCritic:
+    """`PerAgentCritic` along sequences of the global state and all agents' actions."""
+
+    spec: EnvSpec
+    hidden_dim: int
+    sees_actions: bool
+
+    @property
+    def network(self) -> PerAgentCritic:
+        """All agents' values."""
+        spec = self.spec
+        agents = spec.num_agents, spec.action_dim, spec.action_kind
+        return PerAgentCritic(*agents, self.hidden_dim, self.sees_actions)
+
+    def init(self, key: Array) -> Any:
+        """Return the parameters."""
+        action = action_spec(self.spec)
+        state = jnp.zeros((1, 1, self.spec.num_state_features or 0))
+        actions, reset_before = (
+            jnp.zeros((1, 1, *action.shape), action.dtype),
+            jnp.ones((1, 1), bool),
+        )
+        return self.network.init(key, self.initial_carry((1,)), state, actions, reset_before)
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> Array:
+        """Return the carry at an episode's start, (*batch_shape, H)."""
+        return jnp.zeros((*batch_shape, self.hidden_dim))
+
+    def unroll(
+        self, params: Any, carry: Array, state: Array, action: Array, reset_before: Array
+    ) -> tuple[Array, Array]:
+        """carry (B, H), state (B, C, G), raw action (B, C, N[, A]), reset_before (B, C) to the
+        carries (B, C, H) after every step and values (B, C, N)."""
+        inputs = (x.swapaxes(0, 1) for x in (state, action, reset_before))
+        carries, value = self.network.apply(params, carry, *inputs)
+        return carries.swapaxes(0, 1), value.swapaxes(0, 1)
+
+    def step(
+        self, params: Any, carry: Array, state: Array, action: Array, reset_before: Array
+    ) -> tuple[Array, Array]:
+        """Run the critic for one step, of any leading axes: the carry (..., H), values (..., N)."""
+        shape = reset_before.shape
+        rows = jax.tree.map(
+            lambda x: x.reshape(1, -1, *x.shape[len(shape) :]), (state, action, reset_before)
+        )
+        hidden = carry.reshape(-1, self.hidden_dim)
+        carries, value = self.network.apply(params, hidden, *rows)
+        return carries.reshape(carry.shape), value.reshape(*shape, -1)

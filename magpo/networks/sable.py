@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import orthogonal
 
-from magpo.networks.autoregressive import Acted, Turn, decode, shifted
-from magpo.networks.heads import ActionKind, Policy, PolicyHead
+from magpo.networks.autoregressive import JointAction, Turn, decode, shifted
+from magpo.networks.heads import ActionKind, Distribution, PolicyHead
 from magpo.networks.retention import (
     Cache,
     ChunkWeights,
@@ -152,7 +152,7 @@ class Sable(nn.Module):
 
     def __call__(
         self, carry: SableCarry, observation: Observation, action: Array, reset_before: Array
-    ) -> tuple[Array, Policy]:
+    ) -> tuple[Array, Distribution]:
         """Values and policies (B, T, N) of the sequences that start from `carry`.
 
         Args:
@@ -161,7 +161,12 @@ class Sable(nn.Module):
             reset_before: (B, T) bool, where an episode starts.
         """
         if self.memory:
-            weights = chunk_weights(reset_before, self.num_agents, self.chunk_size, self.kappa)
+            weights = chunk_weights(
+                reset_before,
+                self.num_agents,
+                min(self.chunk_size, reset_before.shape[1]),
+                self.kappa,
+            )
         else:
             weights = timestep_weights(self.num_agents)
             carry = SableCarry(*[(None,) * self.n_block] * 3)
@@ -186,7 +191,7 @@ class Sable(nn.Module):
         reset_before: Array,
         key: Array,
         greedy: bool = False,
-    ) -> Acted:
+    ) -> JointAction:
         """One timestep, agent after agent; observation and reset_before have a leading axis B."""
         carry = self._decayed(carry, reset_before)
         encoded, value, encoder_state = self._encode(carry, observation)
@@ -194,7 +199,7 @@ class Sable(nn.Module):
         head_dim = self.embed_dim // self.n_head
         empty = jnp.zeros((len(value), self.n_head, self.num_agents, head_dim))
 
-        def take_turn(caches: list, token: Array, turn: Turn) -> tuple[list, Policy]:
+        def take_turn(caches: list, token: Array, turn: Turn) -> tuple[list, Distribution]:
             x = self.decoder_norm(self.embed_action(token))
             after = []
             for i, block in enumerate(self.decoder):
@@ -208,14 +213,14 @@ class Sable(nn.Module):
             take_turn, caches, encoded, observation.action_mask, key, self.action_kind, greedy
         )
         if not self.memory:
-            return Acted(self.initial_carry(len(value)), action, log_prob, value)
+            return JointAction(self.initial_carry(len(value)), action, log_prob, value)
         own, cross = zip(*caches, strict=True)
         carry = SableCarry(
             encoder_state,
             tuple(map(Cache.into, own, carry.decoder_self)),
             tuple(map(Cache.into, cross, carry.decoder_cross)),
         )
-        return Acted(carry, action, log_prob, value)
+        return JointAction(carry, action, log_prob, value)
 
     def encoder_block(
         self, i: int, x: Array, state: Array, position: Array, weights: ChunkWeights

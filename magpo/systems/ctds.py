@@ -3,41 +3,48 @@
 A centralised *guider*, autoregressive over the agents (Sable), collects the experience and is
 trained by PPO. Decentralised *learners*, one recurrent policy shared by all agents, imitate it,
 each from its own observations, and only they are evaluated and deployed. The guider does not care
-whether they can follow: MAGPO is this, with a guider that does.
+whether they can follow: MAGPO adds a guider that does.
 
 Source: "Multi-Agent Guided Policy Optimization", Section 3 and the baseline of Section 5. With
 mu_phi for `guider`, pi_theta for `learner`, mu_old for the guider that collected the rollout:
     `guider_loss`   PPO: the guider of MAGPO's Eq. 9 without double clipping and KL mask
     `learner_loss`  the KL of Eq. 11, and with `rl_coef` its RL term, Eq. 12, for Figure 5(b)
     `advantages`    generalised advantage estimation from the guider's values
-Unlike the released code of the MAGPO paper: KL(pi || mu) (`learner_kl`), truncated episodes
-bootstrap, and the guider's feed-forward layers train (`network.guider.ffn`).
+Unlike the released code of the MAGPO paper: KL(pi || mu) (`learner_kl`), bootstrapping of truncated
+episodes, and feed-forward layers of the guider that train (`network.guider.ffn`).
 
     python -m magpo.systems.ctds env=rware/tiny-4ag
 """
 
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from magpo import experiment
 from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
-from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
-from magpo.networks.autoregressive import init_along
-from magpo.networks.heads import Policy, executed_action
-from magpo.networks.recurrent import RecurrentActor, act_alone, init_alone
-from magpo.networks.sable import Sable, SableCarry
-from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
+from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
+from magpo.envs.wrappers import AutoReset, terminal_value
+from magpo.metrics import episode_means, episode_sums, explained_variance
+from magpo.networks.autoregressive import init_joint
+from magpo.networks.heads import Distribution, executed_action
+from magpo.networks.recurrent import Actors, split_time
+from magpo.networks.sable import Sable
+from magpo.optimiser import clipped_adam, descend, grad_norms
+from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
 
-CARD = Card("a guider, in training", "each agent's policy", "GRU", parameters="shared")
+CARD = Card(
+    centralised="a guider, in training",
+    deployed=Deployed.EACH_AGENT,
+    carry="GRU",
+    parameters=Parameters.SHARED,
+)
 
 
-@dataclass(frozen=True)
-class SystemConfig:
+@hyperparameters
+class Hyper:
     """`system.*`"""
 
     actor_lr: PositiveFloat
@@ -86,43 +93,45 @@ class Config:
     num_envs: int
     rollout_length: int
     updates_per_chunk: int
-    system: SystemConfig
+    hyper: Hyper
     network: NetworkConfig
+    needs_global_state: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        num_minibatches, chunk_size = self.system.num_minibatches, self.network.guider.chunk_size
+        num_minibatches, chunk_size = self.hyper.num_minibatches, self.network.guider.chunk_size
         must_divide("system.num_minibatches", num_minibatches, "num_envs", self.num_envs)
         must_divide("network.guider.chunk_size", chunk_size, "rollout_length", self.rollout_length)
 
 
 class Params(NamedTuple):
-    """The parameters of both networks; also the shape of gradients and optimiser states."""
+    """The parameters of both networks; also the structure of gradients and optimiser states."""
 
     guider: Any
     learner: Any
 
 
-class Memory(NamedTuple):
-    """What the networks remember of the E running episodes."""
+class Carry(NamedTuple):
+    """The recurrent state of both networks."""
 
-    guider: SableCarry
+    guider: Any  # (E, ...)
     learner: Array  # (E, N, H)
 
 
 class TrainState(NamedTuple):
     params: Params
     opt_state: Params
+    hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
     timestep: TimeStep  # (E, ...), whose observation is acted on next
-    memory: Memory
+    carry: Carry
 
 
 class Transition(NamedTuple):
     """One step of E environments. `rollout` stacks T of them."""
 
     observation: Observation  # (E, ...)
-    reset_before: Array  # (E,) bool, the observation is an episode's first
+    reset_before: Array  # (E,) bool, true for an episode's first observation
     action: Array  # (E, N[, A]), raw: a squashed action before tanh
     log_prob: Array  # (E, N) of the guider
     value: Array  # (E, N)
@@ -134,113 +143,98 @@ class Transition(NamedTuple):
 
 class Rollout(NamedTuple):
     transitions: Transition  # (T, E, ...)
-    memory: Memory  # (E, ...) at the start
+    carry: Carry  # (E, ...) at the start
     last_value: Array  # (E, N) of the observation after the last transition
-    episodes: dict[str, Array]  # () sums over the episodes that ended, and their number
+    episodes: Metrics  # () sums over the episodes that ended, and their number
 
 
 class Batch(NamedTuple):
-    """What a minibatch is drawn from: whole sequences, one an environment, agents in order."""
+    """B sequences of C steps, an environment's whole rollout each; minibatches are drawn from B."""
 
-    observation: Observation  # (E, T, ...)
-    reset_before: Array  # (E, T)
-    action: Array  # (E, T, N[, A])
-    log_prob: Array  # (E, T, N)
-    value: Array  # (E, T, N)
-    advantage: Array  # (E, T, N)
-    target: Array  # (E, T, N)
-    memory: Memory  # (E, ...) at the start of the rollout
+    steps: Transition  # (B, C, ...)
+    advantage: Array  # (B, C, N)
+    target: Array  # (B, C, N)
+    carry: Carry  # (B, ...) before the first step
 
 
 @dataclass(frozen=True)
-class System:
-    """All that is static."""
+class Setup:
+    """Everything static."""
 
     config: Config
-    env: Environment
-    envs: AutoReset  # num_envs of them
+    spec: EnvSpec
     guider: Sable
-    learner: RecurrentActor
-    optimiser: optax.GradientTransformation  # its rule; each network has its own state
+    learner: Actors
 
 
-def make(config: Config, env: Environment) -> System:
-    """Assemble networks and optimiser for an environment."""
-    of_env = {"action_dim": env.action_dim, "action_kind": env.action_kind}
-    return System(
-        config=config,
-        env=env,
-        envs=AutoReset(env, config.num_envs),
-        guider=Sable(num_agents=env.num_agents, **of_env, **asdict(config.network.guider)),
-        learner=RecurrentActor(**of_env, **asdict(config.network.learner)),
-        optimiser=optax.flatten(  # one vector: a kernel for each step of Adam, not for each leaf
-            optax.chain(
-                optax.clip_by_global_norm(config.system.max_grad_norm),
-                optax.adam(config.system.actor_lr, eps=1e-5),
-            )
-        ),
-    )
+def make(config: Config, spec: EnvSpec) -> Setup:
+    """Assemble the networks for an environment."""
+    agents = spec.num_agents, spec.action_dim, spec.action_kind
+    guider = Sable(*agents, **asdict(config.network.guider))
+    return Setup(config, spec, guider, learner=Actors(spec, config.network.learner.hidden_dim))
 
 
 def advantages(
     transitions: Transition, last_value: Array, gamma: float, gae_lambda: float
 ) -> tuple[Array, Array]:
-    """Generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
+    """Return generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
 
-    A terminated episode's end is worth 0, a truncated one's the value of its last observation; the
-    trace is cut at both.
+    The end of a terminated episode is worth 0, that of a truncated one the value of its last
+    observation; the trace is cut at both.
     """
     next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
     if transitions.terminal_value is not None:
         ended = transitions.ended[..., None]
         next_value = jnp.where(ended, transitions.terminal_value, next_value)
     discount = gamma * transitions.discount[..., None]
-    delta = transitions.reward + discount * next_value - transitions.value
+    td_error = transitions.reward + discount * next_value - transitions.value
     trace = gamma * gae_lambda * (1.0 - transitions.ended[..., None])
 
     def step(advantage: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        delta, trace = inputs
-        advantage = delta + trace * advantage
+        td_error, trace = inputs
+        advantage = td_error + trace * advantage
         return advantage, advantage
 
-    _, advantage = jax.lax.scan(step, jnp.zeros_like(last_value), (delta, trace), reverse=True)
+    _, advantage = jax.lax.scan(step, jnp.zeros_like(last_value), (td_error, trace), reverse=True)
     return advantage, advantage + transitions.value
 
 
 def guider_loss(
-    config: SystemConfig, guider: Policy, value: Array, batch: Batch, key: Array
-) -> tuple[Array, dict[str, Array]]:
-    """PPO, with an entropy bonus and the clipped value loss."""
-    ratio = jnp.exp(guider.log_prob(batch.action) - batch.log_prob)
-    clipped = jnp.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps)
-    surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
+    hyper: Hyper, guider: Distribution, value: Array, batch: Batch, key: Array
+) -> tuple[Array, Metrics]:
+    """Return PPO's clipped surrogate loss, with an entropy bonus and the clipped value loss."""
+    log_ratio = guider.log_prob(batch.steps.action) - batch.steps.log_prob
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
+    policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
     entropy = guider.entropy(key).mean()
 
-    near = batch.value + jnp.clip(value - batch.value, -config.clip_eps, config.clip_eps)
-    errors = (value - batch.target) ** 2, (near - batch.target) ** 2
+    value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
+    errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
     value_loss = 0.5 * jnp.maximum(*errors).mean()
 
-    policy_loss = -surrogate.mean()
-    loss = policy_loss - config.ent_coef * entropy + config.vf_coef * value_loss
+    loss = policy_loss - hyper.ent_coef * entropy + hyper.vf_coef * value_loss
     return loss, {
         "loss/guider": policy_loss,
         "loss/value": value_loss,
         "policy/guider_entropy": entropy,
+        "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
+        "policy/clipped_share": (jnp.abs(ratio - 1) > hyper.clip_eps).mean(),
         "policy/guider_ratio_std": ratio.std(),
     }
 
 
 def learner_loss(
-    config: SystemConfig, guider: Policy, learner: Policy, batch: Batch
-) -> tuple[Array, dict[str, Array]]:
+    hyper: Hyper, guider: Distribution, learner: Distribution, batch: Batch
+) -> tuple[Array, Metrics]:
     """Imitate the guider; with `rl_coef`, also improve on its experience by a PPO term."""
     guider = jax.lax.stop_gradient(guider)
     forward_kl, reverse_kl = guider.kl(learner), learner.kl(guider)
-    kl = forward_kl if config.learner_kl == "guider_to_learner" else reverse_kl
-    ratio = jnp.exp(learner.log_prob(batch.action) - batch.log_prob)
-    clipped = jnp.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps)
+    kl = forward_kl if hyper.learner_kl == "guider_to_learner" else reverse_kl
+    ratio = jnp.exp(learner.log_prob(batch.steps.action) - batch.steps.log_prob)
+    clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
     surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
-    loss = (kl - config.rl_coef * surrogate).mean()
+    loss = (kl - hyper.rl_coef * surrogate).mean()
     return loss, {
         "loss/learner": loss,
         "policy/kl_guider_to_learner": forward_kl.mean(),
@@ -249,239 +243,174 @@ def learner_loss(
     }
 
 
-def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
-    """Act with the guider for T steps, and step the learner's memory along."""
+def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
+    """Act with the guider for T steps, and step the learners along."""
+    config, params = setup.config, state.params.guider
+    envs = AutoReset(env, config.num_envs)
 
-    class Loop(NamedTuple):
-        env_state: Any
-        timestep: TimeStep
-        memory: SableCarry
+    no_reset = jnp.zeros(config.num_envs, bool)
 
-    def step(loop: Loop, key: Array) -> tuple[Loop, tuple[Transition, dict[str, Array]]]:
-        observation, reset_before = loop.timestep.observation, loop.timestep.last()
-        params = state.params.guider
-        acted = system.guider.apply(
-            params, loop.memory, observation, reset_before, key, method="act"
+    def value(carry: Any, observation: Observation, reset_before: Array) -> Array:
+        return setup.guider.apply(params, carry, observation, reset_before, method="value")
+
+    def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
+        observation, reset_before = state.timestep.observation, state.timestep.last()
+        joint = setup.guider.apply(
+            params, state.carry.guider, observation, reset_before, key, method="act"
         )
-        action = executed_action(acted.action, system.env.action_kind)
-        env_state, timestep = system.envs.step(loop.env_state, action)
+        action = executed_action(joint.action, setup.spec.action_kind)
+        env_state, timestep = envs.step(state.env_state, action)
         transition = Transition(
             observation=observation,
             reset_before=reset_before,
-            action=acted.action,
-            log_prob=acted.log_prob,
-            value=acted.value,
+            action=joint.action,
+            log_prob=joint.log_prob,
+            value=joint.value,
             reward=timestep.reward,
             discount=timestep.discount,
             ended=timestep.last(),
-            terminal_value=terminal_value(system, params, acted.carry, timestep),
+            terminal_value=terminal_value(
+                timestep, lambda terminal: value(joint.carry, terminal, no_reset)
+            ),
         )
-        return Loop(env_state, timestep, acted.carry), (transition, episode_sums(timestep))
+        carry = state.carry._replace(guider=joint.carry)
+        state = state._replace(env_state=env_state, timestep=timestep, carry=carry)
+        return state, (transition, episode_sums(timestep))
 
-    key, key_steps = jax.random.split(state.key)
-    keys = jax.random.split(key_steps, system.config.rollout_length)
-    loop = Loop(state.env_state, state.timestep, state.memory.guider)
-    loop, (transitions, episodes) = jax.lax.scan(step, loop, keys)
-    last = loop.timestep
-    last_value = system.guider.apply(
-        state.params.guider, loop.memory, last.observation, last.last(), method="value"
+    start, (key, key_steps) = state.carry, jax.random.split(state.key)
+    keys = jax.random.split(key_steps, config.rollout_length)
+    state, (transitions, episodes) = jax.lax.scan(step, state._replace(key=key), keys)
+    last = state.timestep
+    last_value = value(state.carry.guider, last.observation, last.last())
+    inputs = transitions.observation, transitions.reset_before
+    learner, _ = setup.learner.unroll(
+        state.params.learner, start.learner, *split_time(inputs, config.rollout_length)
     )
-    episodes = jax.tree.map(jnp.sum, episodes)
-    collected = Rollout(transitions, state.memory, last_value, episodes)
-    state = state._replace(
-        key=key,
-        env_state=loop.env_state,
-        timestep=last,
-        memory=Memory(loop.memory, advance_learner(system, state, transitions)),
-    )
-    return state, collected
+    state = state._replace(carry=state.carry._replace(learner=learner))
+    return state, Rollout(transitions, start, last_value, jax.tree.map(jnp.sum, episodes))
 
 
-def terminal_value(
-    system: System, params: Any, memory: SableCarry, timestep: TimeStep
-) -> Array | None:
-    """Values (E, N) of truncated episodes' last observations, 0 elsewhere."""
-    terminal = timestep.terminal_observation
-    if terminal is None:
-        return None
-    truncated = timestep.truncated()
-
-    def value() -> Array:
-        never = jnp.zeros_like(truncated)
-        value = system.guider.apply(params, memory, terminal, never, method="value")
-        return jnp.where(truncated[:, None], value, 0.0)
-
-    return jax.lax.cond(truncated.any(), value, lambda: jnp.zeros_like(timestep.reward))
-
-
-def advance_learner(system: System, state: TrainState, transitions: Transition) -> Array:
-    """The learner's hidden states (E, N, H) after the rollout."""
-    view = merge_agents(transitions.observation.agents_view)
-    hidden = state.memory.learner
-    hiddens = system.learner.apply(
-        state.params.learner,
-        hidden.reshape(-1, hidden.shape[-1]),
-        view,
-        jnp.repeat(transitions.reset_before, system.env.num_agents, axis=1),
-        method="remember",
-    )
-    return hiddens[-1].reshape(hidden.shape)
-
-
-def merge_agents(x: Array) -> Array:
-    """(T, E, N, ...) to (T, E * N, ...): a learner's sequences, one an agent."""
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+def sequences(setup: Setup, hyper: Hyper, collected: Rollout) -> Batch:
+    """Return a rollout's sequences, with their advantages."""
+    steps = collected.transitions
+    estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
+    steps, (advantage, target) = split_time((steps, estimates), setup.config.rollout_length)
+    return Batch(steps=steps, advantage=advantage, target=target, carry=collected.carry)
 
 
 def losses(
-    params: Params, system: System, batch: Batch, key: Array
-) -> tuple[Array, dict[str, Array]]:
-    """One forward pass of each network; each loss moves its own network only."""
-    value, guider = system.guider.apply(
-        params.guider, batch.memory.guider, batch.observation, batch.action, batch.reset_before
+    params: Params, setup: Setup, hyper: Hyper, batch: Batch, key: Array
+) -> tuple[Array, Metrics]:
+    """Run each network once along the sequences; each loss moves its own network only."""
+    value, guider = setup.guider.apply(
+        params.guider,
+        batch.carry.guider,
+        batch.steps.observation,
+        batch.steps.action,
+        batch.steps.reset_before,
     )
-    view, mask = (
-        merge_agents(x.swapaxes(0, 1))
-        for x in (batch.observation.agents_view, batch.observation.action_mask)
+    _, learner = setup.learner.unroll(
+        params.learner, batch.carry.learner, batch.steps.observation, batch.steps.reset_before
     )
-    hidden = batch.memory.learner
-    reset_before = jnp.repeat(batch.reset_before.T, system.env.num_agents, axis=1)  # (T, E*N)
-    _, learner = system.learner.apply(
-        params.learner, hidden.reshape(-1, hidden.shape[-1]), view, mask, reset_before
-    )
-    as_guider = (reset_before.shape[0], *hidden.shape[:2])  # (T, E, N)
-    learner = jax.tree.map(
-        lambda x: x.reshape(*as_guider, *x.shape[2:]).swapaxes(0, 1), learner
-    )  # (E, T, N, ...)
-
-    config = system.config.system
-    loss_guider, metrics_guider = guider_loss(config, guider, value, batch, key)
-    loss_learner, metrics_learner = learner_loss(config, guider, learner, batch)
+    loss_guider, metrics_guider = guider_loss(hyper, guider, value, batch, key)
+    loss_learner, metrics_learner = learner_loss(hyper, guider, learner, batch)
     return loss_guider + loss_learner, metrics_guider | metrics_learner
 
 
-class Learning(NamedTuple):
-    """What a gradient step changes."""
-
-    params: Params
-    opt_state: Params
-
-
 def update_minibatch(
-    system: System, learning: Learning, batch: Batch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """One gradient step of each network, on advantages normalised over the minibatch."""
-    advantage = batch.advantage
+    setup: Setup, state: TrainState, batch: Batch, key: Array
+) -> tuple[TrainState, Metrics]:
+    """Take a gradient step of each network, on advantages normalised over the minibatch."""
+    hyper, advantage = state.hyper, batch.advantage
     normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     batch = batch._replace(advantage=normalised)
-    grads, metrics = jax.grad(losses, has_aux=True)(learning.params, system, batch, key)
-
-    def descend(params: Any, grads: Any, opt_state: Any) -> tuple[Any, Any]:
-        updates, opt_state = system.optimiser.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    networks = map(descend, learning.params, grads, learning.opt_state)
-    params, opt_state = zip(*networks, strict=True)
-    return Learning(Params(*params), Params(*opt_state)), metrics
+    grads, metrics = jax.grad(losses, has_aux=True)(state.params, setup, hyper, batch, key)
+    adam = clipped_adam(hyper.actor_lr, hyper.max_grad_norm)
+    params, opt_state = descend(Params(adam, adam), state.params, state.opt_state, grads)
+    state = state._replace(params=params, opt_state=opt_state)
+    return state, metrics | grad_norms(**grads._asdict())
 
 
 def update_epoch(
-    system: System, learning: Learning, batch: Batch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """One pass over the batch, in minibatches of whole sequences."""
-    config = system.config
+    setup: Setup, state: TrainState, batch: Batch, key: Array
+) -> tuple[TrainState, Metrics]:
+    """Pass over the batch once, in random minibatches of sequences."""
     key_order, key_minibatches = jax.random.split(key)
-    order = jax.random.permutation(key_order, config.num_envs)
-    order = order.reshape(config.system.num_minibatches, -1)
+    order = jax.random.permutation(key_order, setup.config.num_envs)
+    order = order.reshape(state.hyper.num_minibatches, -1)
 
-    def minibatch(learning: Learning, inputs: tuple[Array, Array]) -> tuple[Learning, dict]:
+    def minibatch(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
         rows, key = inputs
-        return update_minibatch(system, learning, jax.tree.map(lambda x: x[rows], batch), key)
+        return update_minibatch(setup, state, jax.tree.map(lambda x: x[rows], batch), key)
 
-    keys = jax.random.split(key_minibatches, config.system.num_minibatches)
-    return jax.lax.scan(minibatch, learning, (order, keys))
-
-
-def by_sequence(tree: Any) -> Any:
-    """(T, E, ...) to (E, T, ...)"""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
+    keys = jax.random.split(key_minibatches, len(order))
+    return jax.lax.scan(minibatch, state, (order, keys))
 
 
-def sequences(system: System, collected: Rollout) -> Batch:
-    """A rollout's sequences, with their advantages."""
-    config, transitions = system.config.system, collected.transitions
-    advantage, target = advantages(
-        transitions, collected.last_value, config.gamma, config.gae_lambda
-    )
-    return Batch(
-        observation=by_sequence(transitions.observation),
-        reset_before=by_sequence(transitions.reset_before),
-        action=by_sequence(transitions.action),
-        log_prob=by_sequence(transitions.log_prob),
-        value=by_sequence(transitions.value),
-        advantage=by_sequence(advantage),
-        target=by_sequence(target),
-        memory=collected.memory,
-    )
-
-
-def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """One rollout, then `ppo_epochs` over it."""
-    state, collected = rollout(system, state)
-    batch = sequences(system, collected)
+def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
+    """Collect a rollout and train on it for `ppo_epochs`."""
+    state, collected = rollout(setup, env, state)
+    batch = sequences(setup, state.hyper, collected)
     key, key_epochs = jax.random.split(state.key)
-    learning, metrics = jax.lax.scan(
-        lambda learning, key: update_epoch(system, learning, batch, key),
-        Learning(state.params, state.opt_state),
-        jax.random.split(key_epochs, system.config.system.ppo_epochs),
+    state, metrics = jax.lax.scan(
+        lambda state, key: update_epoch(setup, state, batch, key),
+        state._replace(key=key),
+        jax.random.split(key_epochs, state.hyper.ppo_epochs),
     )
-    metrics = jax.tree.map(jnp.mean, metrics)
-    state = state._replace(key=key, **learning._asdict())
-    return state, metrics | episode_means(collected.episodes)
+    return state, jax.tree.map(jnp.mean, metrics) | {
+        "value/explained_variance": explained_variance(batch.steps.value, batch.target),
+        **episode_means(collected.episodes),
+    }
 
 
-def init(system: System, key: Array) -> TrainState:
-    """Everything that changes, before the first update."""
-    config, env = system.config, system.env
+def init(setup: Setup, env: Environment, key: Array) -> TrainState:
+    """Return everything that changes, before the first update."""
+    config, hyper = setup.config, setup.config.hyper
     key, key_env, key_guider, key_learner = jax.random.split(key, 4)
-    env_state, timestep = system.envs.reset(key_env)
-    observation = timestep.observation
-    hidden = jnp.zeros((config.num_envs, env.num_agents, config.network.learner.hidden_dim))
-    memory = Memory(system.guider.initial_carry(config.num_envs), hidden)
-    chunk_size = config.network.guider.chunk_size
-    params = Params(
-        guider=init_along(
-            system.guider, key_guider, memory.guider, observation, action_spec(env), chunk_size
-        ),
-        learner=init_alone(system.learner, key_learner, hidden, observation),
+    env_state, timestep = AutoReset(env, config.num_envs).reset(key_env)
+    carry = Carry(
+        guider=setup.guider.initial_carry(config.num_envs),
+        learner=setup.learner.initial_carry((config.num_envs,)),
     )
-    opt_state = Params(*(system.optimiser.init(network) for network in params))
-    return TrainState(params, opt_state, key, env_state, timestep, memory)
+    params = Params(
+        guider=init_joint(setup.guider, key_guider, carry.guider, timestep.observation, setup.spec),
+        learner=setup.learner.init(key_learner),
+    )
+    adam = clipped_adam(hyper.actor_lr, hyper.max_grad_norm)
+    opt_state = Params(*map(adam.init, params))
+    return TrainState(
+        params=params,
+        opt_state=opt_state,
+        hyper=as_data(hyper),
+        key=key,
+        env_state=env_state,
+        timestep=timestep,
+        carry=carry,
+    )
 
 
-def train_chunk(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """The updates between two evaluations; metrics are (U,) each."""
+def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
+    """Run the updates between two evaluations; metrics are (U,) each."""
     return jax.lax.scan(
-        lambda state, _: update(system, state), state, length=system.config.updates_per_chunk
+        lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """What is evaluated, kept as best, deployed: the learner's parameters."""
+    """Return the learner's parameters: what is evaluated, kept as best and deployed."""
     return state.params.learner
 
 
-def initial_carry(system: System, batch_shape: tuple[int, ...]) -> Array:
-    """The deployed policy's memory at an episode's start, (*batch_shape, N, H)."""
-    hidden_dim = system.config.network.learner.hidden_dim
-    return jnp.zeros((*batch_shape, system.env.num_agents, hidden_dim))
+def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> Array:
+    """Return the learner's carry at an episode's start, (*batch_shape, N, H)."""
+    return setup.learner.initial_carry(batch_shape)
 
 
 def act(
-    system: System, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
+    setup: Setup, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Array]:
-    """Decentralised actions (B, N[, A]): each from one agent's observation, by construction."""
-    return act_alone(system.learner, params, carry, observation, key, greedy)
+    """Return actions (B, N[, A]), each from one agent's observation, and the carry after them."""
+    return setup.learner.act(params, carry, observation, key, greedy)
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
 """MAPPO: proximal policy optimisation with a centralised critic.
 
-Decentralised recurrent actors, one set of parameters for all agents, each on its own observations;
-a recurrent critic on the global state, once a timestep, with one value for each agent. With
-`critic_input: observation` the critic reads each agent's own observations instead: IPPO.
+Decentralised recurrent actors share one set of parameters and act on their own observations. A
+recurrent critic reads the global state once a timestep and returns one value for each agent. With
+`critic_input: observation` it reads each agent's own observations instead: IPPO.
 
 Source: "The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games" (Yu et al., 2022):
     `actor_loss`    the clipped surrogate objective and the entropy bonus
     `critic_loss`   the clipped value loss
     `advantages`    generalised advantage estimation
-Unlike the released code of the MAGPO paper: the critic is not run once for every agent on copies of
-the state, its values are each agent's own, truncated episodes bootstrap, and chunks of
+Unlike the released code of the MAGPO paper: the critic reads the state once instead of one copy for
+each agent, every agent has its own value, truncated episodes bootstrap, and chunks of
 `recurrent_chunk_size` steps are contiguous.
 
     python -m magpo.systems.mappo env=rware/tiny-4ag
@@ -21,20 +21,27 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from magpo import experiment
 from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
-from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
-from magpo.networks.heads import Policy, executed_action
-from magpo.networks.recurrent import RecurrentActor, RecurrentCritic, act_alone, init_alone
-from magpo.types import Array, Card, Environment, Observation, TimeStep
+from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
+from magpo.envs.wrappers import AutoReset, terminal_value
+from magpo.metrics import episode_means, episode_sums, explained_variance
+from magpo.networks.heads import Distribution, executed_action
+from magpo.networks.recurrent import Actors, Critic, split_time
+from magpo.optimiser import clipped_adam, descend, grad_norms
+from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
 
-CARD = Card("a critic, in training", "each agent's policy", "GRU", parameters="shared")
+CARD = Card(
+    centralised="a critic, in training",
+    deployed=Deployed.EACH_AGENT,
+    carry="GRU",
+    parameters=Parameters.SHARED,
+)
 
 
-@dataclass(frozen=True)
-class SystemConfig:
+@hyperparameters
+class Hyper:
     """`system.*`"""
 
     actor_lr: PositiveFloat
@@ -69,39 +76,35 @@ class Config:
     num_envs: int
     rollout_length: int
     updates_per_chunk: int
-    system: SystemConfig
+    hyper: Hyper
     network: NetworkConfig
 
     def __post_init__(self) -> None:
-        length, chunk_size = self.rollout_length, self.system.recurrent_chunk_size
+        length, chunk_size = self.rollout_length, self.hyper.recurrent_chunk_size
         must_divide("system.recurrent_chunk_size", chunk_size, "rollout_length", length)
         sequences = "the number of sequences, num_envs * rollout_length / recurrent_chunk_size"
-        num_minibatches, number = self.system.num_minibatches, self.num_sequences
-        must_divide("system.num_minibatches", num_minibatches, sequences, number)
-
-    @property
-    def num_chunks(self) -> int:
-        """Sequences that each environment's rollout is split into."""
-        return self.rollout_length // self.system.recurrent_chunk_size
+        num_minibatches = self.hyper.num_minibatches
+        must_divide("system.num_minibatches", num_minibatches, sequences, self.num_sequences)
 
     @property
     def num_sequences(self) -> int:
-        return self.num_envs * self.num_chunks
+        """The chunks of all environments' rollouts."""
+        return self.num_envs * self.rollout_length // self.hyper.recurrent_chunk_size
 
     @property
-    def global_state(self) -> bool:
-        """Whether the environment is asked for its global state."""
-        return self.system.critic_input == "global_state"
+    def needs_global_state(self) -> bool:
+        """Whether the critic reads it."""
+        return self.hyper.critic_input == "global_state"
 
 
 class Params(NamedTuple):
-    """The parameters of both networks; also the shape of gradients and optimiser states."""
+    """The parameters of both networks; also the structure of gradients and optimiser states."""
 
     actor: Any
     critic: Any
 
 
-class Memory(NamedTuple):
+class Carry(NamedTuple):
     """Hidden states of E running episodes; K = 1 critic on the state, or one for each agent."""
 
     actor: Array  # (E, N, H)
@@ -111,17 +114,18 @@ class Memory(NamedTuple):
 class TrainState(NamedTuple):
     params: Params
     opt_state: Params
+    hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
     timestep: TimeStep  # (E, ...), whose observation is acted on next
-    memory: Memory
+    carry: Carry
 
 
 class Transition(NamedTuple):
     """One step of E environments. `rollout` stacks T of them."""
 
     observation: Observation  # (E, ...)
-    reset_before: Array  # (E,) bool, the observation is an episode's first
+    reset_before: Array  # (E,) bool, true for an episode's first observation
     action: Array  # (E, N[, A]), raw: a squashed action before tanh
     log_prob: Array  # (E, N)
     value: Array  # (E, N)
@@ -133,358 +137,250 @@ class Transition(NamedTuple):
 
 class Rollout(NamedTuple):
     transitions: Transition  # (T, E, ...)
-    memory: Memory  # (K, E, ...) at the start of each of K chunks
+    carry: Carry  # (T / C, E, ...) at the start of each chunk of C steps
     last_value: Array  # (E, N) of the observation after the last transition
-    episodes: dict[str, Array]  # () sums over the episodes that ended, and their number
+    episodes: Metrics  # () sums over the episodes that ended, and their number
 
 
 class Batch(NamedTuple):
-    """What a minibatch is drawn from: B sequences, the chunks of all environments, of C steps."""
+    """B sequences of C steps, the chunks of all rollouts; minibatches are drawn from B."""
 
-    observation: Observation  # (C, B, ...)
-    reset_before: Array  # (C, B)
-    action: Array  # (C, B, N[, A])
-    log_prob: Array  # (C, B, N)
-    value: Array  # (C, B, N)
-    advantage: Array  # (C, B, N)
-    target: Array  # (C, B, N)
-    memory: Memory  # (1, B, ...) at the start of the sequence
+    steps: Transition  # (B, C, ...)
+    advantage: Array  # (B, C, N)
+    target: Array  # (B, C, N)
+    carry: Carry  # (B, ...) before the first step
 
 
 @dataclass(frozen=True)
-class System:
-    """All that is static."""
+class Setup:
+    """Everything static."""
 
     config: Config
-    env: Environment
-    envs: AutoReset  # num_envs of them
-    actor: RecurrentActor
-    critic: RecurrentCritic
-    optimiser: Params  # each network's optax.GradientTransformation
+    spec: EnvSpec
+    actor: Actors
+    critic: Critic
 
 
-def make(config: Config, env: Environment) -> System:
-    """Assemble networks and optimisers for an environment."""
-
-    def optimiser(learning_rate: float) -> optax.GradientTransformation:
-        return optax.flatten(  # one vector: a kernel for each step of Adam, not for each leaf
-            optax.chain(
-                optax.clip_by_global_norm(config.system.max_grad_norm),
-                optax.adam(learning_rate, eps=1e-5),
-            )
-        )
-
-    return System(
-        config=config,
-        env=env,
-        envs=AutoReset(env, config.num_envs),
-        actor=RecurrentActor(env.action_dim, env.action_kind, config.network.actor.hidden_dim),
-        critic=RecurrentCritic(
-            num_values=env.num_agents if config.global_state else 1,
-            hidden_dim=config.network.critic.hidden_dim,
-        ),
-        optimiser=Params(optimiser(config.system.actor_lr), optimiser(config.system.critic_lr)),
-    )
-
-
-def merge(x: Array) -> Array:
-    """(T, B, N, ...) to (T, B * N, ...): one sequence an agent."""
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
-
-
-def run_actor(
-    system: System, params: Any, hidden: Array, observation: Observation, reset_before: Array
-) -> tuple[Array, Policy]:
-    """Hidden states (B, N, H) and policies (T, B, N) along sequences of B environments."""
-    num_agents = system.env.num_agents
-    after, policy = system.actor.apply(
-        params,
-        hidden.reshape(-1, hidden.shape[-1]),
-        merge(observation.agents_view),
-        merge(observation.action_mask),
-        jnp.repeat(reset_before, num_agents, axis=1),
-    )
-    by_agent = (*reset_before.shape, num_agents)  # (T, B, N)
-    return after.reshape(hidden.shape), jax.tree.map(
-        lambda x: x.reshape(*by_agent, *x.shape[2:]), policy
-    )
-
-
-def run_critic(
-    system: System, params: Any, hidden: Array, observation: Observation, reset_before: Array
-) -> tuple[Array, Array]:
-    """Hidden states (B, K, H) and values (T, B, N) along sequences of B environments."""
-    state = observation.global_state
-    after, value = system.critic.apply(
-        params,
-        hidden.reshape(-1, hidden.shape[-1]),
-        merge(observation.agents_view) if state is None else state,
-        jnp.repeat(reset_before, hidden.shape[1], axis=1),
-    )
-    return after.reshape(hidden.shape), value.reshape(*reset_before.shape, system.env.num_agents)
+def make(config: Config, spec: EnvSpec) -> Setup:
+    """Assemble the networks for an environment."""
+    actor, critic = config.network.actor.hidden_dim, config.network.critic.hidden_dim
+    critic_input = config.hyper.critic_input
+    return Setup(config, spec, Actors(spec, actor), Critic(spec, critic, critic_input))
 
 
 def advantages(
     transitions: Transition, last_value: Array, gamma: float, gae_lambda: float
 ) -> tuple[Array, Array]:
-    """Generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
+    """Return generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
 
-    A terminated episode's end is worth 0, a truncated one's the value of its last observation; the
-    trace is cut at both.
+    The end of a terminated episode is worth 0, that of a truncated one the value of its last
+    observation; the trace is cut at both.
     """
     next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
     if transitions.terminal_value is not None:
         ended = transitions.ended[..., None]
         next_value = jnp.where(ended, transitions.terminal_value, next_value)
     discount = gamma * transitions.discount[..., None]
-    delta = transitions.reward + discount * next_value - transitions.value
+    td_error = transitions.reward + discount * next_value - transitions.value
     trace = gamma * gae_lambda * (1.0 - transitions.ended[..., None])
 
     def step(advantage: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        delta, trace = inputs
-        advantage = delta + trace * advantage
+        td_error, trace = inputs
+        advantage = td_error + trace * advantage
         return advantage, advantage
 
-    _, advantage = jax.lax.scan(step, jnp.zeros_like(last_value), (delta, trace), reverse=True)
+    _, advantage = jax.lax.scan(step, jnp.zeros_like(last_value), (td_error, trace), reverse=True)
     return advantage, advantage + transitions.value
 
 
 def actor_loss(
-    config: SystemConfig, policy: Policy, batch: Batch, key: Array
-) -> tuple[Array, dict[str, Array]]:
-    """PPO's clipped surrogate objective, with an entropy bonus."""
-    ratio = jnp.exp(policy.log_prob(batch.action) - batch.log_prob)
-    clipped = jnp.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps)
-    surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
+    hyper: Hyper, policy: Distribution, batch: Batch, key: Array
+) -> tuple[Array, Metrics]:
+    """Return PPO's clipped surrogate loss, with an entropy bonus."""
+    log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
+    policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
     entropy = policy.entropy(key).mean()
-    return -surrogate - config.ent_coef * entropy, {
-        "loss/policy": -surrogate,
+    return policy_loss - hyper.ent_coef * entropy, {
+        "loss/policy": policy_loss,
         "policy/entropy": entropy,
-        "policy/clipped_share": (ratio != clipped).mean(),
+        "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
+        "policy/clipped_share": (jnp.abs(ratio - 1) > hyper.clip_eps).mean(),
         "policy/ratio_std": ratio.std(),
     }
 
 
-def critic_loss(config: SystemConfig, value: Array, batch: Batch) -> tuple[Array, dict[str, Array]]:
-    """The worse of the squared errors of the value and of the value held near the old one."""
-    near = batch.value + jnp.clip(value - batch.value, -config.clip_eps, config.clip_eps)
-    errors = (value - batch.target) ** 2, (near - batch.target) ** 2
-    loss = 0.5 * jnp.maximum(*errors).mean()
-    return config.vf_coef * loss, {"loss/value": loss}
+def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metrics]:
+    """Return the clipped value loss: the larger of the clipped and unclipped squared errors."""
+    value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
+    errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
+    value_loss = 0.5 * jnp.maximum(*errors).mean()
+    return hyper.vf_coef * value_loss, {"loss/value": value_loss}
 
 
-def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
-    """Act for T steps, and keep the hidden states at the start of each chunk."""
+def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
+    """Act for T steps, and keep the carry at the start of each chunk."""
+    config, params = setup.config, state.params
+    envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
 
-    class Loop(NamedTuple):
-        env_state: Any
-        timestep: TimeStep
-        memory: Memory
+    def value(carry: Array, observation: Observation, reset_before: Array) -> tuple[Array, Array]:
+        return setup.critic.step(params.critic, carry, observation, reset_before)
 
-    def step(loop: Loop, key: Array) -> tuple[Loop, tuple[Transition, dict[str, Array]]]:
-        observation, reset_before = loop.timestep.observation, loop.timestep.last()
-        seen = jax.tree.map(lambda x: x[None], (observation, reset_before))  # (1, E, ...)
-        actor, policy = run_actor(system, state.params.actor, loop.memory.actor, *seen)
-        critic, value = run_critic(system, state.params.critic, loop.memory.critic, *seen)
+    def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
+        inputs = state.timestep.observation, state.timestep.last()
+        actor, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
+        critic, values = value(state.carry.critic, *inputs)
         action = policy.sample(key)
-        env_state, timestep = system.envs.step(
-            loop.env_state, executed_action(action, system.env.action_kind)[0]
+        env_state, timestep = envs.step(
+            state.env_state, executed_action(action, setup.spec.action_kind)
         )
         transition = Transition(
-            observation=observation,
-            reset_before=reset_before,
-            action=action[0],
-            log_prob=policy.log_prob(action)[0],
-            value=value[0],
+            *inputs,
+            action=action,
+            log_prob=policy.log_prob(action),
+            value=values,
             reward=timestep.reward,
             discount=timestep.discount,
             ended=timestep.last(),
-            terminal_value=terminal_value(system, state.params.critic, critic, timestep),
+            terminal_value=terminal_value(
+                timestep, lambda terminal: value(critic, terminal, no_reset)[1]
+            ),
         )
-        memory = Memory(actor, critic)
-        return Loop(env_state, timestep, memory), (transition, episode_sums(timestep))
+        carry = Carry(actor, critic)
+        state = state._replace(env_state=env_state, timestep=timestep, carry=carry)
+        return state, (transition, episode_sums(timestep))
 
-    def chunk(loop: Loop, keys: Array) -> tuple[Loop, tuple[Memory, Any]]:
-        after, collected = jax.lax.scan(step, loop, keys)
-        return after, (loop.memory, collected)
+    def chunk(state: TrainState, keys: Array) -> tuple[TrainState, tuple[Carry, Any]]:
+        after, collected = jax.lax.scan(step, state, keys)
+        return after, (state.carry, collected)
 
-    config = system.config
     key, key_steps = jax.random.split(state.key)
-    keys = jax.random.split(key_steps, (config.num_chunks, config.system.recurrent_chunk_size))
-    loop = Loop(state.env_state, state.timestep, state.memory)
-    loop, (memory, (transitions, episodes)) = jax.lax.scan(chunk, loop, keys)
+    chunk_size = state.hyper.recurrent_chunk_size
+    keys = jax.random.split(key_steps, (config.rollout_length // chunk_size, chunk_size))
+    state, (carry, collected) = jax.lax.scan(chunk, state._replace(key=key), keys)
+    transitions, episodes = collected
     transitions = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), transitions)  # (T, E, ...)
-    last = jax.tree.map(lambda x: x[None], (loop.timestep.observation, loop.timestep.last()))
-    _, last_value = run_critic(system, state.params.critic, loop.memory.critic, *last)
-    state = state._replace(key=key, **loop._asdict())
-    return state, Rollout(transitions, memory, last_value[0], jax.tree.map(jnp.sum, episodes))
+    last = state.timestep
+    _, last_value = value(state.carry.critic, last.observation, last.last())
+    return state, Rollout(transitions, carry, last_value, jax.tree.map(jnp.sum, episodes))
 
 
-def terminal_value(system: System, params: Any, hidden: Array, timestep: TimeStep) -> Array | None:
-    """Values (E, N) of truncated episodes' last observations, 0 elsewhere."""
-    terminal = timestep.terminal_observation
-    if terminal is None:
-        return None
-    truncated = timestep.truncated()
-
-    def value() -> Array:
-        seen = jax.tree.map(lambda x: x[None], (terminal, jnp.zeros_like(truncated)))
-        _, value = run_critic(system, params, hidden, *seen)
-        return jnp.where(truncated[:, None], value[0], 0.0)
-
-    return jax.lax.cond(truncated.any(), value, lambda: jnp.zeros_like(timestep.reward))
+def sequences(hyper: Hyper, collected: Rollout) -> Batch:
+    """Split a rollout into its chunks, with their advantages."""
+    steps = collected.transitions
+    estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
+    carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), collected.carry)
+    steps, (advantage, target) = split_time((steps, estimates), hyper.recurrent_chunk_size)
+    return Batch(steps=steps, advantage=advantage, target=target, carry=carry)
 
 
 def losses(
-    params: Params, system: System, batch: Batch, key: Array
-) -> tuple[Array, dict[str, Array]]:
-    """Both networks along a minibatch's sequences; each loss moves its own network only."""
-    config, seen = system.config.system, (batch.observation, batch.reset_before)
-    actor, critic = (hidden[0] for hidden in batch.memory)
-    _, policy = run_actor(system, params.actor, actor, *seen)
-    _, value = run_critic(system, params.critic, critic, *seen)
-    loss_actor, metrics_actor = actor_loss(config, policy, batch, key)
-    loss_critic, metrics_critic = critic_loss(config, value, batch)
+    params: Params, setup: Setup, hyper: Hyper, batch: Batch, key: Array
+) -> tuple[Array, Metrics]:
+    """Run both networks along the sequences; each loss moves its own network only."""
+    inputs = batch.steps.observation, batch.steps.reset_before
+    _, policy = setup.actor.unroll(params.actor, batch.carry.actor, *inputs)
+    _, value = setup.critic.unroll(params.critic, batch.carry.critic, *inputs)
+    loss_actor, metrics_actor = actor_loss(hyper, policy, batch, key)
+    loss_critic, metrics_critic = critic_loss(hyper, value, batch)
     return loss_actor + loss_critic, metrics_actor | metrics_critic
 
 
-class Learning(NamedTuple):
-    """What a gradient step changes."""
-
-    params: Params
-    opt_state: Params
+def optimisers(hyper: Hyper) -> Params:
+    """Return each network's optax.GradientTransformation."""
+    return Params(
+        actor=clipped_adam(hyper.actor_lr, hyper.max_grad_norm),
+        critic=clipped_adam(hyper.critic_lr, hyper.max_grad_norm),
+    )
 
 
 def update_minibatch(
-    system: System, learning: Learning, batch: Batch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """One gradient step of each network, on advantages normalised over the minibatch."""
-    advantage = batch.advantage
+    setup: Setup, state: TrainState, batch: Batch, key: Array
+) -> tuple[TrainState, Metrics]:
+    """Take a gradient step of each network, on advantages normalised over the minibatch."""
+    hyper, advantage = state.hyper, batch.advantage
     normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     batch = batch._replace(advantage=normalised)
-    grads, metrics = jax.grad(losses, has_aux=True)(learning.params, system, batch, key)
-
-    def descend(optimiser: Any, params: Any, grads: Any, opt_state: Any) -> tuple[Any, Any]:
-        updates, opt_state = optimiser.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    networks = map(descend, system.optimiser, learning.params, grads, learning.opt_state)
-    params, opt_state = zip(*networks, strict=True)
-    return Learning(Params(*params), Params(*opt_state)), metrics
+    grads, metrics = jax.grad(losses, has_aux=True)(state.params, setup, hyper, batch, key)
+    params, opt_state = descend(optimisers(hyper), state.params, state.opt_state, grads)
+    state = state._replace(params=params, opt_state=opt_state)
+    return state, metrics | grad_norms(**grads._asdict())
 
 
 def update_epoch(
-    system: System, learning: Learning, batch: Batch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """One pass over the batch, in minibatches of whole sequences."""
-    config = system.config
+    setup: Setup, state: TrainState, batch: Batch, key: Array
+) -> tuple[TrainState, Metrics]:
+    """Pass over the batch once, in random minibatches of sequences."""
     key_order, key_minibatches = jax.random.split(key)
-    order = jax.random.permutation(key_order, config.num_sequences)
-    order = order.reshape(config.system.num_minibatches, -1)
+    order = jax.random.permutation(key_order, setup.config.num_sequences)
+    order = order.reshape(state.hyper.num_minibatches, -1)
 
-    def minibatch(learning: Learning, inputs: tuple[Array, Array]) -> tuple[Learning, dict]:
-        columns, key = inputs
-        drawn = jax.tree.map(lambda x: x[:, columns], batch)
-        return update_minibatch(system, learning, drawn, key)
+    def minibatch(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
+        rows, key = inputs
+        return update_minibatch(setup, state, jax.tree.map(lambda x: x[rows], batch), key)
 
-    keys = jax.random.split(key_minibatches, config.system.num_minibatches)
-    return jax.lax.scan(minibatch, learning, (order, keys))
-
-
-def sequences(system: System, collected: Rollout) -> Batch:
-    """Split a rollout into its chunks."""
-    config = system.config
-    advantage, target = advantages(
-        collected.transitions,
-        collected.last_value,
-        config.system.gamma,
-        config.system.gae_lambda,
-    )
-
-    def by_sequence(tree: Any) -> Any:
-        """(T, E, ...) to (C, B, ...)"""
-        return jax.tree.map(
-            lambda x: (
-                x.reshape(config.num_chunks, -1, *x.shape[1:])
-                .swapaxes(0, 1)
-                .reshape(-1, config.num_sequences, *x.shape[2:])
-            ),
-            tree,
-        )
-
-    transitions = by_sequence(collected.transitions._replace(terminal_value=None))
-    return Batch(
-        observation=transitions.observation,
-        reset_before=transitions.reset_before,
-        action=transitions.action,
-        log_prob=transitions.log_prob,
-        value=transitions.value,
-        advantage=by_sequence(advantage),
-        target=by_sequence(target),
-        memory=jax.tree.map(
-            lambda x: x.reshape(1, config.num_sequences, *x.shape[2:]), collected.memory
-        ),
-    )
+    keys = jax.random.split(key_minibatches, len(order))
+    return jax.lax.scan(minibatch, state, (order, keys))
 
 
-def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """One rollout, then `ppo_epochs` over it."""
-    state, collected = rollout(system, state)
-    batch = sequences(system, collected)
+def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
+    """Collect a rollout and train on it for `ppo_epochs`."""
+    state, collected = rollout(setup, env, state)
+    batch = sequences(state.hyper, collected)
     key, key_epochs = jax.random.split(state.key)
-    learning, metrics = jax.lax.scan(
-        lambda learning, key: update_epoch(system, learning, batch, key),
-        Learning(state.params, state.opt_state),
-        jax.random.split(key_epochs, system.config.system.ppo_epochs),
+    state, metrics = jax.lax.scan(
+        lambda state, key: update_epoch(setup, state, batch, key),
+        state._replace(key=key),
+        jax.random.split(key_epochs, state.hyper.ppo_epochs),
     )
-    metrics = jax.tree.map(jnp.mean, metrics)
-    state = state._replace(key=key, **learning._asdict())
-    return state, metrics | episode_means(collected.episodes)
+    return state, jax.tree.map(jnp.mean, metrics) | {
+        "value/explained_variance": explained_variance(batch.steps.value, batch.target),
+        **episode_means(collected.episodes),
+    }
 
 
-def init(system: System, key: Array) -> TrainState:
-    """Everything that changes, before the first update."""
-    config, num_agents = system.config, system.env.num_agents
+def init(setup: Setup, env: Environment, key: Array) -> TrainState:
+    """Return everything that changes, before the first update."""
+    batch_shape, hyper = (setup.config.num_envs,), setup.config.hyper
     key, key_env, key_actor, key_critic = jax.random.split(key, 4)
-    env_state, timestep = system.envs.reset(key_env)
-    num_critics = 1 if config.global_state else num_agents
-    memory = Memory(
-        actor=initial_carry(system, (config.num_envs,)),
-        critic=jnp.zeros((config.num_envs, num_critics, config.network.critic.hidden_dim)),
+    env_state, timestep = AutoReset(env, *batch_shape).reset(key_env)
+    carry = Carry(setup.actor.initial_carry(batch_shape), setup.critic.initial_carry(batch_shape))
+    params = Params(setup.actor.init(key_actor), setup.critic.init(key_critic))
+    opt_state = Params(*(o.init(p) for o, p in zip(optimisers(hyper), params, strict=True)))
+    return TrainState(
+        params=params,
+        opt_state=opt_state,
+        hyper=as_data(hyper),
+        key=key,
+        env_state=env_state,
+        timestep=timestep,
+        carry=carry,
     )
-    view, whole = timestep.observation.agents_view[:, 0], timestep.observation.global_state
-    critic_inputs, never = (view if whole is None else whole)[None, :1], jnp.zeros((1, 1), bool)
-    params = Params(
-        actor=init_alone(system.actor, key_actor, memory.actor, timestep.observation),
-        critic=system.critic.init(key_critic, memory.critic[:1, 0], critic_inputs, never),
-    )
-    opt_state = Params(*(o.init(p) for o, p in zip(system.optimiser, params, strict=True)))
-    return TrainState(params, opt_state, key, env_state, timestep, memory)
 
 
-def train_chunk(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """The updates between two evaluations; metrics are (U,) each."""
+def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
+    """Run the updates between two evaluations; metrics are (U,) each."""
     return jax.lax.scan(
-        lambda state, _: update(system, state), state, length=system.config.updates_per_chunk
+        lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """What is evaluated, kept as best, deployed: the actor's parameters."""
+    """Return the actor's parameters: what is evaluated, kept as best and deployed."""
     return state.params.actor
 
 
-def initial_carry(system: System, batch_shape: tuple[int, ...]) -> Array:
-    """The actors' memory at an episode's start, (*batch_shape, N, H)."""
-    hidden_dim = system.config.network.actor.hidden_dim
-    return jnp.zeros((*batch_shape, system.env.num_agents, hidden_dim))
+def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> Array:
+    """Return the actors' carry at an episode's start, (*batch_shape, N, H)."""
+    return setup.actor.initial_carry(batch_shape)
 
 
 def act(
-    system: System, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
+    setup: Setup, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Array]:
-    """Decentralised actions (B, N[, A]): each from one agent's observation, by construction."""
-    return act_alone(system.actor, params, carry, observation, key, greedy)
+    """Return actions (B, N[, A]), each from one agent's observation, and the carry after them."""
+    return setup.actor.act(params, carry, observation, key, greedy)
 
 
 def main() -> None:

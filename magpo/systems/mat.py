@@ -16,7 +16,7 @@ MAGPO paper, truncated episodes bootstrap.
 
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,26 @@ import optax
 
 from magpo import experiment
 from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
-from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
-from magpo.networks.heads import Policy, executed_action
+from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
+from magpo.envs.wrappers import AutoReset, terminal_value
+from magpo.metrics import episode_means, episode_sums, explained_variance
+from magpo.networks.autoregressive import init_joint
+from magpo.networks.heads import Distribution, executed_action
 from magpo.networks.mat import MAT
-from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
+from magpo.networks.recurrent import split_time
+from magpo.optimiser import clipped_adam, grad_norms
+from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
 
-CARD = Card("acting and critic", "a joint policy", "none", parameters="shared")
+CARD = Card(
+    centralised="acting and critic",
+    deployed=Deployed.JOINT,
+    carry="none",
+    parameters=Parameters.SHARED,
+)
 
 
-@dataclass(frozen=True)
-class SystemConfig:
+@hyperparameters
+class Hyper:
     """`system.*`"""
 
     actor_lr: PositiveFloat
@@ -64,11 +74,12 @@ class Config:
     num_envs: int
     rollout_length: int
     updates_per_chunk: int
-    system: SystemConfig
+    hyper: Hyper
     network: NetworkConfig
+    needs_global_state: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        num_minibatches, what = self.system.num_minibatches, "num_envs * rollout_length"
+        num_minibatches, what = self.hyper.num_minibatches, "num_envs * rollout_length"
         must_divide("system.num_minibatches", num_minibatches, what, self.num_timesteps)
 
     @property
@@ -80,6 +91,7 @@ class Config:
 class TrainState(NamedTuple):
     params: Any
     opt_state: Any
+    hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
     timestep: TimeStep  # (E, ...), whose observation is acted on next
@@ -101,264 +113,217 @@ class Transition(NamedTuple):
 class Rollout(NamedTuple):
     transitions: Transition  # (T, E, ...)
     last_value: Array  # (E, N) of the observation after the last transition
-    episodes: dict[str, Array]  # () sums over the episodes that ended, and their number
+    episodes: Metrics  # () sums over the episodes that ended, and their number
 
 
 class Batch(NamedTuple):
-    """What a minibatch is drawn from: B timesteps, agents in order."""
+    """B timesteps, sequences of C = 1 step; minibatches are drawn from B."""
 
-    observation: Observation  # (B, ...)
-    action: Array  # (B, N[, A])
-    log_prob: Array  # (B, N)
-    value: Array  # (B, N)
-    advantage: Array  # (B, N)
-    target: Array  # (B, N)
+    steps: Transition  # (B, C, ...)
+    advantage: Array  # (B, C, N)
+    target: Array  # (B, C, N)
 
 
 @dataclass(frozen=True)
-class System:
-    """All that is static."""
+class Setup:
+    """Everything static."""
 
     config: Config
-    env: Environment
-    envs: AutoReset  # num_envs of them
+    spec: EnvSpec
     network: MAT
-    optimiser: optax.GradientTransformation
 
 
-def make(config: Config, env: Environment) -> System:
-    """Assemble network and optimiser for an environment."""
-    return System(
-        config=config,
-        env=env,
-        envs=AutoReset(env, config.num_envs),
-        network=MAT(
-            action_dim=env.action_dim,
-            action_kind=env.action_kind,
-            **asdict(config.network),
-        ),
-        optimiser=optax.flatten(  # one vector: a kernel for each step of Adam, not for each leaf
-            optax.chain(
-                optax.clip_by_global_norm(config.system.max_grad_norm),
-                optax.adam(config.system.actor_lr, eps=1e-5),
-            )
-        ),
-    )
+def make(config: Config, spec: EnvSpec) -> Setup:
+    """Assemble the network for an environment."""
+    network = MAT(spec.action_dim, spec.action_kind, **asdict(config.network))
+    return Setup(config, spec, network)
 
 
 def advantages(
     transitions: Transition, last_value: Array, gamma: float, gae_lambda: float
 ) -> tuple[Array, Array]:
-    """Generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
+    """Return generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
 
-    A terminated episode's end is worth 0, a truncated one's the value of its last observation; the
-    trace is cut at both.
+    The end of a terminated episode is worth 0, that of a truncated one the value of its last
+    observation; the trace is cut at both.
     """
     next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
     if transitions.terminal_value is not None:
         ended = transitions.ended[..., None]
         next_value = jnp.where(ended, transitions.terminal_value, next_value)
     discount = gamma * transitions.discount[..., None]
-    delta = transitions.reward + discount * next_value - transitions.value
+    td_error = transitions.reward + discount * next_value - transitions.value
     trace = gamma * gae_lambda * (1.0 - transitions.ended[..., None])
 
     def step(advantage: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        delta, trace = inputs
-        advantage = delta + trace * advantage
+        td_error, trace = inputs
+        advantage = td_error + trace * advantage
         return advantage, advantage
 
-    _, advantage = jax.lax.scan(step, jnp.zeros_like(last_value), (delta, trace), reverse=True)
+    _, advantage = jax.lax.scan(step, jnp.zeros_like(last_value), (td_error, trace), reverse=True)
     return advantage, advantage + transitions.value
 
 
 def ppo_loss(
-    config: SystemConfig, policy: Policy, value: Array, batch: Batch, key: Array
-) -> tuple[Array, dict[str, Array]]:
-    """PPO's clipped surrogate objective for each agent, entropy bonus and clipped value loss."""
-    ratio = jnp.exp(policy.log_prob(batch.action) - batch.log_prob)
-    clipped = jnp.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps)
-    surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
+    hyper: Hyper, policy: Distribution, value: Array, batch: Batch, key: Array
+) -> tuple[Array, Metrics]:
+    """Return PPO's clipped surrogate loss, with an entropy bonus and the clipped value loss."""
+    log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
+    policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
     entropy = policy.entropy(key).mean()
 
-    near = batch.value + jnp.clip(value - batch.value, -config.clip_eps, config.clip_eps)
-    errors = (value - batch.target) ** 2, (near - batch.target) ** 2
+    value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
+    errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
     value_loss = 0.5 * jnp.maximum(*errors).mean()
 
-    return -surrogate - config.ent_coef * entropy + config.vf_coef * value_loss, {
-        "loss/policy": -surrogate,
+    return policy_loss - hyper.ent_coef * entropy + hyper.vf_coef * value_loss, {
+        "loss/policy": policy_loss,
         "loss/value": value_loss,
         "policy/entropy": entropy,
-        "policy/clipped_share": (ratio != clipped).mean(),
+        "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
+        "policy/clipped_share": (jnp.abs(ratio - 1) > hyper.clip_eps).mean(),
         "policy/ratio_std": ratio.std(),
     }
 
 
-def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
+def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
     """Act for T steps, one agent after the other."""
+    config, params = setup.config, state.params
+    envs = AutoReset(env, config.num_envs)
 
-    class Loop(NamedTuple):
-        env_state: Any
-        timestep: TimeStep
+    def value(observation: Observation) -> Array:
+        return setup.network.apply(params, (), observation, None, method="value")
 
-    def step(loop: Loop, key: Array) -> tuple[Loop, tuple[Transition, dict[str, Array]]]:
-        observation = loop.timestep.observation
-        acted = system.network.apply(state.params, (), observation, None, key, method="act")
-        action = executed_action(acted.action, system.env.action_kind)
-        env_state, timestep = system.envs.step(loop.env_state, action)
+    def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
+        observation = state.timestep.observation
+        joint = setup.network.apply(params, (), observation, None, key, method="act")
+        action = executed_action(joint.action, setup.spec.action_kind)
+        env_state, timestep = envs.step(state.env_state, action)
         transition = Transition(
             observation=observation,
-            action=acted.action,
-            log_prob=acted.log_prob,
-            value=acted.value,
+            action=joint.action,
+            log_prob=joint.log_prob,
+            value=joint.value,
             reward=timestep.reward,
             discount=timestep.discount,
             ended=timestep.last(),
-            terminal_value=terminal_value(system, state.params, timestep),
+            terminal_value=terminal_value(timestep, value),
         )
-        return Loop(env_state, timestep), (transition, episode_sums(timestep))
+        state = state._replace(env_state=env_state, timestep=timestep)
+        return state, (transition, episode_sums(timestep))
 
     key, key_steps = jax.random.split(state.key)
-    keys = jax.random.split(key_steps, system.config.rollout_length)
-    loop = Loop(state.env_state, state.timestep)
-    loop, (transitions, episodes) = jax.lax.scan(step, loop, keys)
-    last_value = system.network.apply(
-        state.params, (), loop.timestep.observation, None, method="value"
-    )
-    collected = Rollout(transitions, last_value, jax.tree.map(jnp.sum, episodes))
-    return state._replace(key=key, **loop._asdict()), collected
+    keys = jax.random.split(key_steps, config.rollout_length)
+    state, (transitions, episodes) = jax.lax.scan(step, state._replace(key=key), keys)
+    last_value = value(state.timestep.observation)
+    return state, Rollout(transitions, last_value, jax.tree.map(jnp.sum, episodes))
 
 
-def terminal_value(system: System, params: Any, timestep: TimeStep) -> Array | None:
-    """Values (E, N) of truncated episodes' last observations, 0 elsewhere."""
-    terminal = timestep.terminal_observation
-    if terminal is None:
-        return None
-    truncated = timestep.truncated()
-
-    def value() -> Array:
-        value = system.network.apply(params, (), terminal, None, method="value")
-        return jnp.where(truncated[:, None], value, 0.0)
-
-    return jax.lax.cond(truncated.any(), value, lambda: jnp.zeros_like(timestep.reward))
+def sequences(hyper: Hyper, collected: Rollout) -> Batch:
+    """Split a rollout into timesteps, with their advantages."""
+    steps = collected.transitions
+    estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
+    steps, (advantage, target) = split_time((steps, estimates), length=1)
+    return Batch(steps=steps, advantage=advantage, target=target)
 
 
-def losses(params: Any, system: System, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-    """One forward pass over a minibatch, and its loss."""
-    value, policy = system.network.apply(params, (), batch.observation, batch.action, None)
-    return ppo_loss(system.config.system, policy, value, batch, key)
-
-
-class Learning(NamedTuple):
-    """What a gradient step changes."""
-
-    params: Any
-    opt_state: Any
+def losses(
+    params: Any, setup: Setup, hyper: Hyper, batch: Batch, key: Array
+) -> tuple[Array, Metrics]:
+    """Run the network once along the sequences."""
+    steps = batch.steps
+    value, policy = setup.network.apply(params, (), steps.observation, steps.action, None)
+    return ppo_loss(hyper, policy, value, batch, key)
 
 
 def update_minibatch(
-    system: System, learning: Learning, batch: Batch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """One gradient step, on advantages normalised over the minibatch."""
-    advantage = batch.advantage
+    setup: Setup, state: TrainState, batch: Batch, key: Array
+) -> tuple[TrainState, Metrics]:
+    """Take a gradient step, on advantages normalised over the minibatch."""
+    hyper, advantage = state.hyper, batch.advantage
     normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     batch = batch._replace(advantage=normalised)
-    grads, metrics = jax.grad(losses, has_aux=True)(learning.params, system, batch, key)
-    updates, opt_state = system.optimiser.update(grads, learning.opt_state, learning.params)
-    return Learning(optax.apply_updates(learning.params, updates), opt_state), metrics
+    grads, metrics = jax.grad(losses, has_aux=True)(state.params, setup, hyper, batch, key)
+    adam = clipped_adam(hyper.actor_lr, hyper.max_grad_norm)
+    updates, opt_state = adam.update(grads, state.opt_state, state.params)
+    state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    return state, metrics | grad_norms(network=grads)
 
 
 def update_epoch(
-    system: System, learning: Learning, batch: Batch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """One pass over the batch, in minibatches of whole timesteps."""
-    config = system.config
+    setup: Setup, state: TrainState, batch: Batch, key: Array
+) -> tuple[TrainState, Metrics]:
+    """Pass over the batch once, in random minibatches of timesteps."""
     key_order, key_minibatches = jax.random.split(key)
-    order = jax.random.permutation(key_order, config.num_timesteps)
-    order = order.reshape(config.system.num_minibatches, -1)
+    order = jax.random.permutation(key_order, setup.config.num_timesteps)
+    order = order.reshape(state.hyper.num_minibatches, -1)
 
-    def minibatch(learning: Learning, inputs: tuple[Array, Array]) -> tuple[Learning, dict]:
+    def minibatch(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
         rows, key = inputs
-        return update_minibatch(system, learning, jax.tree.map(lambda x: x[rows], batch), key)
+        return update_minibatch(setup, state, jax.tree.map(lambda x: x[rows], batch), key)
 
-    keys = jax.random.split(key_minibatches, config.system.num_minibatches)
-    return jax.lax.scan(minibatch, learning, (order, keys))
-
-
-def timesteps(system: System, collected: Rollout) -> Batch:
-    """A rollout's timesteps, of all environments."""
-    config = system.config
-    advantage, target = advantages(
-        collected.transitions,
-        collected.last_value,
-        config.system.gamma,
-        config.system.gae_lambda,
-    )
-    transitions = collected.transitions
-    batch = Batch(
-        observation=transitions.observation,
-        action=transitions.action,
-        log_prob=transitions.log_prob,
-        value=transitions.value,
-        advantage=advantage,
-        target=target,
-    )
-    return jax.tree.map(lambda x: x.reshape(config.num_timesteps, *x.shape[2:]), batch)
+    keys = jax.random.split(key_minibatches, len(order))
+    return jax.lax.scan(minibatch, state, (order, keys))
 
 
-def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """One rollout, then `ppo_epochs` over it."""
-    state, collected = rollout(system, state)
-    batch = timesteps(system, collected)
+def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
+    """Collect a rollout and train on it for `ppo_epochs`."""
+    state, collected = rollout(setup, env, state)
+    batch = sequences(state.hyper, collected)
     key, key_epochs = jax.random.split(state.key)
-    learning, metrics = jax.lax.scan(
-        lambda learning, key: update_epoch(system, learning, batch, key),
-        Learning(state.params, state.opt_state),
-        jax.random.split(key_epochs, system.config.system.ppo_epochs),
+    state, metrics = jax.lax.scan(
+        lambda state, key: update_epoch(setup, state, batch, key),
+        state._replace(key=key),
+        jax.random.split(key_epochs, state.hyper.ppo_epochs),
     )
-    metrics = jax.tree.map(jnp.mean, metrics)
-    state = state._replace(key=key, **learning._asdict())
-    return state, metrics | episode_means(collected.episodes)
+    return state, jax.tree.map(jnp.mean, metrics) | {
+        "value/explained_variance": explained_variance(batch.steps.value, batch.target),
+        **episode_means(collected.episodes),
+    }
 
 
-def init(system: System, key: Array) -> TrainState:
-    """Everything that changes, before the first update."""
+def init(setup: Setup, env: Environment, key: Array) -> TrainState:
+    """Return everything that changes, before the first update."""
+    config, hyper = setup.config, setup.config.hyper
     key, key_env, key_network = jax.random.split(key, 3)
-    env_state, timestep = system.envs.reset(key_env)
-    spec = action_spec(system.env)
-    action = jnp.zeros((system.config.num_envs, *spec.shape), spec.dtype)
-    params = system.network.init(key_network, (), timestep.observation, action, None)
-    return TrainState(params, system.optimiser.init(params), key, env_state, timestep)
+    env_state, timestep = AutoReset(env, config.num_envs).reset(key_env)
+    params = init_joint(setup.network, key_network, (), timestep.observation, setup.spec)
+    return TrainState(
+        params=params,
+        opt_state=clipped_adam(hyper.actor_lr, hyper.max_grad_norm).init(params),
+        hyper=as_data(hyper),
+        key=key,
+        env_state=env_state,
+        timestep=timestep,
+    )
 
 
-def train_chunk(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """The updates between two evaluations; metrics are (U,) each."""
+def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
+    """Run the updates between two evaluations; metrics are (U,) each."""
     return jax.lax.scan(
-        lambda state, _: update(system, state), state, length=system.config.updates_per_chunk
+        lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """What is evaluated, kept as best, deployed: the whole network."""
+    """Return the network's parameters: what is evaluated, kept as best and deployed."""
     return state.params
 
 
-def initial_carry(system: System, batch_shape: tuple[int, ...]) -> tuple[()]:
-    """No memory."""
-    del system, batch_shape
+def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> tuple[()]:
+    """Return the empty carry: there is no memory over time."""
+    del setup, batch_shape
     return ()
 
 
 def act(
-    system: System,
-    params: Any,
-    carry: tuple[()],
-    observation: Observation,
-    key: Array,
-    greedy: bool,
+    setup: Setup, params: Any, carry: tuple[()], observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, tuple[()]]:
-    """All agents' actions (B, N[, A]), from all agents' observations."""
-    acted = system.network.apply(params, carry, observation, None, key, greedy, method="act")
-    return executed_action(acted.action, system.env.action_kind), carry
+    """Return all agents' actions (B, N[, A]), from all their observations, and the carry."""
+    joint = setup.network.apply(params, carry, observation, None, key, greedy, method="act")
+    return executed_action(joint.action, setup.spec.action_kind), carry
 
 
 def main() -> None:

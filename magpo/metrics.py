@@ -1,0 +1,25 @@
+"""Training metrics that all systems record."""
+
+import jax.numpy as jnp
+
+from magpo.types import Array, Metrics, TimeStep
+
+
+def episode_sums(timestep: TimeStep) -> Metrics:
+    """Return the metrics, () each, summed over those of E episodes that ended, and their number."""
+    metrics = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
+    return {name: jnp.where(timestep.last(), x, 0).sum() for name, x in metrics.items()}
+
+
+def episode_means(sums: Metrics) -> Metrics:
+    """Return `rollout/*`: the number of episodes, and means per episode, NaN where none ended."""
+    number = sums["episodes"]
+    return {
+        f"rollout/{name}": number if name == "episodes" else total / number
+        for name, total in sums.items()
+    }
+
+
+def explained_variance(value: Array, target: Array) -> Array:
+    """Return the share of the targets' variance that the values explain, at most 1."""
+    return 1.0 - (target - value).var() / jnp.maximum(target.var(), 1e-8)

@@ -1,0 +1,41 @@
+"""The gradient steps that all systems take."""
+
+from typing import Any, TypeVar
+
+import optax
+
+from magpo.types import Array
+
+P = TypeVar("P", bound=tuple[Any, ...])
+
+
+def clipped_adam(learning_rate: float, max_grad_norm: float) -> optax.GradientTransformation:
+    """Return Adam on gradients clipped by their global norm; both numbers may be traced.
+
+    Its state does not depend on them. It works on one flat vector: on a GPU that is a kernel for
+    each operation of Adam, not for each operation and each array of parameters.
+    """
+    return optax.flatten(
+        optax.chain(
+            optax.clip_by_global_norm(max_grad_norm),
+            optax.scale_by_adam(eps=1e-5),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+def descend(optimisers: P, params: P, opt_state: P, grads: P) -> tuple[P, P]:
+    """Return the parameters and optimiser states after a step down the gradients.
+
+    All are NamedTuples with a field for each network, which has an optimiser of its own.
+    """
+    steps = [
+        o.update(g, s, p) for o, p, s, g in zip(optimisers, params, opt_state, grads, strict=True)
+    ]
+    updates, opt_state = (type(params)(*parts) for parts in zip(*steps, strict=True))
+    return optax.apply_updates(params, updates), opt_state
+
+
+def grad_norms(**grads: Any) -> dict[str, Array]:
+    """Return each network's metric `grad_norm/<network>`: the global norm before clipping."""
+    return {f"grad_norm/{network}": optax.global_norm(tree) for network, tree in grads.items()}
