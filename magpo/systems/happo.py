@@ -1,17 +1,16 @@
 """HAPPO: heterogeneous-agent proximal policy optimisation.
 
-Decentralised recurrent actors, each agent with parameters of its own, and a recurrent critic on the
-global state. Each update trains the agents one after the other, in a random order: an agent
-improves on what those before it have just become, which the factor F, the product of their new
-ratios, puts into its advantage. That is what guarantees monotonic improvement without sharing
-parameters.
+Each agent has a recurrent actor with its own parameters; a recurrent critic reads the global state.
+Each update trains the agents one after the other, in a random order. The factor F, the product of
+the ratios of the agents trained so far, weighs an agent's advantages by how those agents have just
+changed. This order of updates guarantees monotonic improvement without shared parameters.
 
 Source: "Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning" (Kuba et al.,
 2022), Section 4.2 and Algorithm 4:
-    `actor_loss`     the clipped surrogate objective times F, and the entropy bonus, which is not
+    `actor_loss`     the clipped surrogate objective times F, and an entropy bonus without F
     `update_actors`  the sequence of agents and their factor
-    `critic_loss`    the clipped value loss; the critic is trained once an update
-    `advantages`     generalised advantage estimation, normalised once an update
+    `critic_loss`    the clipped value loss; the critic is trained once per update
+    `advantages`     generalised advantage estimation, normalised once per update
 Unlike the released code of the MAGPO paper: each agent has its own value, truncated episodes
 bootstrap, and chunks of `recurrent_chunk_size` steps are contiguous.
 
@@ -19,9 +18,9 @@ bootstrap, and chunks of `recurrent_chunk_size` steps are contiguous.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +28,24 @@ import optax
 
 from magpo import experiment
 from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
-from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
-from magpo.networks.heads import Policy, executed_action
-from magpo.networks.recurrent import RecurrentActor, RecurrentCritic, act_alone, init_alone
-from magpo.types import Array, Card, Environment, Observation, TimeStep
+from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
+from magpo.envs.wrappers import AutoReset, terminal_value
+from magpo.metrics import episode_means, episode_sums, explained_variance
+from magpo.networks.heads import Distribution, executed_action
+from magpo.networks.recurrent import Actors, Critic, split_time
+from magpo.optimiser import clipped_adam, grad_norms
+from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
 
-CARD = Card("a critic, in training", "each agent's policy", "GRU", parameters="each agent's own")
+CARD = Card(
+    centralised="a critic, in training",
+    deployed=Deployed.EACH_AGENT,
+    carry="GRU",
+    parameters=Parameters.PER_AGENT,
+)
 
 
-@dataclass(frozen=True)
-class SystemConfig:
+@hyperparameters
+class Hyper:
     """`system.*`"""
 
     actor_lr: PositiveFloat
@@ -73,59 +80,52 @@ class Config:
     num_envs: int
     rollout_length: int
     updates_per_chunk: int
-    system: SystemConfig
+    hyper: Hyper
     network: NetworkConfig
+    needs_global_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        length, chunk_size = self.rollout_length, self.system.recurrent_chunk_size
+        length, chunk_size = self.rollout_length, self.hyper.recurrent_chunk_size
         must_divide("system.recurrent_chunk_size", chunk_size, "rollout_length", length)
         sequences = "the number of sequences, num_envs * rollout_length / recurrent_chunk_size"
-        num_minibatches, number = self.system.num_minibatches, self.num_sequences
-        must_divide("system.num_minibatches", num_minibatches, sequences, number)
-
-    @property
-    def num_chunks(self) -> int:
-        """Sequences that each environment's rollout is split into."""
-        return self.rollout_length // self.system.recurrent_chunk_size
+        num_minibatches = self.hyper.num_minibatches
+        must_divide("system.num_minibatches", num_minibatches, sequences, self.num_sequences)
 
     @property
     def num_sequences(self) -> int:
-        return self.num_envs * self.num_chunks
-
-    @property
-    def global_state(self) -> bool:
-        """Whether the environment is asked for its global state."""
-        return True
+        """The chunks of all environments' rollouts."""
+        return self.num_envs * self.rollout_length // self.hyper.recurrent_chunk_size
 
 
 class Params(NamedTuple):
-    """The parameters of all networks; also the shape of optimiser states."""
+    """The parameters of all networks; also the structure of optimiser states."""
 
     actor: Any  # (N, ...)
     critic: Any
 
 
-class Memory(NamedTuple):
+class Carry(NamedTuple):
     """Hidden states of E running episodes."""
 
     actor: Array  # (E, N, H)
-    critic: Array  # (E, H)
+    critic: Array  # (E, 1, H)
 
 
 class TrainState(NamedTuple):
     params: Params
     opt_state: Params
+    hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
     timestep: TimeStep  # (E, ...), whose observation is acted on next
-    memory: Memory
+    carry: Carry
 
 
 class Transition(NamedTuple):
     """One step of E environments. `rollout` stacks T of them."""
 
     observation: Observation  # (E, ...)
-    reset_before: Array  # (E,) bool, the observation is an episode's first
+    reset_before: Array  # (E,) bool, true for an episode's first observation
     action: Array  # (E, N[, A]), raw: a squashed action before tanh
     log_prob: Array  # (E, N)
     value: Array  # (E, N)
@@ -137,418 +137,326 @@ class Transition(NamedTuple):
 
 class Rollout(NamedTuple):
     transitions: Transition  # (T, E, ...)
-    memory: Memory  # (K, E, ...) at the start of each of K chunks
+    carry: Carry  # (T / C, E, ...) at the start of each chunk of C steps
     last_value: Array  # (E, N) of the observation after the last transition
-    episodes: dict[str, Array]  # () sums over the episodes that ended, and their number
+    episodes: Metrics  # () sums over the episodes that ended, and their number
 
 
 class Batch(NamedTuple):
-    """B sequences, the chunks of all environments, of C steps."""
+    """B sequences of C steps, the chunks of all rollouts; minibatches are drawn from B."""
 
-    observation: Observation  # (C, B, ...)
-    reset_before: Array  # (C, B)
-    action: Array  # (C, B, N[, A])
-    log_prob: Array  # (C, B, N)
-    value: Array  # (C, B, N)
-    advantage: Array  # (C, B, N)
-    target: Array  # (C, B, N)
-    memory: Memory  # (1, B, ...) at the start of the sequence
-
-
-class AgentBatch(NamedTuple):
-    """What an agent's minibatch is drawn from."""
-
-    agents_view: Array  # (C, B, O)
-    action_mask: Array  # (C, B, A)
-    reset_before: Array  # (C, B)
-    action: Array  # (C, B[, A])
-    log_prob: Array  # (C, B)
-    advantage: Array  # (C, B)
-    factor: Array  # (C, B) of the agents before it
-    hidden: Array  # (1, B, H) at the start of the sequence
+    steps: Transition  # (B, C, ...)
+    advantage: Array  # (B, C, N)
+    target: Array  # (B, C, N)
+    factor: Array  # (B, C, 1) of the agents trained so far
+    carry: Carry  # (B, ...) before the first step
 
 
 @dataclass(frozen=True)
-class System:
-    """All that is static."""
+class Setup:
+    """Everything static."""
 
     config: Config
-    env: Environment
-    envs: AutoReset  # num_envs of them
-    actor: RecurrentActor
-    critic: RecurrentCritic
-    optimiser: Params  # each network's optax.GradientTransformation
+    spec: EnvSpec
+    actor: Actors
+    critic: Critic
 
 
-def make(config: Config, env: Environment) -> System:
-    """Assemble networks and optimisers for an environment."""
-
-    def optimiser(learning_rate: float) -> optax.GradientTransformation:
-        return optax.flatten(  # one vector: a kernel for each step of Adam, not for each leaf
-            optax.chain(
-                optax.clip_by_global_norm(config.system.max_grad_norm),
-                optax.adam(learning_rate, eps=1e-5),
-            )
-        )
-
-    return System(
-        config=config,
-        env=env,
-        envs=AutoReset(env, config.num_envs),
-        actor=RecurrentActor(env.action_dim, env.action_kind, config.network.actor.hidden_dim),
-        critic=RecurrentCritic(
-            num_values=env.num_agents, hidden_dim=config.network.critic.hidden_dim
-        ),
-        optimiser=Params(optimiser(config.system.actor_lr), optimiser(config.system.critic_lr)),
-    )
-
-
-def run_actors(
-    system: System, params: Any, hidden: Array, observation: Observation, reset_before: Array
-) -> tuple[Array, Policy]:
-    """Hidden states (B, N, H) and policies (T, B, N) along sequences of B environments."""
-    of_agent = jax.vmap(system.actor.apply, in_axes=(0, 1, 2, 2, None), out_axes=(1, 2))
-    return of_agent(params, hidden, observation.agents_view, observation.action_mask, reset_before)
-
-
-def run_critic(
-    system: System, params: Any, hidden: Array, observation: Observation, reset_before: Array
-) -> tuple[Array, Array]:
-    """Hidden states (B, H) and values (T, B, N) along sequences of B environments."""
-    whole = observation.global_state
-    assert whole is not None
-    critic: tuple[Array, Array] = system.critic.apply(params, hidden, whole, reset_before)
-    return critic
+def make(config: Config, spec: EnvSpec) -> Setup:
+    """Assemble the networks for an environment."""
+    actor, critic = config.network.actor.hidden_dim, config.network.critic.hidden_dim
+    return Setup(config, spec, Actors(spec, actor, shared=False), Critic(spec, critic))
 
 
 def advantages(
     transitions: Transition, last_value: Array, gamma: float, gae_lambda: float
 ) -> tuple[Array, Array]:
-    """Generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
+    """Return generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
 
-    A terminated episode's end is worth 0, a truncated one's the value of its last observation; the
-    trace is cut at both.
+    The end of a terminated episode is worth 0, that of a truncated one the value of its last
+    observation; the trace is cut at both.
     """
     next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
     if transitions.terminal_value is not None:
         ended = transitions.ended[..., None]
         next_value = jnp.where(ended, transitions.terminal_value, next_value)
     discount = gamma * transitions.discount[..., None]
-    delta = transitions.reward + discount * next_value - transitions.value
+    td_error = transitions.reward + discount * next_value - transitions.value
     trace = gamma * gae_lambda * (1.0 - transitions.ended[..., None])
 
     def step(advantage: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        delta, trace = inputs
-        advantage = delta + trace * advantage
+        td_error, trace = inputs
+        advantage = td_error + trace * advantage
         return advantage, advantage
 
-    _, advantage = jax.lax.scan(step, jnp.zeros_like(last_value), (delta, trace), reverse=True)
+    _, advantage = jax.lax.scan(step, jnp.zeros_like(last_value), (td_error, trace), reverse=True)
     return advantage, advantage + transitions.value
 
 
 def actor_loss(
-    config: SystemConfig, policy: Policy, batch: AgentBatch, key: Array
-) -> tuple[Array, dict[str, Array]]:
-    """PPO's clipped surrogate objective of one agent, after those before it (Algorithm 4)."""
-    ratio = jnp.exp(policy.log_prob(batch.action) - batch.log_prob)
-    clipped = jnp.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps)
+    hyper: Hyper, policy: Distribution, batch: Batch, key: Array
+) -> tuple[Array, Metrics]:
+    """Return PPO's clipped surrogate loss of one agent, after those before it (Algorithm 4)."""
+    log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
     surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
-    surrogate = (batch.factor * surrogate).mean()
+    policy_loss = -(batch.factor * surrogate).mean()
     entropy = policy.entropy(key).mean()
-    return -surrogate - config.ent_coef * entropy, {
-        "loss/policy": -surrogate,
+    return policy_loss - hyper.ent_coef * entropy, {
+        "loss/policy": policy_loss,
         "policy/entropy": entropy,
-        "policy/clipped_share": (ratio != clipped).mean(),
+        "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
+        "policy/clipped_share": (jnp.abs(ratio - 1) > hyper.clip_eps).mean(),
         "policy/ratio_std": ratio.std(),
         "policy/factor_std": batch.factor.std(),
     }
 
 
-def critic_loss(config: SystemConfig, value: Array, batch: Batch) -> tuple[Array, dict[str, Array]]:
-    """The worse of the squared errors of the value and of the value held near the old one."""
-    near = batch.value + jnp.clip(value - batch.value, -config.clip_eps, config.clip_eps)
-    errors = (value - batch.target) ** 2, (near - batch.target) ** 2
-    loss = 0.5 * jnp.maximum(*errors).mean()
-    return config.vf_coef * loss, {"loss/value": loss}
+def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metrics]:
+    """Return the clipped value loss: the larger of the clipped and unclipped squared errors."""
+    value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
+    errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
+    value_loss = 0.5 * jnp.maximum(*errors).mean()
+    return hyper.vf_coef * value_loss, {"loss/value": value_loss}
 
 
-def rollout(system: System, state: TrainState) -> tuple[TrainState, Rollout]:
-    """Act for T steps, and keep the hidden states at the start of each chunk."""
+def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
+    """Act for T steps, and keep the carry at the start of each chunk."""
+    config, params = setup.config, state.params
+    envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
 
-    class Loop(NamedTuple):
-        env_state: Any
-        timestep: TimeStep
-        memory: Memory
+    def value(carry: Array, observation: Observation, reset_before: Array) -> tuple[Array, Array]:
+        return setup.critic.step(params.critic, carry, observation, reset_before)
 
-    def step(loop: Loop, key: Array) -> tuple[Loop, tuple[Transition, dict[str, Array]]]:
-        observation, reset_before = loop.timestep.observation, loop.timestep.last()
-        seen = jax.tree.map(lambda x: x[None], (observation, reset_before))  # (1, E, ...)
-        actor, policy = run_actors(system, state.params.actor, loop.memory.actor, *seen)
-        critic, value = run_critic(system, state.params.critic, loop.memory.critic, *seen)
+    def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
+        inputs = state.timestep.observation, state.timestep.last()
+        actor, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
+        critic, values = value(state.carry.critic, *inputs)
         action = policy.sample(key)
-        env_state, timestep = system.envs.step(
-            loop.env_state, executed_action(action, system.env.action_kind)[0]
+        env_state, timestep = envs.step(
+            state.env_state, executed_action(action, setup.spec.action_kind)
         )
         transition = Transition(
-            observation=observation,
-            reset_before=reset_before,
-            action=action[0],
-            log_prob=policy.log_prob(action)[0],
-            value=value[0],
+            *inputs,
+            action=action,
+            log_prob=policy.log_prob(action),
+            value=values,
             reward=timestep.reward,
             discount=timestep.discount,
             ended=timestep.last(),
-            terminal_value=terminal_value(system, state.params.critic, critic, timestep),
+            terminal_value=terminal_value(
+                timestep, lambda terminal: value(critic, terminal, no_reset)[1]
+            ),
         )
-        memory = Memory(actor, critic)
-        return Loop(env_state, timestep, memory), (transition, episode_sums(timestep))
+        carry = Carry(actor, critic)
+        state = state._replace(env_state=env_state, timestep=timestep, carry=carry)
+        return state, (transition, episode_sums(timestep))
 
-    def chunk(loop: Loop, keys: Array) -> tuple[Loop, tuple[Memory, Any]]:
-        after, collected = jax.lax.scan(step, loop, keys)
-        return after, (loop.memory, collected)
+    def chunk(state: TrainState, keys: Array) -> tuple[TrainState, tuple[Carry, Any]]:
+        after, collected = jax.lax.scan(step, state, keys)
+        return after, (state.carry, collected)
 
-    config = system.config
     key, key_steps = jax.random.split(state.key)
-    keys = jax.random.split(key_steps, (config.num_chunks, config.system.recurrent_chunk_size))
-    loop = Loop(state.env_state, state.timestep, state.memory)
-    loop, (memory, (transitions, episodes)) = jax.lax.scan(chunk, loop, keys)
+    chunk_size = state.hyper.recurrent_chunk_size
+    keys = jax.random.split(key_steps, (config.rollout_length // chunk_size, chunk_size))
+    state, (carry, collected) = jax.lax.scan(chunk, state._replace(key=key), keys)
+    transitions, episodes = collected
     transitions = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), transitions)  # (T, E, ...)
-    last = jax.tree.map(lambda x: x[None], (loop.timestep.observation, loop.timestep.last()))
-    _, last_value = run_critic(system, state.params.critic, loop.memory.critic, *last)
-    state = state._replace(key=key, **loop._asdict())
-    return state, Rollout(transitions, memory, last_value[0], jax.tree.map(jnp.sum, episodes))
+    last = state.timestep
+    _, last_value = value(state.carry.critic, last.observation, last.last())
+    return state, Rollout(transitions, carry, last_value, jax.tree.map(jnp.sum, episodes))
 
 
-def terminal_value(system: System, params: Any, hidden: Array, timestep: TimeStep) -> Array | None:
-    """Values (E, N) of truncated episodes' last observations, 0 elsewhere."""
-    terminal = timestep.terminal_observation
-    if terminal is None:
-        return None
-    truncated = timestep.truncated()
+def sequences(hyper: Hyper, collected: Rollout) -> Batch:
+    """Split a rollout into its chunks, with their advantages, normalised over all of them."""
+    steps = collected.transitions
+    advantage, target = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    estimates = advantage, target
+    steps, (advantage, target) = split_time((steps, estimates), hyper.recurrent_chunk_size)
+    return Batch(
+        steps=steps,
+        advantage=advantage,
+        target=target,
+        factor=jnp.ones_like(advantage[..., :1]),
+        carry=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), collected.carry),
+    )
 
-    def value() -> Array:
-        seen = jax.tree.map(lambda x: x[None], (terminal, jnp.zeros_like(truncated)))
-        _, value = run_critic(system, params, hidden, *seen)
-        return jnp.where(truncated[:, None], value[0], 0.0)
 
-    return jax.lax.cond(truncated.any(), value, lambda: jnp.zeros_like(timestep.reward))
+def of_agent(batch: Batch, agent: Array) -> Batch:
+    """Return one agent's part of a batch, in which it is the only agent: N = 1."""
+
+    def pick(x: Array, axis: int = 2) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, agent, 1, axis)
+
+    observation = batch.steps.observation
+    steps = batch.steps._replace(
+        observation=observation._replace(
+            agents_view=pick(observation.agents_view), action_mask=pick(observation.action_mask)
+        ),
+        action=pick(batch.steps.action),
+        log_prob=pick(batch.steps.log_prob),
+    )
+    carry = batch.carry._replace(actor=pick(batch.carry.actor, axis=1))
+    return batch._replace(steps=steps, advantage=pick(batch.advantage), carry=carry)
 
 
-class Learning(NamedTuple):
+def policy_of(setup: Setup, params: Any, batch: Batch) -> Distribution:
+    """Return one agent's policy (B, C, 1) along its sequences."""
+    inputs = batch.steps.observation, batch.steps.reset_before
+    return setup.actor.unroll_shared(params, batch.carry.actor, *inputs)[1]
+
+
+def loss_of(
+    network: Literal["actor", "critic"],
+    params: Any,
+    setup: Setup,
+    hyper: Hyper,
+    batch: Batch,
+    key: Array,
+) -> tuple[Array, Metrics]:
+    """Run one agent's actor, or the critic, along the sequences."""
+    if network == "actor":
+        return actor_loss(hyper, policy_of(setup, params, batch), batch, key)
+    inputs = batch.steps.observation, batch.steps.reset_before
+    _, value = setup.critic.unroll(params, batch.carry.critic, *inputs)
+    return critic_loss(hyper, value, batch)
+
+
+def optimisers(hyper: Hyper) -> Params:
+    """Return each network's optax.GradientTransformation."""
+    return Params(
+        actor=clipped_adam(hyper.actor_lr, hyper.max_grad_norm),
+        critic=clipped_adam(hyper.critic_lr, hyper.max_grad_norm),
+    )
+
+
+class Trained(NamedTuple):
     """What a gradient step of one network changes."""
 
     params: Any
     opt_state: Any
 
 
-def descend(optimiser: optax.GradientTransformation, learning: Learning, grads: Any) -> Learning:
-    """The parameters a step down their gradients."""
-    updates, opt_state = optimiser.update(grads, learning.opt_state, learning.params)
-    return Learning(optax.apply_updates(learning.params, updates), opt_state)
-
-
-def actor_minibatch(
-    system: System, learning: Learning, batch: AgentBatch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """One gradient step of one agent's actor."""
-
-    def loss(params: Any) -> tuple[Array, dict[str, Array]]:
-        return actor_loss(system.config.system, policy_of(system, params, batch), batch, key)
-
-    grads, metrics = jax.grad(loss, has_aux=True)(learning.params)
-    return descend(system.optimiser.actor, learning, grads), metrics
-
-
-def policy_of(system: System, params: Any, batch: AgentBatch) -> Policy:
-    """One agent's policy (C, B) along its sequences."""
-    inputs = batch.hidden[0], batch.agents_view, batch.action_mask, batch.reset_before
-    return system.actor.apply(params, *inputs)[1]
-
-
-def critic_minibatch(
-    system: System, learning: Learning, batch: Batch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """One gradient step of the critic."""
-    del key
-
-    def loss(params: Any) -> tuple[Array, dict[str, Array]]:
-        inputs = batch.memory.critic[0], batch.observation, batch.reset_before
-        _, value = run_critic(system, params, *inputs)
-        return critic_loss(system.config.system, value, batch)
-
-    grads, metrics = jax.grad(loss, has_aux=True)(learning.params)
-    return descend(system.optimiser.critic, learning, grads), metrics
-
-
 def train(
-    system: System, minibatch: Callable[..., Any], learning: Learning, batch: Any, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """`ppo_epochs` of one network, in minibatches of whole sequences; metrics are means."""
-    config = system.config
+    network: Literal["actor", "critic"],
+    setup: Setup,
+    hyper: Hyper,
+    trained: Trained,
+    batch: Batch,
+    key: Array,
+) -> tuple[Trained, Metrics]:
+    """Train one agent's actor, or the critic, for `ppo_epochs`; metrics are means."""
+    adam = getattr(optimisers(hyper), network)
+    grad = jax.grad(partial(loss_of, network), has_aux=True)
 
-    def one_minibatch(
-        learning: Learning, inputs: tuple[Array, Array]
-    ) -> tuple[Learning, dict[str, Array]]:
-        columns, key = inputs
-        return minibatch(system, learning, jax.tree.map(lambda x: x[:, columns], batch), key)
+    def minibatch(trained: Trained, inputs: tuple[Array, Array]) -> tuple[Trained, Metrics]:
+        rows, key = inputs
+        drawn = jax.tree.map(lambda x: x[rows], batch)
+        grads, metrics = grad(trained.params, setup, hyper, drawn, key)
+        updates, opt_state = adam.update(grads, trained.opt_state, trained.params)
+        trained = Trained(optax.apply_updates(trained.params, updates), opt_state)
+        return trained, metrics | grad_norms(**{network: grads})
 
-    def epoch(learning: Learning, key: Array) -> tuple[Learning, dict[str, Array]]:
+    def epoch(trained: Trained, key: Array) -> tuple[Trained, Metrics]:
         key_order, key_minibatches = jax.random.split(key)
-        order = jax.random.permutation(key_order, config.num_sequences)
-        order = order.reshape(config.system.num_minibatches, -1)
-        keys = jax.random.split(key_minibatches, config.system.num_minibatches)
-        return jax.lax.scan(one_minibatch, learning, (order, keys))
+        order = jax.random.permutation(key_order, setup.config.num_sequences)
+        order = order.reshape(hyper.num_minibatches, -1)
+        keys = jax.random.split(key_minibatches, len(order))
+        return jax.lax.scan(minibatch, trained, (order, keys))
 
-    learning, metrics = jax.lax.scan(
-        epoch, learning, jax.random.split(key, config.system.ppo_epochs)
-    )
-    return learning, jax.tree.map(jnp.mean, metrics)
+    trained, metrics = jax.lax.scan(epoch, trained, jax.random.split(key, hyper.ppo_epochs))
+    return trained, jax.tree.map(jnp.mean, metrics)
 
 
 def update_actors(
-    system: System, learning: Learning, batch: Batch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """Train the agents (N, ...) one after the other; each finds those before it in its factor."""
+    setup: Setup, hyper: Hyper, actors: Trained, batch: Batch, key: Array
+) -> tuple[Trained, Metrics]:
+    """Train the agents' actors (N, ...) one after the other, each with the factor so far."""
     key_order, key_agents = jax.random.split(key)
-    order = jnp.arange(system.env.num_agents)
-    if not system.config.system.fixed_order:
+    order = jnp.arange(setup.spec.num_agents)
+    if not hyper.fixed_order:
         order = jax.random.permutation(key_order, order)
 
     def turn(
-        before: tuple[Learning, Array], inputs: tuple[Array, Array]
-    ) -> tuple[tuple[Learning, Array], dict[str, Array]]:
-        (learning, factor), (agent, key) = before, inputs
-        own = of_agent(batch, agent, factor)
-        trained, metrics = train(
-            system, actor_minibatch, jax.tree.map(lambda x: x[agent], learning), own, key
-        )
-        log_prob = policy_of(system, trained.params, own).log_prob(own.action)
-        factor = factor * jnp.exp(log_prob - own.log_prob)
-        learning = jax.tree.map(lambda all, one: all.at[agent].set(one), learning, trained)
-        return (learning, factor), metrics
+        before: tuple[Trained, Array], inputs: tuple[Array, Array]
+    ) -> tuple[tuple[Trained, Array], Metrics]:
+        (actors, factor), (agent, key) = before, inputs
+        part = of_agent(batch._replace(factor=factor), agent)
+        actor = jax.tree.map(lambda x: x[agent], actors)
+        actor, metrics = train("actor", setup, hyper, actor, part, key)
+        log_prob = policy_of(setup, actor.params, part).log_prob(part.steps.action)
+        factor = factor * jnp.exp(log_prob - part.steps.log_prob)
+        actors = jax.tree.map(lambda all, one: all.at[agent].set(one), actors, actor)
+        return (actors, factor), metrics
 
-    start = learning, jnp.ones_like(batch.log_prob[..., 0])
-    keys = jax.random.split(key_agents, system.env.num_agents)
-    (learning, _), metrics = jax.lax.scan(turn, start, (order, keys))
-    return learning, jax.tree.map(jnp.mean, metrics)
+    keys = jax.random.split(key_agents, setup.spec.num_agents)
+    (actors, _), metrics = jax.lax.scan(turn, (actors, batch.factor), (order, keys))
+    return actors, jax.tree.map(jnp.mean, metrics)
 
 
-def of_agent(batch: Batch, agent: Array, factor: Array) -> AgentBatch:
-    """An agent's own part of a batch."""
-    return AgentBatch(
-        agents_view=batch.observation.agents_view[:, :, agent],
-        action_mask=batch.observation.action_mask[:, :, agent],
-        reset_before=batch.reset_before,
-        action=batch.action[:, :, agent],
-        log_prob=batch.log_prob[:, :, agent],
-        advantage=batch.advantage[:, :, agent],
-        factor=factor,
-        hidden=batch.memory.actor[:, :, agent],
-    )
-
-
-def sequences(system: System, collected: Rollout) -> Batch:
-    """Split a rollout into its chunks, and normalise the advantages."""
-    config = system.config
-    advantage, target = advantages(
-        collected.transitions,
-        collected.last_value,
-        config.system.gamma,
-        config.system.gae_lambda,
-    )
-
-    normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-
-    def by_sequence(tree: Any) -> Any:
-        """(T, E, ...) to (C, B, ...)"""
-        return jax.tree.map(
-            lambda x: (
-                x.reshape(config.num_chunks, -1, *x.shape[1:])
-                .swapaxes(0, 1)
-                .reshape(-1, config.num_sequences, *x.shape[2:])
-            ),
-            tree,
-        )
-
-    transitions = by_sequence(collected.transitions._replace(terminal_value=None))
-    return Batch(
-        observation=transitions.observation,
-        reset_before=transitions.reset_before,
-        action=transitions.action,
-        log_prob=transitions.log_prob,
-        value=transitions.value,
-        advantage=by_sequence(normalised),
-        target=by_sequence(target),
-        memory=jax.tree.map(
-            lambda x: x.reshape(1, config.num_sequences, *x.shape[2:]), collected.memory
-        ),
-    )
-
-
-def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """One rollout, then `ppo_epochs` over it for each actor and for the critic."""
-    state, collected = rollout(system, state)
-    batch = sequences(system, collected)
+def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
+    """Collect a rollout, and train each actor and the critic on it for `ppo_epochs`."""
+    state, collected = rollout(setup, env, state)
+    hyper, batch = state.hyper, sequences(state.hyper, collected)
     key, key_actors, key_critic = jax.random.split(state.key, 3)
-    learning = Params(*map(Learning, state.params, state.opt_state))
-    actor, metrics = update_actors(system, learning.actor, batch, key_actors)
-    critic, critic_metrics = train(system, critic_minibatch, learning.critic, batch, key_critic)
+    actors, critic = map(Trained, state.params, state.opt_state)
+    actors, metrics = update_actors(setup, hyper, actors, batch, key_actors)
+    critic, critic_metrics = train("critic", setup, hyper, critic, batch, key_critic)
     state = state._replace(
         key=key,
-        params=Params(actor.params, critic.params),
-        opt_state=Params(actor.opt_state, critic.opt_state),
+        params=Params(actors.params, critic.params),
+        opt_state=Params(actors.opt_state, critic.opt_state),
     )
-    return state, metrics | critic_metrics | episode_means(collected.episodes)
+    return state, metrics | critic_metrics | {
+        "value/explained_variance": explained_variance(batch.steps.value, batch.target),
+        **episode_means(collected.episodes),
+    }
 
 
-def init(system: System, key: Array) -> TrainState:
-    """Everything that changes, before the first update."""
-    config = system.config
+def init(setup: Setup, env: Environment, key: Array) -> TrainState:
+    """Return everything that changes, before the first update."""
+    batch_shape, hyper = (setup.config.num_envs,), setup.config.hyper
     key, key_env, key_actor, key_critic = jax.random.split(key, 4)
-    env_state, timestep = system.envs.reset(key_env)
-    memory = Memory(
-        actor=initial_carry(system, (config.num_envs,)),
-        critic=jnp.zeros((config.num_envs, config.network.critic.hidden_dim)),
+    env_state, timestep = AutoReset(env, *batch_shape).reset(key_env)
+    carry = Carry(setup.actor.initial_carry(batch_shape), setup.critic.initial_carry(batch_shape))
+    params = Params(setup.actor.init(key_actor), setup.critic.init(key_critic))
+    actor, critic = optimisers(hyper)
+    opt_state = Params(jax.vmap(actor.init)(params.actor), critic.init(params.critic))
+    return TrainState(
+        params=params,
+        opt_state=opt_state,
+        hyper=as_data(hyper),
+        key=key,
+        env_state=env_state,
+        timestep=timestep,
+        carry=carry,
     )
-    whole = jax.tree.map(lambda x: x[None], timestep.observation.global_state)
-    inputs = whole, jnp.zeros((1, config.num_envs), bool)
-    params = Params(
-        actor=jax.lax.map(
-            lambda key: init_alone(system.actor, key, memory.actor, timestep.observation),
-            jax.random.split(key_actor, system.env.num_agents),
-        ),
-        critic=system.critic.init(key_critic, memory.critic, *inputs),
-    )
-    opt_state = Params(
-        actor=jax.vmap(system.optimiser.actor.init)(params.actor),
-        critic=system.optimiser.critic.init(params.critic),
-    )
-    return TrainState(params, opt_state, key, env_state, timestep, memory)
 
 
-def train_chunk(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """The updates between two evaluations; metrics are (U,) each."""
+def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
+    """Run the updates between two evaluations; metrics are (U,) each."""
     return jax.lax.scan(
-        lambda state, _: update(system, state), state, length=system.config.updates_per_chunk
+        lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """What is evaluated, kept as best, deployed: the actors' parameters, (N, ...)."""
+    """Return the actors' parameters (N, ...): what is evaluated, kept as best and deployed."""
     return state.params.actor
 
 
-def initial_carry(system: System, batch_shape: tuple[int, ...]) -> Array:
-    """The actors' memory at an episode's start, (*batch_shape, N, H)."""
-    hidden_dim = system.config.network.actor.hidden_dim
-    return jnp.zeros((*batch_shape, system.env.num_agents, hidden_dim))
+def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> Array:
+    """Return the actors' carry at an episode's start, (*batch_shape, N, H)."""
+    return setup.actor.initial_carry(batch_shape)
 
 
 def act(
-    system: System, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
+    setup: Setup, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Array]:
-    """Decentralised actions (B, N[, A]): each from one agent's observation, by construction."""
-    return act_alone(system.actor, params, carry, observation, key, greedy, own_params=True)
+    """Return actions (B, N[, A]), each from one agent's observation, and the carry after them."""
+    return setup.actor.act(params, carry, observation, key, greedy)
 
 
 def main() -> None:
