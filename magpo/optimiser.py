@@ -9,7 +9,9 @@ from magpo.types import Array
 P = TypeVar("P", bound=tuple[Any, ...])
 
 
-def clipped_adam(learning_rate: float, max_grad_norm: float) -> optax.GradientTransformation:
+def clipped_adam(
+    learning_rate: float | optax.Schedule, max_grad_norm: float
+) -> optax.GradientTransformation:
     """Return Adam on gradients clipped by their global norm; both numbers may be traced.
 
     Its state does not depend on them. It works on one flat vector: on a GPU that is a kernel for
@@ -22,6 +24,11 @@ def clipped_adam(learning_rate: float, max_grad_norm: float) -> optax.GradientTr
             optax.scale_by_learning_rate(learning_rate),
         )
     )
+
+
+def init_each(optimisers: P, params: P) -> P:
+    """Return each network's optimiser state."""
+    return type(params)(*(o.init(p) for o, p in zip(optimisers, params, strict=True)))
 
 
 def descend(optimisers: P, params: P, opt_state: P, grads: P) -> tuple[P, P]:

@@ -32,7 +32,7 @@ from magpo.networks.autoregressive import init_joint
 from magpo.networks.heads import Distribution, executed_action
 from magpo.networks.recurrent import Actors, split_time
 from magpo.networks.sable import Sable
-from magpo.optimiser import clipped_adam, descend, grad_norms
+from magpo.optimiser import clipped_adam, descend, grad_norms, init_each
 from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
 
 CARD = Card(
@@ -377,10 +377,9 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
         learner=setup.learner.init(key_learner),
     )
     adam = clipped_adam(hyper.actor_lr, hyper.max_grad_norm)
-    opt_state = Params(*map(adam.init, params))
     return TrainState(
         params=params,
-        opt_state=opt_state,
+        opt_state=init_each(Params(adam, adam), params),
         hyper=as_data(hyper),
         key=key,
         env_state=env_state,

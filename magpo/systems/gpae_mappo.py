@@ -1,58 +1,55 @@
-"""GPAE-MAPPO: PPO on generalised per-agent advantages, from old rollouts too.
+"""GPAE-MAPPO: PPO on generalised per-agent advantages, also from earlier rollouts.
 
-Decentralised actors, one set of parameters for all agents. The critic values a state for each agent
-given what all *others* do, never what the agent itself does: the advantage then says how much of
-the team's fortune was that agent's doing. Its traces are cut by doubly truncated importance
-weights, so that the last `reuse` rollouts can be learned from.
+Decentralised actors share one set of parameters. The critic values a state for each agent given the
+actions of all *other* agents, never its own: the advantage then says how much that agent's action
+contributed to the team's return. Doubly truncated importance weights cut its traces, so that the
+last `reuse` rollouts can be learned from.
 
 Source: "Generalized Per-Agent Advantage Estimation for Multi-Agent Policy Optimization" (Kim et
 al., 2026). With pi for the policy at the start of an iteration, mu for the one that collected:
     `advantages`    Eq. 7, and the target of Eq. 11
     `traces`        Eq. 8: c is dt, its ablations st, it, none
     `critic_loss`   Eq. 10; the target network is the critic at the start of the iteration
-    `actor_loss`    PPO with the ratio to mu; `clip_center` says around what it is clipped
+    `actor_loss`    PPO with the ratio to mu, clipped around `clip_center`
     `update`        Algorithm 1
-`advantage: gae` is MAPPO's estimator in the same loop: one value for all agents, of the state only.
-An iteration learns from as many rollouts as it collects, drawn from the buffer: of each environment
-one of its last `reuse`, so that old data costs no gradient steps and no more estimates.
+`advantage: gae` is MAPPO's estimator in the same loop: one value of the state for all agents.
+An iteration learns from as many rollouts as it collects: for each environment it draws one of the
+last `reuse`, so that earlier data costs neither gradient steps nor estimates.
 
     python -m magpo.systems.gpae_mappo env=smax/5m_vs_6m
 """
 
 import sys
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from pydantic import Field
 
 from magpo import experiment
-from magpo.config import (
-    ConfigError,
-    Fraction,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    must_divide,
+from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
+from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
+from magpo.envs.wrappers import AutoReset
+from magpo.errors import ConfigError
+from magpo.metrics import episode_means, episode_sums, explained_variance
+from magpo.networks.heads import Distribution, executed_action
+from magpo.networks.recurrent import ActionCritic, Actors, split_time
+from magpo.optimiser import clipped_adam, descend, grad_norms, init_each
+from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
+
+CARD = Card(
+    centralised="a critic, in training",
+    deployed=Deployed.EACH_AGENT,
+    carry="GRU or none",
+    parameters=Parameters.SHARED,
+    per_environment=("env_state", "timestep", "carry", "buffer"),
 )
-from magpo.envs.wrappers import AutoReset, episode_means, episode_sums
-from magpo.networks.heads import Policy, executed_action
-from magpo.networks.recurrent import (
-    FeedForwardActor,
-    PerAgentCritic,
-    RecurrentActor,
-    act_alone,
-    init_alone,
-)
-from magpo.types import Array, Card, Environment, Observation, TimeStep, action_spec
-
-CARD = Card("a critic, in training", "each agent's policy", "GRU or none", parameters="shared")
 
 
-@dataclass(frozen=True)
-class SystemConfig:
+@hyperparameters
+class Hyper:
     """`system.*`"""
 
     actor_lr: PositiveFloat
@@ -69,15 +66,9 @@ class SystemConfig:
     gae_lambda: Fraction
     advantage: Literal["gpae", "gae"]
     trace: Literal["dt", "st", "it", "none"]
-    eta: PositiveFloat
+    eta: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     reuse: PositiveInt
     anomaly_probability: Fraction
-
-    def __post_init__(self) -> None:
-        if self.eta < 1:
-            raise ValueError(f"eta bounds the other agents' ratio: at least 1, not {self.eta}")
-        if self.advantage == "gae" and self.reuse > 1:
-            raise ValueError(f"advantage=gae is on-policy: reuse must be 1, not {self.reuse}")
 
 
 @dataclass(frozen=True)
@@ -107,27 +98,25 @@ class Config:
     rollout_length: int
     updates_per_chunk: int
     num_updates: int
-    system: SystemConfig
+    hyper: Hyper
     network: NetworkConfig
+    needs_global_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        num_minibatches = self.system.num_minibatches
-        must_divide("system.num_minibatches", num_minibatches, "num_envs", self.num_envs)
-
-    @property
-    def global_state(self) -> bool:
-        """Whether the environment is asked for its global state."""
-        return True
+        hyper = self.hyper
+        must_divide("system.num_minibatches", hyper.num_minibatches, "num_envs", self.num_envs)
+        if hyper.advantage == "gae" and hyper.reuse > 1:
+            raise ValueError(f"system.advantage=gae needs system.reuse=1, not {hyper.reuse}")
 
 
 class Params(NamedTuple):
-    """The parameters of both networks; also the shape of gradients and optimiser states."""
+    """The parameters of both networks; also the structure of gradients and optimiser states."""
 
     actor: Any
     critic: Any
 
 
-class Memory(NamedTuple):
+class Carry(NamedTuple):
     """Hidden states of E running episodes."""
 
     actor: Any  # (E, N, H), () without memory
@@ -135,7 +124,7 @@ class Memory(NamedTuple):
 
 
 class StateAction(NamedTuple):
-    """What follows a rollout or a cut; the action is drawn once, when that is collected."""
+    """A state after a rollout or an episode's cut, and a joint action sampled there once."""
 
     state: Array  # (B, ..., G)
     action: Array  # (B, ..., N[, A])
@@ -144,10 +133,11 @@ class StateAction(NamedTuple):
 class TrainState(NamedTuple):
     params: Params
     opt_state: Params
+    hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
     timestep: TimeStep  # (E, ...), whose observation is acted on next
-    memory: Memory
+    carry: Carry
     buffer: "Trajectory | None"  # (E, M, ...) the last M rollouts; None if on-policy
     num_rollouts: Array  # () int32, collected so far
 
@@ -156,7 +146,7 @@ class Transition(NamedTuple):
     """One step of E environments. `Trajectory` has T of them."""
 
     observation: Observation  # (E, ...)
-    reset_before: Array  # (E,) bool, the observation is an episode's first
+    reset_before: Array  # (E,) bool, true for an episode's first observation
     action: Array  # (E, N[, A]), raw: a squashed action before tanh
     log_prob: Array  # (E, N)
     forced: Array  # (E, N) bool, where the action is not the policy's
@@ -167,373 +157,325 @@ class Transition(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """B rollouts, of one environment each."""
+    """B rollouts of one environment each."""
 
-    steps: Transition  # (B, T, ...)
+    steps: Transition  # (B, C, ...)
     last: StateAction  # (B, ...) after the last step
-    memory: Memory  # (B, ...) at the start
+    carry: Carry  # (B, ...) before the first step
 
 
 class Estimates(NamedTuple):
-    """What the present policy and critic say of trajectories."""
+    """The current policy's and critic's estimates for trajectories."""
 
-    log_ratio: Array  # (B, T, N) of the present policy to the one that collected
-    value: Array  # (B, T, N)
-    next_value: Array  # (B, T, N)
+    log_ratio: Array  # (B, C, N) of the current policy to the one that collected
+    value: Array  # (B, C, N)
+    next_value: Array  # (B, C, N)
 
 
 class Batch(NamedTuple):
-    """What a minibatch is drawn from: whole rollouts, agents in order."""
+    """B sequences of C steps, an environment's whole rollout each; minibatches are drawn from B."""
 
-    steps: Transition  # (B, T, ...)
-    memory: Memory  # (B, ...) at the start of the rollout
-    ratio: Array  # (B, T, N) at the start of the iteration
-    advantage: Array  # (B, T, N)
-    target: Array  # (B, T, N)
+    steps: Transition  # (B, C, ...)
+    ratio: Array  # (B, C, N) at the start of the iteration
+    advantage: Array  # (B, C, N)
+    target: Array  # (B, C, N)
+    carry: Carry  # (B, ...) before the first step
 
 
 @dataclass(frozen=True)
-class System:
-    """All that is static."""
+class Setup:
+    """Everything static."""
 
     config: Config
-    env: Environment
-    envs: AutoReset  # num_envs of them
-    actor: RecurrentActor | FeedForwardActor
-    critic: PerAgentCritic
-    optimiser: Params  # each network's optax.GradientTransformation
-    stop_action: int | None  # of the environment, where it has one
+    spec: EnvSpec
+    actor: Actors
+    critic: ActionCritic
 
 
-def make(config: Config, env: Environment) -> System:
-    """Assemble networks and optimisers for an environment."""
-    of_env = {"action_dim": env.action_dim, "action_kind": env.action_kind}
-    actor = RecurrentActor if config.network.actor.memory else FeedForwardActor
-    values = config.system
-    # A float: there may be more steps than an int32 counts.
-    num_steps = float(config.num_updates * values.ppo_epochs * values.num_minibatches)
-
-    def optimiser(learning_rate: float) -> optax.GradientTransformation:
-        last = 0.0 if values.anneal_lr else learning_rate
-        schedule = optax.linear_schedule(learning_rate, last, num_steps)
-        return optax.flatten(  # one vector: a kernel for each step of Adam, not for each leaf
-            optax.chain(
-                optax.clip_by_global_norm(values.max_grad_norm),
-                optax.adam(schedule, eps=1e-5),
-            )
-        )
-
-    return System(
+def make(config: Config, spec: EnvSpec) -> Setup:
+    """Assemble the networks for an environment. Raises ConfigError."""
+    if config.hyper.anomaly_probability and spec.stop_action is None:
+        raise ConfigError(f"system.anomaly_probability is for smax/..., not {spec.name}")
+    actor, critic = config.network.actor, config.network.critic
+    return Setup(
         config=config,
-        env=env,
-        envs=AutoReset(env, config.num_envs),
-        actor=actor(**of_env, hidden_dim=config.network.actor.hidden_dim),
-        critic=PerAgentCritic(
-            **of_env,
-            num_agents=env.num_agents,
-            hidden_dim=config.network.critic.hidden_dim,
-            sees_actions=values.advantage == "gpae",
-        ),
-        optimiser=Params(optimiser(values.actor_lr), optimiser(values.critic_lr)),
-        stop_action=getattr(env, "stop_action", None),
+        spec=spec,
+        actor=Actors(spec, actor.hidden_dim, recurrent=actor.memory),
+        critic=ActionCritic(spec, critic.hidden_dim, config.hyper.advantage == "gpae"),
     )
 
 
-def by_time(tree: Any) -> Any:
-    """(B, T, ...) to (T, B, ...), and back."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
-
-
-def run_actor(
-    system: System, params: Any, hidden: Any, observation: Observation, reset_before: Array
-) -> tuple[Any, Policy]:
-    """Hidden states (B, N, H) and policies (T, B, N) along sequences of B environments."""
-    length, batch, num_agents = observation.agents_view.shape[:3]
-    after, policy = system.actor.apply(
-        params,
-        jax.tree.map(lambda x: x.reshape(batch * num_agents, -1), hidden),
-        observation.agents_view.reshape(length, batch * num_agents, -1),
-        observation.action_mask.reshape(length, batch * num_agents, -1),
-        jnp.repeat(reset_before, num_agents, axis=1),
-    )
-    return jax.tree.map(lambda x: x.reshape(batch, num_agents, -1), after), jax.tree.map(
-        lambda x: x.reshape(length, batch, num_agents, -1), policy
-    )
-
-
-def traces(config: SystemConfig, log_ratio: Array) -> Array:
-    """c, (B, T, N): how much of what follows an action is believed (Eq. 8; its ablations)."""
-    joint = log_ratio.sum(axis=-1, keepdims=True)
+def traces(hyper: Hyper, log_ratio: Array) -> Array:
+    """Return c, (B, C, N): the weight of what follows an action (Eq. 8 and its ablations)."""
+    log_joint = log_ratio.sum(axis=-1, keepdims=True)
     log_trace = {
-        "dt": log_ratio + jnp.minimum(jnp.log(config.eta), joint - log_ratio),
-        "st": jnp.broadcast_to(joint, log_ratio.shape),
+        "dt": log_ratio + jnp.minimum(jnp.log(hyper.eta), log_joint - log_ratio),
+        "st": jnp.broadcast_to(log_joint, log_ratio.shape),
         "it": log_ratio,
         "none": jnp.zeros_like(log_ratio),
-    }[config.trace]
-    return config.gae_lambda * jnp.exp(jnp.minimum(0.0, log_trace))
+    }[hyper.trace]
+    return hyper.gae_lambda * jnp.exp(jnp.minimum(0.0, log_trace))
 
 
 def advantages(
     transitions: Transition, estimates: Estimates, trace: Array, gamma: float
 ) -> tuple[Array, Array]:
-    """Generalised per-agent advantages (Eq. 7) and value targets (Eq. 11), (B, T, N).
+    """Return generalised per-agent advantages (Eq. 7) and value targets (Eq. 11), (B, C, N).
 
-    A terminated episode's end is worth 0, a truncated one's the value of its last observation; the
-    trace is cut at both. An advantage follows into the past by the *later* step's trace.
+    The end of a terminated episode is worth 0, that of a truncated one the value of its last
+    observation; the trace is cut at both. The *next* step's trace weighs the next advantage.
     """
     discount = gamma * transitions.discount[..., None]
-    delta = transitions.reward + discount * estimates.next_value - estimates.value
-    later = jnp.concatenate([trace[:, 1:], jnp.zeros_like(trace[:, :1])], axis=1)
-    follows = gamma * (1.0 - transitions.ended[..., None]) * later
+    td_error = transitions.reward + discount * estimates.next_value - estimates.value
+    next_trace = jnp.concatenate([trace[:, 1:], jnp.zeros_like(trace[:, :1])], axis=1)
+    weight = gamma * (1.0 - transitions.ended[..., None]) * next_trace
 
     def step(advantage: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        delta, follows = inputs
-        advantage = delta + follows * advantage
+        td_error, weight = inputs
+        advantage = td_error + weight * advantage
         return advantage, advantage
 
-    start = jnp.zeros_like(delta[:, 0])
-    _, advantage = jax.lax.scan(step, start, by_time((delta, follows)), reverse=True)
-    advantage = by_time(advantage)
-    bounded = jnp.exp(jnp.minimum(0.0, estimates.log_ratio))
-    return advantage, estimates.value + bounded * advantage
+    by_time = td_error.swapaxes(0, 1), weight.swapaxes(0, 1)
+    _, advantage = jax.lax.scan(step, jnp.zeros_like(td_error[:, 0]), by_time, reverse=True)
+    advantage = advantage.swapaxes(0, 1)
+    truncated_ratio = jnp.exp(jnp.minimum(0.0, estimates.log_ratio))
+    return advantage, estimates.value + truncated_ratio * advantage
 
 
 def actor_loss(
-    config: SystemConfig, policy: Policy, batch: Batch, key: Array
-) -> tuple[Array, dict[str, Array]]:
-    """PPO's clipped surrogate objective on old data, with an entropy bonus."""
-    ratio = jnp.exp(policy.log_prob(batch.steps.action) - batch.steps.log_prob)
-    center = batch.ratio if config.clip_center == "current" else jnp.ones_like(batch.ratio)
-    clipped = jnp.clip(ratio, center - config.clip_eps, center + config.clip_eps)
-    surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
+    hyper: Hyper, policy: Distribution, batch: Batch, key: Array
+) -> tuple[Array, Metrics]:
+    """Return PPO's clipped surrogate loss on earlier data, with an entropy bonus."""
+    log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
+    ratio = jnp.exp(log_ratio)
+    center = batch.ratio if hyper.clip_center == "current" else jnp.ones_like(batch.ratio)
+    clipped = jnp.clip(ratio, center - hyper.clip_eps, center + hyper.clip_eps)
+    policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
     entropy = policy.entropy(key).mean()
-    return -surrogate - config.ent_coef * entropy, {
-        "loss/policy": -surrogate,
+    return policy_loss - hyper.ent_coef * entropy, {
+        "loss/policy": policy_loss,
         "policy/entropy": entropy,
-        "policy/clipped_share": (ratio != clipped).mean(),
+        "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
+        "policy/clipped_share": (jnp.abs(ratio - center) > hyper.clip_eps).mean(),
         "policy/ratio_std": ratio.std(),
     }
 
 
-def critic_loss(config: SystemConfig, value: Array, batch: Batch) -> tuple[Array, dict[str, Array]]:
-    """Eq. 10."""
-    loss = ((value - batch.target) ** 2).mean()
-    return config.vf_coef * loss, {"loss/value": loss}
+def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metrics]:
+    """Return the squared error of Eq. 10."""
+    value_loss = ((value - batch.target) ** 2).mean()
+    return hyper.vf_coef * value_loss, {"loss/value": value_loss}
 
 
-def rollout(system: System, state: TrainState) -> tuple[TrainState, Trajectory, dict[str, Array]]:
-    """Act for T steps; also the sums over the episodes that ended, () each, and their number."""
+def rollout(
+    setup: Setup, env: Environment, state: TrainState
+) -> tuple[TrainState, Trajectory, Metrics]:
+    """Act for T steps; also return sums over the episodes that ended, and their number."""
+    config, params, hyper = setup.config, state.params, state.hyper
+    envs = AutoReset(env, config.num_envs)
 
-    class Loop(NamedTuple):
-        env_state: Any
-        timestep: TimeStep
-        memory: Memory
-
-    def step(loop: Loop, key: Array) -> tuple[Loop, tuple[Transition, dict[str, Array]]]:
+    def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
         key_action, key_stop, key_terminal = jax.random.split(key, 3)
-        observation, reset_before = loop.timestep.observation, loop.timestep.last()
-        hidden, policy = act_on(system, state.params.actor, loop.memory.actor, loop.timestep)
-        seen = global_state(observation)[None], reset_before[None]
-        critic = partial(system.critic.apply, state.params.critic, method="remember")
-        memory = Memory(hidden, critic(loop.memory.critic, *seen)[0])
-        action, forced = stop(system, observation, policy.sample(key_action)[0], key_stop)
-        env_state, timestep = system.envs.step(
-            loop.env_state, executed_action(action, system.env.action_kind)
+        observation, reset_before = inputs = state.timestep.observation, state.timestep.last()
+        actor, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
+        action, forced = stop(setup, hyper, observation, policy.sample(key_action), key_stop)
+        critic, _ = setup.critic.step(
+            params.critic, state.carry.critic, global_state(observation), action, reset_before
         )
+        executed = executed_action(action, setup.spec.action_kind)
+        env_state, timestep = envs.step(state.env_state, executed)
         transition = Transition(
             observation=observation,
             reset_before=reset_before,
             action=action,
-            log_prob=policy.log_prob(action[None])[0],
+            log_prob=policy.log_prob(action),
             forced=forced,
             reward=timestep.reward,
             discount=timestep.discount,
             ended=timestep.last(),
-            terminal=terminal(system, state.params.actor, hidden, timestep, action, key_terminal),
+            terminal=terminal(setup, params.actor, actor, timestep, action, key_terminal),
         )
-        return Loop(env_state, timestep, memory), (transition, episode_sums(timestep))
+        carry = Carry(actor, critic)
+        state = state._replace(env_state=env_state, timestep=timestep, carry=carry)
+        return state, (transition, episode_sums(timestep))
 
+    start = state.carry
     key, key_steps, key_last = jax.random.split(state.key, 3)
-    keys = jax.random.split(key_steps, system.config.rollout_length)
-    loop = Loop(state.env_state, state.timestep, state.memory)
-    loop, (transitions, episodes) = jax.lax.scan(step, loop, keys)
-    _, policy = act_on(system, state.params.actor, loop.memory.actor, loop.timestep)
-    last = StateAction(global_state(loop.timestep.observation), policy.sample(key_last)[0])
-    trajectory = Trajectory(by_time(transitions), last, state.memory)
-    state = state._replace(key=key, **loop._asdict())
-    return state, trajectory, jax.tree.map(jnp.sum, episodes)
+    keys = jax.random.split(key_steps, config.rollout_length)
+    state, (transitions, episodes) = jax.lax.scan(step, state._replace(key=key), keys)
+    observation, _ = inputs = state.timestep.observation, state.timestep.last()
+    _, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
+    last = StateAction(global_state(observation), policy.sample(key_last))
+    steps = split_time(transitions, config.rollout_length)
+    return state, Trajectory(steps, last, start), jax.tree.map(jnp.sum, episodes)
 
 
 def global_state(observation: Observation) -> Array:
-    """(..., G), asked for by `Config.global_state`."""
+    """Return the global state, (..., G), which `Config.needs_global_state` asks for."""
     assert observation.global_state is not None
     return observation.global_state
 
 
-def act_on(system: System, params: Any, hidden: Any, timestep: TimeStep) -> tuple[Any, Policy]:
-    """Hidden states (E, N, H) and policies (1, E, N) on a timestep's observation."""
-    seen = jax.tree.map(lambda x: x[None], (timestep.observation, timestep.last()))
-    return run_actor(system, params, hidden, *seen)
-
-
 def stop(
-    system: System, observation: Observation, action: Array, key: Array
+    setup: Setup, hyper: Hyper, observation: Observation, action: Array, key: Array
 ) -> tuple[Array, Array]:
-    """With `anomaly_probability` one agent that has a choice stops instead (Section 3.1)."""
-    probability = system.config.system.anomaly_probability
-    if not probability or system.stop_action is None:
+    """With `anomaly_probability`, make one agent that has a choice stop instead (Section 3.1)."""
+    if setup.spec.stop_action is None:
         return action, jnp.zeros(observation.action_mask.shape[:-1], bool)
     key_when, key_who = jax.random.split(key)
     has_choice = observation.action_mask.sum(axis=-1) > 1
     who = jax.random.categorical(key_who, jnp.where(has_choice, 0.0, -jnp.inf))
-    when = jax.random.bernoulli(key_when, probability, who.shape) & has_choice.any(axis=-1)
-    forced = when[:, None] & (jnp.arange(system.env.num_agents) == who[:, None])
-    return jnp.where(forced, system.stop_action, action), forced
+    when = jax.random.bernoulli(key_when, hyper.anomaly_probability, who.shape)
+    when &= has_choice.any(axis=-1)
+    forced = when[:, None] & (jnp.arange(setup.spec.num_agents) == who[:, None])
+    return jnp.where(forced, setup.spec.stop_action, action), forced
 
 
 def terminal(
-    system: System, params: Any, hidden: Any, timestep: TimeStep, acted: Array, key: Array
+    setup: Setup, params: Any, carry: Any, timestep: TimeStep, action: Array, key: Array
 ) -> StateAction | None:
-    """The last states (E, G) of episodes; actions, shaped as those `acted`, where truncated."""
-    observation = timestep.terminal_observation
+    """Return episodes' last states (E, G), with joint actions, like `action`, where truncated."""
+    observation, truncated = timestep.terminal_observation, timestep.truncated()
     if observation is None:
         return None
-    seen = timestep._replace(observation=observation, step_type=jnp.zeros_like(timestep.step_type))
-    action = jax.lax.cond(
-        timestep.truncated().any(),
-        lambda: act_on(system, params, hidden, seen)[1].sample(key)[0],
-        lambda: jnp.zeros_like(acted),
+    no_reset = jnp.zeros_like(truncated)
+    sampled = jax.lax.cond(
+        truncated.any(),
+        lambda: setup.actor.step(params, carry, observation, no_reset)[1].sample(key),
+        lambda: jnp.zeros_like(action),
     )
-    return StateAction(global_state(observation), action)
+    return StateAction(global_state(observation), sampled)
 
 
-def estimate(system: System, params: Params, trajectory: Trajectory) -> Estimates:
-    """One pass of each network along all trajectories."""
-    steps = by_time(trajectory.steps)
-    observation, memory, last = steps.observation, trajectory.memory, trajectory.last
-    _, policy = run_actor(system, params.actor, memory.actor, observation, steps.reset_before)
-    log_ratio = policy.log_prob(steps.action) - steps.log_prob
-    state, action, reset_before = (
-        jnp.concatenate([along, after[None]])
+def estimate(setup: Setup, params: Params, trajectory: Trajectory) -> Estimates:
+    """Run each network once along all trajectories."""
+    steps, last, carry = trajectory.steps, trajectory.last, trajectory.carry
+    _, policy = setup.actor.unroll(params.actor, carry.actor, steps.observation, steps.reset_before)
+    states_actions_resets = (
+        jnp.concatenate([along, after[:, None]], axis=1)
         for along, after in (
-            (global_state(observation), last.state),
+            (global_state(steps.observation), last.state),
             (steps.action, last.action),
-            (steps.reset_before, steps.ended[-1]),
+            (steps.reset_before, steps.ended[:, -1]),
         )
     )
-    given = memory.critic, state, action, reset_before
-    hiddens, value = system.critic.apply(params.critic, *given)  # (T + 1, B, H), (T + 1, B, N)
-    next_value = value[1:]
+    carries, value = setup.critic.unroll(params.critic, carry.critic, *states_actions_resets)
+    next_value = value[:, 1:]  # `value` is (B, C + 1, N)
     if steps.terminal is not None:
-        single = steps.ended.size  # T * B sequences of one step
-        state, action = (x.reshape(1, single, *x.shape[2:]) for x in steps.terminal)
-        given = hiddens[:-1].reshape(single, -1), state, action, jnp.zeros((1, single), bool)
-        cut_off = jax.lax.cond(
-            (steps.ended & (steps.discount > 0)).any(),  # else a terminated one's worth is not read
-            lambda: system.critic.apply(params.critic, *given)[1].reshape(next_value.shape),
+        no_reset, (state, action) = jnp.zeros_like(steps.ended), steps.terminal
+        terminal_value = jax.lax.cond(
+            (steps.ended & (steps.discount > 0)).any(),  # a terminated episode's end is worth 0
+            lambda: setup.critic.step(params.critic, carries[:, :-1], state, action, no_reset)[1],
             lambda: jnp.zeros_like(next_value),
         )
-        next_value = jnp.where(steps.ended[..., None], cut_off, next_value)
-    log_ratio, value, next_value = by_time((log_ratio, value[:-1], next_value))
-    return Estimates(log_ratio, value, next_value)
+        next_value = jnp.where(steps.ended[..., None], terminal_value, next_value)
+    return Estimates(
+        log_ratio=policy.log_prob(steps.action) - steps.log_prob,
+        value=value[:, :-1],
+        next_value=next_value,
+    )
 
 
 def losses(
-    params: Params, system: System, batch: Batch, key: Array
-) -> tuple[Array, dict[str, Array]]:
-    """Both networks along a minibatch's rollouts; each loss moves its own network only."""
-    steps, memory = by_time(batch.steps), batch.memory
-    seen, state = (steps.observation, steps.reset_before), global_state(steps.observation)
-    _, policy = run_actor(system, params.actor, memory.actor, *seen)
-    _, value = system.critic.apply(params.critic, memory.critic, state, steps.action, seen[1])
-    config = system.config.system
-    loss_actor, metrics_actor = actor_loss(config, by_time(policy), batch, key)
-    loss_critic, metrics_critic = critic_loss(config, by_time(value), batch)
+    params: Params, setup: Setup, hyper: Hyper, batch: Batch, key: Array
+) -> tuple[Array, Metrics]:
+    """Run both networks along the sequences; each loss moves its own network only."""
+    steps, carry = batch.steps, batch.carry
+    _, policy = setup.actor.unroll(params.actor, carry.actor, steps.observation, steps.reset_before)
+    states_actions_resets = global_state(steps.observation), steps.action, steps.reset_before
+    _, value = setup.critic.unroll(params.critic, carry.critic, *states_actions_resets)
+    loss_actor, metrics_actor = actor_loss(hyper, policy, batch, key)
+    loss_critic, metrics_critic = critic_loss(hyper, value, batch)
     return loss_actor + loss_critic, metrics_actor | metrics_critic
 
 
-class Learning(NamedTuple):
-    """What a gradient step changes."""
+def optimisers(config: Config, hyper: Hyper) -> Params:
+    """Return each network's optax.GradientTransformation; `anneal_lr` lets both rates fall to 0."""
+    # A float: there may be more steps than an int32 counts.
+    num_steps = float(config.num_updates * hyper.ppo_epochs * hyper.num_minibatches)
 
-    params: Params
-    opt_state: Params
+    def adam(learning_rate: float) -> optax.GradientTransformation:
+        last = 0.0 if hyper.anneal_lr else learning_rate
+        schedule = optax.linear_schedule(learning_rate, last, num_steps)
+        return clipped_adam(schedule, hyper.max_grad_norm)
+
+    return Params(actor=adam(hyper.actor_lr), critic=adam(hyper.critic_lr))
 
 
 def update_minibatch(
-    system: System, learning: Learning, batch: Batch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """One gradient step of each network, on advantages normalised over the minibatch."""
-    advantage = batch.advantage
+    setup: Setup, state: TrainState, batch: Batch, key: Array
+) -> tuple[TrainState, Metrics]:
+    """Take a gradient step of each network, on advantages normalised over the minibatch."""
+    hyper, advantage = state.hyper, batch.advantage
     normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     batch = batch._replace(advantage=normalised)
-    grads, metrics = jax.grad(losses, has_aux=True)(learning.params, system, batch, key)
-
-    def descend(optimiser: Any, params: Any, grads: Any, opt_state: Any) -> tuple[Any, Any]:
-        updates, opt_state = optimiser.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    networks = map(descend, system.optimiser, learning.params, grads, learning.opt_state)
-    params, opt_state = zip(*networks, strict=True)
-    return Learning(Params(*params), Params(*opt_state)), metrics
+    grads, metrics = jax.grad(losses, has_aux=True)(state.params, setup, hyper, batch, key)
+    params, opt_state = descend(
+        optimisers(setup.config, hyper), state.params, state.opt_state, grads
+    )
+    state = state._replace(params=params, opt_state=opt_state)
+    return state, metrics | grad_norms(**grads._asdict())
 
 
 def update_epoch(
-    system: System, learning: Learning, batch: Batch, key: Array
-) -> tuple[Learning, dict[str, Array]]:
-    """One pass over shuffled minibatches of whole rollouts."""
-    config = system.config
+    setup: Setup, state: TrainState, batch: Batch, key: Array
+) -> tuple[TrainState, Metrics]:
+    """Pass over the batch once, in random minibatches of rollouts."""
     key_order, key_minibatches = jax.random.split(key)
-    order = jax.random.permutation(key_order, config.num_envs)
+    order = jax.random.permutation(key_order, setup.config.num_envs)
+    order = order.reshape(state.hyper.num_minibatches, -1)
 
-    def minibatch(learning: Learning, inputs: tuple[Array, Array]) -> tuple[Learning, dict]:
+    def minibatch(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
         rows, key = inputs
-        return update_minibatch(system, learning, jax.tree.map(lambda x: x[rows], batch), key)
+        return update_minibatch(setup, state, jax.tree.map(lambda x: x[rows], batch), key)
 
-    keys = jax.random.split(key_minibatches, config.system.num_minibatches)
-    return jax.lax.scan(minibatch, learning, (order.reshape(keys.size, -1), keys))
+    keys = jax.random.split(key_minibatches, len(order))
+    return jax.lax.scan(minibatch, state, (order, keys))
 
 
 def draw(
-    system: System, state: TrainState, newest: Trajectory, key: Array
+    setup: Setup, state: TrainState, newest: Trajectory, key: Array
 ) -> tuple[TrainState, Trajectory]:
-    """Keep the newest rollouts; of each environment, one of those kept."""
+    """Put the newest rollouts into the buffer, and draw one of those kept for each environment."""
     if state.buffer is None:
         return state, newest
-    number, reuse = state.num_rollouts, system.config.system.reuse
+    number, reuse = state.num_rollouts, state.hyper.reuse
     buffer = jax.tree.map(lambda x, new: x.at[:, number % reuse].set(new), state.buffer, newest)
-    chosen = jax.random.randint(key, (system.config.num_envs,), 0, jnp.minimum(number + 1, reuse))
-    drawn = jax.vmap(lambda kept, slot: jax.tree.map(lambda x: x[slot], kept))(buffer, chosen)
+    slots = jax.random.randint(key, (setup.config.num_envs,), 0, jnp.minimum(number + 1, reuse))
+    drawn = jax.vmap(lambda kept, slot: jax.tree.map(lambda x: x[slot], kept))(buffer, slots)
     return state._replace(buffer=buffer, num_rollouts=number + 1), drawn
 
 
-def update(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """Algorithm 1: collect, draw from the last rollouts, estimate, then `ppo_epochs`."""
-    config = system.config.system
-    state, trajectory, episodes = rollout(system, state)
+def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
+    """Algorithm 1: collect, draw from the last rollouts, estimate, train for `ppo_epochs`."""
+    hyper = state.hyper
+    state, newest, episodes = rollout(setup, env, state)
     key, key_draw, key_epochs = jax.random.split(state.key, 3)
-    state, trajectory = draw(system, state, trajectory, key_draw)
-    estimates = estimate(system, state.params, trajectory)
-    trace = traces(config, estimates.log_ratio)
-    advantage, target = advantages(trajectory.steps, estimates, trace, config.gamma)
+    state, trajectory = draw(setup, state, newest, key_draw)
+    estimates = estimate(setup, state.params, trajectory)
+    trace = traces(hyper, estimates.log_ratio)
+    advantage, target = advantages(trajectory.steps, estimates, trace, hyper.gamma)
     batch = Batch(
         steps=trajectory.steps,
-        memory=trajectory.memory,
         ratio=jnp.exp(estimates.log_ratio),
         advantage=advantage,
         target=target,
+        carry=trajectory.carry,
     )
-    learning, metrics = jax.lax.scan(
-        lambda learning, key: update_epoch(system, learning, batch, key),
-        Learning(state.params, state.opt_state),
-        jax.random.split(key_epochs, config.ppo_epochs),
+    state, metrics = jax.lax.scan(
+        lambda state, key: update_epoch(setup, state, batch, key),
+        state._replace(key=key),
+        jax.random.split(key_epochs, hyper.ppo_epochs),
     )
-    metrics = jax.tree.map(jnp.mean, metrics) | measure(config, batch, trace)
-    state = state._replace(key=key, **learning._asdict())
-    return state, metrics | episode_means(episodes)
+    return state, jax.tree.map(jnp.mean, metrics) | {
+        "value/explained_variance": explained_variance(estimates.value, target),
+        **paper_metrics(setup, batch, trace),
+        **episode_means(episodes),
+    }
 
 
-def measure(config: SystemConfig, batch: Batch, trace: Array) -> dict[str, Array]:
-    """The paper's figures: the gap of Eq. 9, signed too, and Section 3.1's of advantages."""
+def paper_metrics(setup: Setup, batch: Batch, trace: Array) -> Metrics:
+    """Return the gap of Eq. 9, signed too, and the advantage gap of Section 3.1."""
     log_joint = jnp.log(batch.ratio).sum(axis=-1, keepdims=True)
     joint = jnp.exp(jnp.minimum(log_joint, 20.0))  # of many agents it may exceed a float
     gap = jnp.abs(joint - trace) - jnp.abs(batch.ratio - trace)
@@ -542,7 +484,7 @@ def measure(config: SystemConfig, batch: Batch, trace: Array) -> dict[str, Array
         "gpae/delta_c_abs": jnp.abs(gap).mean(),
         "policy/largest_ratio": batch.ratio.max(),
     }
-    if config.anomaly_probability:
+    if setup.spec.stop_action is not None:
         advantage, forced = batch.advantage, batch.steps.forced
         num_others = advantage.shape[-1] - 1
         above = (advantage[..., None, :] - advantage[..., None]).sum(axis=-1) / num_others
@@ -551,59 +493,54 @@ def measure(config: SystemConfig, batch: Batch, trace: Array) -> dict[str, Array
     return metrics
 
 
-def init(system: System, key: Array) -> TrainState:
-    """Everything that changes, before the first update. Raises ConfigError."""
-    config = system.config
-    if config.system.anomaly_probability and system.stop_action is None:
-        raise ConfigError(f"system.anomaly_probability is for smax/..., not {system.env.name}")
+def init(setup: Setup, env: Environment, key: Array) -> TrainState:
+    """Return everything that changes, before the first update."""
+    batch_shape, hyper = (setup.config.num_envs,), setup.config.hyper
     key, key_env, key_actor, key_critic = jax.random.split(key, 4)
-    env_state, timestep = system.envs.reset(key_env)
-    memory = Memory(
-        actor=initial_carry(system, (config.num_envs,)),
-        critic=jnp.zeros((config.num_envs, config.network.critic.hidden_dim)),
+    env_state, timestep = AutoReset(env, *batch_shape).reset(key_env)
+    params = Params(setup.actor.init(key_actor), setup.critic.init(key_critic))
+    carry = Carry(setup.actor.initial_carry(batch_shape), setup.critic.initial_carry(batch_shape))
+    state = TrainState(
+        params=params,
+        opt_state=init_each(optimisers(setup.config, hyper), params),
+        hyper=as_data(hyper),
+        key=key,
+        env_state=env_state,
+        timestep=timestep,
+        carry=carry,
+        buffer=None,
+        num_rollouts=jnp.int32(0),
     )
-    whole, never = global_state(timestep.observation)[None, :1], jnp.zeros((1, 1), bool)
-    spec = action_spec(system.env)
-    action = jnp.zeros((1, 1, *spec.shape), spec.dtype)
-    params = Params(
-        actor=init_alone(system.actor, key_actor, memory.actor, timestep.observation),
-        critic=system.critic.init(key_critic, memory.critic[:1], whole, action, never),
-    )
-    opt_state = Params(*(o.init(p) for o, p in zip(system.optimiser, params, strict=True)))
-    state = TrainState(params, opt_state, key, env_state, timestep, memory, None, jnp.int32(0))
-    if config.system.reuse == 1:
+    if hyper.reuse == 1:
         return state
-    _, trajectory, _ = jax.eval_shape(lambda state: rollout(system, state), state)
-    slots = config.num_envs, config.system.reuse
-    return state._replace(
-        buffer=jax.tree.map(lambda x: jnp.zeros((*slots, *x.shape[1:]), x.dtype), trajectory)
-    )
+    _, rollouts, _ = jax.eval_shape(lambda state: rollout(setup, env, state), state)
+    slots = *batch_shape, hyper.reuse
+    buffer = jax.tree.map(lambda x: jnp.zeros((*slots, *x.shape[1:]), x.dtype), rollouts)
+    return state._replace(buffer=buffer)
 
 
-def train_chunk(system: System, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """The updates between two evaluations; metrics are (U,) each."""
+def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
+    """Run the updates between two evaluations; metrics are (U,) each."""
     return jax.lax.scan(
-        lambda state, _: update(system, state), state, length=system.config.updates_per_chunk
+        lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """What is evaluated, kept as best, deployed: the actor's parameters."""
+    """Return the actor's parameters: what is evaluated, kept as best and deployed."""
     return state.params.actor
 
 
-def initial_carry(system: System, batch_shape: tuple[int, ...]) -> Any:
-    """The actors' memory at an episode's start, (*batch_shape, N, H), or () without memory."""
-    config = system.config.network.actor
-    shape = (*batch_shape, system.env.num_agents, config.hidden_dim)
-    return jnp.zeros(shape) if config.memory else ()
+def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> Any:
+    """Return the actors' carry at an episode's start, (*batch_shape, N, H), () without memory."""
+    return setup.actor.initial_carry(batch_shape)
 
 
 def act(
-    system: System, params: Any, carry: Any, observation: Observation, key: Array, greedy: bool
+    setup: Setup, params: Any, carry: Any, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Any]:
-    """Decentralised actions (B, N[, A]): each from one agent's observation, by construction."""
-    return act_alone(system.actor, params, carry, observation, key, greedy)
+    """Return actions (B, N[, A]), each from one agent's observation, and the carry after them."""
+    return setup.actor.act(params, carry, observation, key, greedy)
 
 
 def main() -> None:

@@ -234,9 +234,8 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
         actor, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
         critic, values = value(state.carry.critic, *inputs)
         action = policy.sample(key)
-        env_state, timestep = envs.step(
-            state.env_state, executed_action(action, setup.spec.action_kind)
-        )
+        executed = executed_action(action, setup.spec.action_kind)
+        env_state, timestep = envs.step(state.env_state, executed)
         transition = Transition(
             *inputs,
             action=action,

@@ -29,7 +29,7 @@ from magpo.envs.wrappers import AutoReset, terminal_value
 from magpo.metrics import episode_means, episode_sums, explained_variance
 from magpo.networks.heads import Distribution, executed_action
 from magpo.networks.recurrent import Actors, Critic, split_time
-from magpo.optimiser import clipped_adam, descend, grad_norms
+from magpo.optimiser import clipped_adam, descend, grad_norms, init_each
 from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
 
 CARD = Card(
@@ -232,9 +232,8 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
         actor, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
         critic, values = value(state.carry.critic, *inputs)
         action = policy.sample(key)
-        env_state, timestep = envs.step(
-            state.env_state, executed_action(action, setup.spec.action_kind)
-        )
+        executed = executed_action(action, setup.spec.action_kind)
+        env_state, timestep = envs.step(state.env_state, executed)
         transition = Transition(
             *inputs,
             action=action,
@@ -347,10 +346,9 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
     env_state, timestep = AutoReset(env, *batch_shape).reset(key_env)
     carry = Carry(setup.actor.initial_carry(batch_shape), setup.critic.initial_carry(batch_shape))
     params = Params(setup.actor.init(key_actor), setup.critic.init(key_critic))
-    opt_state = Params(*(o.init(p) for o, p in zip(optimisers(hyper), params, strict=True)))
     return TrainState(
         params=params,
-        opt_state=opt_state,
+        opt_state=init_each(optimisers(hyper), params),
         hyper=as_data(hyper),
         key=key,
         env_state=env_state,
