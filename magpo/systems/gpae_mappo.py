@@ -299,8 +299,7 @@ def rollout(
         state = state._replace(env_state=env_state, timestep=timestep, carry=carry)
         return state, (transition, episode_sums(timestep))
 
-    start = state.carry
-    key, key_steps, key_last = jax.random.split(state.key, 3)
+    start, (key, key_steps, key_last) = state.carry, jax.random.split(state.key, 3)
     keys = jax.random.split(key_steps, config.rollout_length)
     state, (transitions, episodes) = jax.lax.scan(step, state._replace(key=key), keys)
     observation, _ = inputs = state.timestep.observation, state.timestep.last()
@@ -391,8 +390,7 @@ def losses(
 
 def optimisers(config: Config, hyper: Hyper) -> Params:
     """Return each network's optax.GradientTransformation; `anneal_lr` lets both rates fall to 0."""
-    # A float: there may be more steps than an int32 counts.
-    num_steps = float(config.num_updates * hyper.ppo_epochs * hyper.num_minibatches)
+    num_steps = float(config.num_updates * hyper.ppo_epochs * hyper.num_minibatches)  # > int32
 
     def adam(learning_rate: float) -> optax.GradientTransformation:
         last = 0.0 if hyper.anneal_lr else learning_rate
@@ -448,13 +446,12 @@ def draw(
 
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
     """Algorithm 1: collect, draw from the last rollouts, estimate, train for `ppo_epochs`."""
-    hyper = state.hyper
     state, newest, episodes = rollout(setup, env, state)
     key, key_draw, key_epochs = jax.random.split(state.key, 3)
     state, trajectory = draw(setup, state, newest, key_draw)
     estimates = estimate(setup, state.params, trajectory)
-    trace = traces(hyper, estimates.log_ratio)
-    advantage, target = advantages(trajectory.steps, estimates, trace, hyper.gamma)
+    trace = traces(state.hyper, estimates.log_ratio)
+    advantage, target = advantages(trajectory.steps, estimates, trace, state.hyper.gamma)
     batch = Batch(
         steps=trajectory.steps,
         ratio=jnp.exp(estimates.log_ratio),
@@ -465,7 +462,7 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
     state, metrics = jax.lax.scan(
         lambda state, key: update_epoch(setup, state, batch, key),
         state._replace(key=key),
-        jax.random.split(key_epochs, hyper.ppo_epochs),
+        jax.random.split(key_epochs, state.hyper.ppo_epochs),
     )
     return state, jax.tree.map(jnp.mean, metrics) | {
         "value/explained_variance": explained_variance(estimates.value, target),
@@ -488,8 +485,7 @@ def paper_metrics(setup: Setup, batch: Batch, trace: Array) -> Metrics:
         advantage, forced = batch.advantage, batch.steps.forced
         num_others = advantage.shape[-1] - 1
         above = (advantage[..., None, :] - advantage[..., None]).sum(axis=-1) / num_others
-        total = jnp.where(forced, above, 0.0).sum()
-        metrics["gpae/advantage_gap"] = total / jnp.maximum(forced.sum(), 1)
+        metrics["gpae/advantage_gap"] = (above * forced).sum() / jnp.maximum(forced.sum(), 1)
     return metrics
 
 
