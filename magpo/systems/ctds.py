@@ -290,11 +290,11 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
     return state, Rollout(transitions, start, last_value, jax.tree.map(jnp.sum, episodes))
 
 
-def sequences(setup: Setup, hyper: Hyper, collected: Rollout) -> Batch:
+def sequences(hyper: Hyper, collected: Rollout) -> Batch:
     """Return a rollout's sequences, with their advantages."""
     steps = collected.transitions
     estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
-    steps, (advantage, target) = split_time((steps, estimates), setup.config.rollout_length)
+    steps, (advantage, target) = split_time((steps, estimates), len(steps.reward))
     return Batch(steps=steps, advantage=advantage, target=target, carry=collected.carry)
 
 
@@ -350,7 +350,7 @@ def update_epoch(
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
     """Collect a rollout and train on it for `ppo_epochs`."""
     state, collected = rollout(setup, env, state)
-    batch = sequences(setup, state.hyper, collected)
+    batch = sequences(state.hyper, collected)
     key, key_epochs = jax.random.split(state.key)
     state, metrics = jax.lax.scan(
         lambda state, key: update_epoch(setup, state, batch, key),

@@ -1,13 +1,13 @@
 """The seven systems, as small as they get, and what the tests have to know of each."""
 
 import importlib
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from magpo import config, envs
+from magpo.types import Environment, spec
 
 SHARED = [
     "tuned=false",
@@ -44,19 +44,20 @@ SEVEN = ["magpo", "ctds", "mappo", "happo", "mat", "sable", "gpae"]
 
 
 class Case(NamedTuple):
-    module: ModuleType
-    system: Any
+    module: Any
+    setup: Any
+    env: Environment
 
 
 def build(name: str, task: str = "lbf/2s-8x8-2p-2f-coop", *overrides: str) -> Case:
     """A system on episodes that are cut off at 5 steps: a rollout of 8 has ends in it."""
     system, *own = CASES[name]
     options = config.load(system, [f"env={task}", *SHARED, *own, *overrides])
-    global_state = getattr(options.algorithm, "global_state", False)
     values = options.env.options | {"time_limit": 5}
+    global_state = options.algorithm.needs_global_state
     env = envs.make(options.env.name, global_state=global_state, **values)
     module = importlib.import_module(f"magpo.systems.{system}")
-    return Case(module, module.make(options.algorithm, env))
+    return Case(module, module.make(options.algorithm, spec(env)), env)
 
 
 def stagger(state: Any) -> Any:
@@ -74,41 +75,48 @@ def sharpened(state: Any) -> Any:
 
 def differences(case: Case, state: Any) -> dict[str, jax.Array]:
     """Between what a rollout from `state` stored and what training recomputes of it: all zero."""
-    module, system = case
-    key = jax.random.key(0)
+    module, setup, env = case
+    key, hyper = jax.random.key(0), state.hyper
     name = module.__name__.rpartition(".")[2]
     if name == "gpae_mappo":
-        _, trajectory, _ = module.rollout(system, state)
-        estimates = module.estimate(system, state.params, trajectory)
+        _, trajectory, _ = module.rollout(setup, env, state)
+        estimates = module.estimate(setup, state.params, trajectory)
         fields = dict.fromkeys(module.Batch._fields, estimates.value)
-        fields |= {"steps": trajectory.steps, "memory": trajectory.memory}
-        _, metrics = module.losses(state.params, system, module.Batch(**fields), key)
+        fields |= {"steps": trajectory.steps, "carry": trajectory.carry}
+        _, metrics = module.losses(state.params, setup, hyper, module.Batch(**fields), key)
         return {
             "log_prob": estimates.log_ratio,
             "ratio": metrics["policy/ratio_std"],
             "value": metrics["loss/value"],
         }
-    _, collected = module.rollout(system, state)
-    batch = (module.timesteps if name == "mat" else module.sequences)(system, collected)
-    batch = batch._replace(target=batch.value)
+    _, collected = module.rollout(setup, env, state)
+    arguments = (setup,) if name == "sable" else ()
+    batch = module.sequences(*arguments, hyper, collected)
+    batch = batch._replace(target=batch.steps.value)
     if name == "happo":
-        factor = jnp.ones_like(batch.log_prob[..., 0])
 
         def log_ratio(agent):
-            own = module.of_agent(batch, agent, factor)
+            part = module.of_agent(batch, agent)
             params = jax.tree.map(lambda x: x[agent], state.params.actor)
-            return module.policy_of(system, params, own).log_prob(own.action) - own.log_prob
+            policy = module.policy_of(setup, params, part)
+            return policy.log_prob(part.steps.action) - part.steps.log_prob
 
-        _, value = module.run_critic(
-            system, state.params.critic, batch.memory.critic[0], batch.observation,
-            batch.reset_before,
+        _, value = setup.critic.unroll(
+            state.params.critic, batch.carry.critic, batch.steps.observation,
+            batch.steps.reset_before,
         )  # fmt: skip
         return {
-            "log_prob": jax.vmap(log_ratio)(jnp.arange(system.env.num_agents)),
-            "value": value - batch.value,
+            "log_prob": jax.vmap(log_ratio)(jnp.arange(setup.spec.num_agents)),
+            "value": value - batch.steps.value,
         }
-    _, metrics = module.losses(state.params, system, batch, key)
+    _, metrics = module.losses(state.params, setup, hyper, batch, key)
     return {name: x for name, x in metrics.items() if name in OF_THE_ACTING_POLICY}
 
 
-OF_THE_ACTING_POLICY = ("loss/value", "policy/ratio_std", "policy/guider_ratio_std")
+OF_THE_ACTING_POLICY = (
+    "loss/value",
+    "policy/approx_kl",
+    "policy/clipped_share",
+    "policy/ratio_std",
+    "policy/guider_ratio_std",
+)

@@ -8,11 +8,19 @@ from magpo.config import ConfigError, load
 @pytest.mark.parametrize(
     ("system", "overrides", "message"),
     [
-        ("gpae_mappo", ["system.eta=0.9"], "eta bounds the other agents' ratio: at least 1, not"),
+        (
+            "gpae_mappo",
+            ["system.eta=0.9"],
+            "system.eta must be greater than or equal to 1, not 0.9",
+        ),
         ("gpae_mappo", ["system.reuse=0"], "system.reuse must be greater than 0, not 0"),
-        ("gpae_mappo", ["system.advantage=gae"], "gae is on-policy: reuse must be 1, not 4"),
+        (
+            "gpae_mappo",
+            ["system.advantage=gae"],
+            "system.advantage=gae needs system.reuse=1, not 4",
+        ),
         ("gpae_mappo", ["num_envs=2"], "must divide num_envs = 2, not 4"),
-        ("magpo", ["system.delta=1"], r"delta bounds a ratio to \(1/delta, delta\): above 1, not"),
+        ("magpo", ["system.delta=1"], "system.delta must be greater than 1, not 1"),
         ("magpo", ["network.guider.n_head=3"], "2 . n_head must divide embed_dim = 64, not 6"),
         ("mappo", ["num_envs=2", "system.num_minibatches=3"], "divide the number of sequences"),
         ("happo", ["num_envs=2", "system.num_minibatches=3"], "divide the number of sequences"),

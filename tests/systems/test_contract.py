@@ -19,8 +19,8 @@ def test_before_an_update_training_recomputes_what_acting_stored(name):
 
     @jax.jit
     def run(key):
-        state = cases.sharpened(cases.stagger(case.module.init(case.system, key)))
-        before = case.module.rollout(case.system, state)[0]
+        state = cases.sharpened(cases.stagger(case.module.init(case.setup, case.env, key)))
+        before = case.module.rollout(case.setup, case.env, state)[0]
         return before, cases.differences(case, before)
 
     before, zero = run(jax.random.key(0))
@@ -37,7 +37,7 @@ def test_before_an_update_continuous_actions_too(name):
 
     @jax.jit
     def run(key):
-        return cases.differences(case, case.module.init(case.system, key))
+        return cases.differences(case, case.module.init(case.setup, case.env, key))
 
     for what, difference in run(jax.random.key(0)).items():
         np.testing.assert_allclose(difference, 0.0, atol=1e-4, err_msg=what)
@@ -50,11 +50,11 @@ def test_before_an_update_continuous_actions_too(name):
 @pytest.mark.parametrize("name", cases.SEVEN)
 def test_every_system_takes_every_suite(name, task):
     """Traced, not run; LBF and MPE are above, `make smoke` runs."""
-    module, system = cases.build(name, task)
-    state = jax.eval_shape(lambda key: module.init(system, key), jax.random.key(0))
-    after, metrics = jax.eval_shape(lambda state: module.train_chunk(system, state), state)
+    module, setup, env = cases.build(name, task)
+    state = jax.eval_shape(lambda key: module.init(setup, env, key), jax.random.key(0))
+    after, metrics = jax.eval_shape(lambda state: module.train_chunk(setup, env, state), state)
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert {x.shape for x in jax.tree.leaves(metrics)} == {(system.config.updates_per_chunk,)}
+    assert {x.shape for x in jax.tree.leaves(metrics)} == {(setup.config.updates_per_chunk,)}
 
 
 def primitives(jaxpr):
@@ -69,13 +69,13 @@ def primitives(jaxpr):
 @pytest.mark.parametrize("name", cases.SEVEN)
 def test_training_keeps_its_shapes_and_calls_nobody(name):
     """One trace serves all chunks, at any rollout length; nothing in it talks to the host."""
-    module, system = cases.build(name)
+    module, setup, env = cases.build(name)
 
     def traced(rollout_length):
-        longer = dataclasses.replace(system.config, rollout_length=rollout_length)
-        other = dataclasses.replace(system, config=longer)
-        state = jax.eval_shape(lambda key: module.init(other, key), jax.random.key(0))
-        return state, lambda state: module.train_chunk(other, state)
+        longer = dataclasses.replace(setup.config, rollout_length=rollout_length)
+        other = dataclasses.replace(setup, config=longer)
+        state = jax.eval_shape(lambda key: module.init(other, env, key), jax.random.key(0))
+        return state, lambda state: module.train_chunk(other, env, state)
 
     state, train_chunk = traced(8)
     after, _ = jax.eval_shape(train_chunk, state)
@@ -91,10 +91,10 @@ def test_training_keeps_its_shapes_and_calls_nobody(name):
 
 @pytest.mark.parametrize("name", cases.SEVEN)
 def test_a_seed_trains_the_same_alone_and_among_others(name):
-    module, system = cases.build(name)
+    module, setup, env = cases.build(name)
 
     def train(key):
-        state, metrics = module.train_chunk(system, module.init(system, key))
+        state, metrics = module.train_chunk(setup, env, module.init(setup, env, key))
         return state.params, metrics
 
     keys = jax.random.split(jax.random.key(0), 3)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magpo.config import ConfigError
+from magpo.errors import ConfigError
 from magpo.networks.recurrent import PerAgentCritic
 from magpo.systems import gpae_mappo as gpae
 from systems import cases
@@ -52,7 +52,7 @@ def test_without_actions_the_value_is_the_states_alone():
 
 
 def settings(**changes):
-    return dataclasses.replace(cases.build("gpae").system.config.system, **changes)
+    return dataclasses.replace(cases.build("gpae").setup.config.hyper, **changes)
 
 
 @pytest.mark.parametrize("trace", ["dt", "st", "it", "none"])
@@ -99,13 +99,13 @@ def test_off_policy_advantages_are_the_slow_sum():
 
 
 def test_one_of_the_last_rollouts_is_drawn_of_each_environment():
-    _, system = cases.build("gpae")  # reuse 3, 6 environments
-    state = jax.eval_shape(lambda key: gpae.init(system, key), jax.random.key(0))
+    _, setup, env = cases.build("gpae")  # reuse 3, 6 environments
+    state = jax.eval_shape(lambda key: gpae.init(setup, env, key), jax.random.key(0))
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.buffer)
-    given = {"buffer": empty, "num_rollouts": jnp.int32(0)}
+    given = {"buffer": empty, "num_rollouts": jnp.int32(0), "hyper": setup.config.hyper}
     state = gpae.TrainState(**dict.fromkeys(gpae.TrainState._fields) | given)
     one = jax.tree.map(lambda x: jnp.zeros(x[:, 0].shape, x.dtype), empty)
-    draw = jax.jit(jax.vmap(partial(gpae.draw, system), in_axes=(None, None, 0)))
+    draw = jax.jit(jax.vmap(partial(gpae.draw, setup), in_axes=(None, None, 0)))
     for number in range(1, 6):
         label = number + jnp.arange(6.0)[:, None, None] / 10  # which rollout, of which environment
         reward = label + jnp.zeros_like(one.steps.reward)
@@ -124,13 +124,13 @@ def test_one_of_the_last_rollouts_is_drawn_of_each_environment():
 def stopped():
     """A rollout of SMAX 3m in which a third of the steps has one agent stopped."""
     forced = ["system.anomaly_probability=0.3", "env.time_limit=101"]
-    _, system = cases.build("gae", "smax/3m", *forced)
+    _, setup, env = cases.build("gae", "smax/3m", *forced)
 
     @jax.jit
     def run(key):
-        state = gpae.init(system, key)
-        _, trajectory, _ = gpae.rollout(system, state)
-        _, metrics = gpae.update(system, state)
+        state = gpae.init(setup, env, key)
+        _, trajectory, _ = gpae.rollout(setup, env, state)
+        _, metrics = gpae.update(setup, env, state)
         return trajectory, metrics
 
     return run(jax.random.key(0))
@@ -152,6 +152,5 @@ def test_gae_blames_nobody(stopped):
 
 
 def test_only_smax_has_agents_that_stop():
-    _, system = cases.build("gpae", "lbf/2s-8x8-2p-2f-coop", "system.anomaly_probability=0.1")
     with pytest.raises(ConfigError, match="anomaly_probability is for smax"):
-        jax.eval_shape(lambda key: gpae.init(system, key), jax.random.key(0))
+        cases.build("gpae", "lbf/2s-8x8-2p-2f-coop", "system.anomaly_probability=0.1")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,50 +17,49 @@ LEARNING_RATE = ["system.actor_lr=0.01", "system.fixed_order=true", "system.ppo_
 @pytest.fixture(scope="module")
 def updated():
     """Three agents, trained once in their order on one rollout."""
-    _, system = cases.build("happo", "lbf/15x15-3p-5f", *LEARNING_RATE)
+    _, setup, env = cases.build("happo", "lbf/15x15-3p-5f", *LEARNING_RATE)
 
     @jax.jit
     def run(key):
-        state = happo.init(system, key)
-        _, collected = happo.rollout(system, state)
-        batch = happo.sequences(system, collected)
+        state = happo.init(setup, env, key)
+        batch = happo.sequences(state.hyper, happo.rollout(setup, env, state)[1])
         batch = batch._replace(advantage=jax.random.normal(key, batch.advantage.shape))
-        learning = happo.Learning(state.params.actor, state.opt_state.actor)
-        after, metrics = happo.update_actors(system, learning, batch, key)
-        return batch, learning, after, metrics
+        before = happo.Trained(state.params.actor, state.opt_state.actor)
+        after, metrics = happo.update_actors(setup, state.hyper, before, batch, key)
+        return batch, before, after, metrics
 
-    return system, *run(jax.random.key(0))
+    return setup, *run(jax.random.key(0))
 
 
-def log_ratios(system, batch, params):
-    """New over old, of the agent that `params` (its own) are of."""
+def log_ratios(setup, batch, params):
+    """New over old, of every agent by its own `params`, (N, ...)."""
 
     def of(agent):
-        own = happo.of_agent(batch, agent, jnp.ones_like(batch.log_prob[..., 0]))
-        mine = jax.tree.map(lambda x: x[agent], params)
-        return happo.policy_of(system, mine, own).log_prob(own.action) - own.log_prob
+        part = happo.of_agent(batch, agent)
+        policy = happo.policy_of(setup, jax.tree.map(lambda x: x[agent], params), part)
+        return policy.log_prob(part.steps.action) - part.steps.log_prob
 
-    return jnp.stack([of(agent) for agent in range(system.env.num_agents)])  # (N, C, B)
+    return jnp.stack([of(agent) for agent in range(setup.spec.num_agents)])  # (N, B, C, 1)
 
 
 def test_each_agent_finds_the_product_of_the_new_ratios_before_it(updated):
     """An agent's training, repeated by hand with that factor, ends where it ended."""
-    system, batch, before, after, _ = updated
-    factors = jnp.exp(jnp.cumsum(log_ratios(system, batch, after.params), axis=0))
+    setup, batch, before, after, _ = updated
+    factors = jnp.exp(jnp.cumsum(log_ratios(setup, batch, after.params), axis=0))
     assert factors.std() > 1e-3
     keys = jax.random.split(jax.random.split(jax.random.key(0))[1], 3)
 
     @jax.jit
     def alone(agent, factor, key):
-        own = happo.of_agent(batch, agent, factor)
+        part = happo.of_agent(batch._replace(factor=factor), agent)
         start = jax.tree.map(lambda x: x[agent], before)
-        return happo.train(system, happo.actor_minibatch, start, own, key)[0].params
+        return happo.train("actor", setup, setup.config.hyper, start, part, key)[0].params
 
     ones = jnp.ones_like(factors[0])
     for agent, factor in enumerate([ones, factors[0], factors[1]]):
         expected = alone(agent, factor, keys[agent])
-        for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(after.params), strict=True):
-            np.testing.assert_allclose(x, y[agent], atol=1e-5)
+        actual = jax.tree.map(lambda x, agent=agent: x[agent], after.params)
+        chex.assert_trees_all_close(expected, actual, atol=1e-5)
     wrong = alone(2, ones, keys[2])
     leaves = zip(jax.tree.leaves(wrong), jax.tree.leaves(after.params), strict=True)
     assert any(not np.allclose(x, y[2], atol=1e-5) for x, y in leaves)
@@ -74,22 +74,21 @@ def test_agents_begin_and_end_with_parameters_of_their_own(updated):
 
 def test_the_order_is_drawn_anew_unless_it_is_fixed():
     """Later agents' first factors spread; with a fixed order the first agent's never does."""
-    _, system = cases.build("happo", "lbf/15x15-3p-5f", *LEARNING_RATE)
-    shuffled = dataclasses.replace(system.config.system, fixed_order=False)
-    other = dataclasses.replace(system, config=dataclasses.replace(system.config, system=shuffled))
+    _, setup, env = cases.build("happo", "lbf/15x15-3p-5f", *LEARNING_RATE)
+    hyper = dataclasses.replace(setup.config.hyper, fixed_order=False)
 
     @jax.jit
     def first_trained(key):
         """Which agents moved as if nobody had been before them."""
-        state = happo.init(other, key)
-        batch = happo.sequences(other, happo.rollout(other, state)[1])
-        learning = happo.Learning(state.params.actor, state.opt_state.actor)
-        after, _ = happo.update_actors(other, learning, batch, key)
+        state = happo.init(setup, env, key)
+        batch = happo.sequences(hyper, happo.rollout(setup, env, state)[1])
+        before = happo.Trained(state.params.actor, state.opt_state.actor)
+        after, _ = happo.update_actors(setup, hyper, before, batch, key)
         order = jax.random.permutation(jax.random.split(key)[0], 3)
         keys = jax.random.split(jax.random.split(key)[1], 3)
-        own = happo.of_agent(batch, order[0], jnp.ones_like(batch.log_prob[..., 0]))
-        start = jax.tree.map(lambda x: x[order[0]], learning)
-        alone = happo.train(other, happo.actor_minibatch, start, own, keys[0])[0].params
+        part = happo.of_agent(batch, order[0])
+        start = jax.tree.map(lambda x: x[order[0]], before)
+        alone = happo.train("actor", setup, hyper, start, part, keys[0])[0].params
         gaps = jax.tree.map(lambda x, y: jnp.abs(x - y[order[0]]).max(), alone, after.params)
         return order, jnp.stack(jax.tree.leaves(gaps)).max()
 

@@ -12,6 +12,7 @@ import pytest
 
 from magpo import config
 from magpo.evaluate import evaluate
+from magpo.types import spec
 from systems.probe import LENGTH, Kind, Probe
 from systems.test_probes import GUIDED
 
@@ -27,11 +28,11 @@ def train(name):
     task = ["env=lbf/2s-8x8-2p-2f-coop", "tuned=false"]
     algorithm = config.load(name, [*task, *shared, *GUIDED, *own]).algorithm
     env = Probe(Kind.COMPLEMENTED)
-    system = module.make(algorithm, env)
+    setup = module.make(algorithm, spec(env))
 
     def run(key):
-        state, metrics = module.train_chunk(system, module.init(system, key))
-        scores = evaluate(module, system, env, module.policy_params(state), key, 256)
+        state, metrics = module.train_chunk(setup, env, module.init(setup, env, key))
+        scores = evaluate(module, setup, env, module.policy_params(state), key, 256)
         return metrics["rollout/episode_return"][-20:].mean(), scores["episode_return"].mean()
 
     compiled = jax.jit(jax.vmap(run), compiler_options={"xla_backend_optimization_level": 1})

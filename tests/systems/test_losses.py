@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ KEY = jax.random.key(0)
 
 
 def settings(name, **changes):
-    values = cases.build(name).system.config.system
+    values = cases.build(name).setup.config.hyper
     return dataclasses.replace(values, **{"clip_eps": 0.2, "ent_coef": 0.0} | changes)
 
 
@@ -25,12 +26,13 @@ def policy_of(*probabilities) -> Categorical:
 
 
 def batch_of(batch_class, **fields):
-    """Action 0 throughout; what is not given is None."""
-    values = dict.fromkeys(batch_class._fields) | {"action": jnp.zeros(1, int)}
+    """One step in which action 0 was taken; what is not given is None."""
     fields = {name: jnp.array([x]) for name, x in fields.items()}
     if "log_prob" in fields:
         fields["log_prob"] = jnp.log(fields["log_prob"])
-    return batch_class(**values | fields)
+    stored = {name: fields.pop(name) for name in ("log_prob", "value") if name in fields}
+    steps = SimpleNamespace(action=jnp.zeros(1, int), **stored)
+    return batch_class(**dict.fromkeys(batch_class._fields) | fields | {"steps": steps})
 
 
 # The ratio is new / 0.5; clipping ends at 0.8 and 1.2.
@@ -46,14 +48,10 @@ SURROGATES = [
 
 def surrogate_loss(name, module, new, advantage, **more):
     """The policy's loss alone, with an old probability of 0.5."""
-    batch = batch_of(
-        getattr(module, "AgentBatch", module.Batch), log_prob=0.5, advantage=advantage, **more
-    )
+    batch = batch_of(module.Batch, log_prob=0.5, advantage=advantage, value=0.0, target=0.0, **more)
     if name in ("mat", "sable"):
-        batch = batch._replace(value=jnp.zeros(1), target=jnp.zeros(1))
         return module.ppo_loss(settings(name), policy_of(new), jnp.zeros(1), batch, KEY)[0]
     if name == "ctds":
-        batch = batch._replace(value=jnp.zeros(1), target=jnp.zeros(1))
         return module.guider_loss(settings(name), policy_of(new), jnp.zeros(1), batch, KEY)[0]
     return module.actor_loss(settings(name), policy_of(new), batch, KEY)[0]
 
@@ -70,7 +68,7 @@ def test_the_clipped_surrogate(name, new, advantage, surrogate):
 def test_happos_factor_scales_the_surrogate_and_not_the_entropy(new, advantage, surrogate):
     loss = surrogate_loss("happo", happo, new, advantage, factor=3.0)
     np.testing.assert_allclose(loss, -3.0 * surrogate, rtol=1e-5)
-    batch = batch_of(happo.AgentBatch, log_prob=0.5, advantage=0.0, factor=3.0)
+    batch = batch_of(happo.Batch, log_prob=0.5, advantage=0.0, factor=3.0)
     policy = policy_of(new)
     loss, _ = happo.actor_loss(settings("happo", ent_coef=0.1), policy, batch, KEY)
     np.testing.assert_allclose(loss, -0.1 * policy.entropy(KEY)[0], rtol=1e-5)
@@ -88,14 +86,7 @@ def test_happos_factor_scales_the_surrogate_and_not_the_entropy(new, advantage, 
 )
 def test_gpae_clips_around_the_present_or_the_old_policy(center, new, advantage, surrogate):
     """The policy that collected gave 0.5, the one before the update 0.9."""
-    steps = batch_of(gpae_mappo.Transition, log_prob=0.5)
-    batch = gpae_mappo.Batch(
-        steps=steps,
-        memory=None,
-        ratio=jnp.array([1.8]),
-        advantage=jnp.array([advantage]),
-        target=None,
-    )
+    batch = batch_of(gpae_mappo.Batch, log_prob=0.5, ratio=1.8, advantage=advantage)
     values = settings("gpae", clip_center=center)
     loss, _ = gpae_mappo.actor_loss(values, policy_of(new), batch, KEY)
     np.testing.assert_allclose(loss, -surrogate, rtol=1e-5)
@@ -118,7 +109,7 @@ def test_the_value_loss_takes_the_worse_of_free_and_clipped(name, value):
 
 
 def test_gpaes_value_loss_is_the_squared_error():
-    batch = gpae_mappo.Batch(None, None, None, None, target=jnp.array([2.0, 1.0]))
+    batch = batch_of(gpae_mappo.Batch)._replace(target=jnp.array([2.0, 1.0]))
     loss, _ = gpae_mappo.critic_loss(settings("gpae", vf_coef=0.5), jnp.array([1.0, 4.0]), batch)
     np.testing.assert_allclose(loss, 0.5 * (1.0 + 9.0) / 2, rtol=1e-6)
 

@@ -1,69 +1,72 @@
 """MAGPO: its learner along the rollout, terminal values, both losses on fixed numbers."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magpo.contract import as_data
 from magpo.networks.heads import Categorical
-from magpo.systems import magpo
+from magpo.systems import ctds, magpo
 from systems import cases
 
 
 @pytest.fixture(scope="module")
-def system():
-    return cases.build("magpo").system
+def case():
+    return cases.build("magpo")
 
 
 @pytest.fixture(scope="module")
-def collected(system):
+def collected(case):
     """The second rollout: it starts in the middle of episodes, which end at different steps."""
-    state = jax.jit(magpo.init, static_argnums=0)(system, jax.random.key(0))
+    _, setup, env = case
+    state = jax.jit(magpo.init, static_argnums=(0, 1))(setup, env, jax.random.key(0))
     state = cases.sharpened(cases.stagger(state))
-    rollout = jax.jit(magpo.rollout, static_argnums=0)
-    before, _ = rollout(system, state)
-    after, out = rollout(system, before)
+    rollout = jax.jit(magpo.rollout, static_argnums=(0, 1))
+    before, _ = rollout(setup, env, state)
+    after, out = rollout(setup, env, before)
     return before, after, out
 
 
-def test_the_learner_in_training_is_the_learner_that_acts(system, collected):
-    """Its memory along the rollout, its KL in the loss, and `act`, one agent and step at a time."""
-    before, after, out = collected
-    params = before.params.learner
-    transitions = out.transitions
+def test_the_learner_in_training_is_the_learner_that_acts(case, collected):
+    """Its carry along the rollout, its KL in the loss, and `act`, one agent and step at a time."""
+    setup, (before, after, out) = case.setup, collected
+    params, transitions = before.params.learner, out.transitions
 
     def policy_of_one(hidden, view, mask):
-        never = jnp.zeros((1, 1), bool)
-        return system.learner.apply(params, hidden[None], view[None, None], mask[None, None], never)
+        no_reset, network = jnp.zeros((1, 1), bool), setup.learner.network
+        return network.apply(params, hidden[None], view[None, None], mask[None, None], no_reset)
 
     policy_of_all = jax.jit(jax.vmap(jax.vmap(policy_of_one)))
     act = jax.jit(magpo.act, static_argnums=(0, 5))
-    hidden, log_probs = np.asarray(before.memory.learner), []
-    for t in range(system.config.rollout_length):
+    hidden, log_probs = np.asarray(before.carry.learner), []
+    for t in range(setup.config.rollout_length):
         observation = jax.tree.map(lambda x, t=t: x[t], transitions.observation)
         hidden = np.where(transitions.reset_before[t][:, None, None], 0, hidden)
         _, policy = policy_of_all(hidden, observation.agents_view, observation.action_mask)
         log_probs.append(policy.log_probs[:, :, 0, 0])
-        action, hidden = act(system, params, hidden, observation, jax.random.key(t), True)
+        action, hidden = act(setup, params, hidden, observation, jax.random.key(t), True)
         np.testing.assert_array_equal(action, log_probs[-1].argmax(-1))
-    np.testing.assert_allclose(hidden, after.memory.learner, atol=1e-5)
+    np.testing.assert_allclose(hidden, after.carry.learner, atol=1e-5)
 
-    batch = magpo.sequences(system, out)
-    _, guider = system.guider.apply(
-        before.params.guider, before.memory.guider, batch.observation, batch.action,
-        batch.reset_before,
+    batch = magpo.sequences(before.hyper, out)
+    _, guider = setup.guider.apply(
+        before.params.guider, before.carry.guider, batch.steps.observation, batch.steps.action,
+        batch.steps.reset_before,
     )  # fmt: skip
     expected = guider.kl(Categorical(jnp.stack(log_probs, axis=1))).mean()
     _, metrics = jax.jit(magpo.losses, static_argnums=1)(
-        before.params, system, batch, jax.random.key(0)
+        before.params, setup, before.hyper, batch, jax.random.key(0)
     )
     np.testing.assert_allclose(metrics["policy/kl_guider_to_learner"], expected, rtol=1e-4)
 
 
-def test_a_truncated_episode_is_worth_its_last_observation(system, collected):
-    """The stored terminal values are those of the guider's memory before the reset."""
+def test_a_truncated_episode_is_worth_its_last_observation(collected):
+    """The stored terminal values are those of the guider's carry before the reset."""
     _, _, out = collected
     t = out.transitions
     assert (t.terminal_value[~np.asarray(t.ended)] == 0).all()
@@ -71,26 +74,39 @@ def test_a_truncated_episode_is_worth_its_last_observation(system, collected):
     assert truncated.any() and (t.terminal_value[truncated] != 0).all()
 
 
+def test_without_delta_and_rl_coef_magpo_is_ctds():
+    """One update of both files from the same state."""
+    settings = ["system.rl_coef=0", "system.gamma=0.9"]
+    _, setup, env = cases.build("magpo", "lbf/2s-8x8-2p-2f-coop", *settings, "system.delta=null")
+    other = cases.build("ctds", "lbf/2s-8x8-2p-2f-coop", *settings)
+    state = jax.jit(magpo.init, static_argnums=(0, 1))(setup, env, jax.random.key(0))
+    same = state._replace(hyper=as_data(other.setup.config.hyper))
+    ours, metrics = jax.jit(magpo.update, static_argnums=(0, 1))(setup, env, state)
+    theirs, expected = jax.jit(ctds.update, static_argnums=(0, 1))(other.setup, other.env, same)
+    assert metrics["policy/masked_share"] == 0
+    before, after = (jax.tree.leaves(x.params) for x in (state, ours))
+    assert any(np.abs(x - y).max() > 1e-4 for x, y in zip(before, after, strict=True))
+    chex.assert_trees_all_close(tuple(ours.params), tuple(theirs.params), atol=1e-6)
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def policy_of(*probabilities) -> Categorical:
     return Categorical(jnp.log(jnp.array(probabilities)))
 
 
-def settings(**changes) -> magpo.SystemConfig:
-    values = cases.build("magpo").system.config.system
+def settings(**changes) -> magpo.Hyper:
+    values = cases.build("magpo").setup.config.hyper
     return dataclasses.replace(values, **changes)
 
 
 def fixed_batch(log_prob, advantage, value=0.0, target=0.0):
-    fields = dict.fromkeys(magpo.Batch._fields)
     n = len(advantage)
-    fields |= {
-        "action": jnp.zeros(n, int),
-        "log_prob": jnp.log(jnp.array(log_prob)),
-        "advantage": jnp.array(advantage),
-        "value": jnp.full(n, value),
-        "target": jnp.full(n, target),
-    }
-    return magpo.Batch(**fields)
+    steps = SimpleNamespace(
+        action=jnp.zeros(n, int), log_prob=jnp.log(jnp.array(log_prob)), value=jnp.full(n, value)
+    )
+    advantage, target = jnp.array(advantage), jnp.full(n, target)
+    return magpo.Batch(steps=steps, advantage=advantage, target=target, carry=None)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +125,7 @@ def test_guider_loss_on_fixed_numbers(guider, learner, old, advantage, surrogate
     values = settings(delta=1.5, clip_eps=0.2, ent_coef=0.0, vf_coef=0.0)
     mu, pi = policy_of([guider, 1 - guider]), policy_of([learner, 1 - learner])
     batch = fixed_batch([old], [advantage])
-    loss, metrics = magpo.guider_loss(values, mu, pi, batch.value, batch, jax.random.key(0))
+    loss, metrics = magpo.guider_loss(values, mu, pi, batch.steps.value, batch, jax.random.key(0))
     assert metrics["policy/masked_share"] == masked
     np.testing.assert_allclose(loss, masked * mu.kl(pi)[0] - surrogate, rtol=1e-5)
 
@@ -147,7 +163,7 @@ def test_each_loss_moves_its_own_network_only():
         return (Categorical(jax.nn.log_softmax(x)) for x in logits)
 
     def of_guider(logits):
-        return magpo.guider_loss(values, *policies(logits), batch.value, batch, key)[0]
+        return magpo.guider_loss(values, *policies(logits), batch.steps.value, batch, key)[0]
 
     def of_learner(logits):
         return magpo.learner_loss(values, *policies(logits), batch)[0]

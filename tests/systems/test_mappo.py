@@ -10,39 +10,38 @@ from systems import cases
 
 def test_chunks_are_contiguous_and_whole():
     """Every sequence is one environment's, its steps in order, and begins with its own memory."""
-    _, system = cases.build("mappo")  # 6 environments, 8 steps, chunks of 4
+    setup = cases.build("mappo").setup  # 6 environments, 8 steps, chunks of 4
     T, E, N = 8, 6, 2
     time, env = jnp.meshgrid(jnp.arange(T), jnp.arange(E), indexing="ij")
     each = jnp.broadcast_to((10.0 * env + time)[..., None], (T, E, N))
     fields = dict.fromkeys(mappo.Transition._fields, each)
     fields |= {"discount": jnp.ones((T, E)), "ended": jnp.zeros((T, E), bool)}
     transitions = mappo.Transition(**fields | {"terminal_value": None})
-    starts = 10.0 * jnp.arange(E) + jnp.array([[0.0], [4.0]])  # (K, E)
-    memory = mappo.Memory(*[jnp.broadcast_to(starts[..., None, None], (2, E, N, 3))] * 2)
-    batch = mappo.sequences(system, mappo.Rollout(transitions, memory, jnp.zeros((E, N)), {}))
-    first = batch.action[0, :, 0]
+    starts = 10.0 * jnp.arange(E) + jnp.array([[0.0], [4.0]])  # (T / C, E)
+    carry = mappo.Carry(*[jnp.broadcast_to(starts[..., None, None], (2, E, N, 3))] * 2)
+    collected = mappo.Rollout(transitions, carry, last_value=jnp.zeros((E, N)), episodes={})
+    batch = mappo.sequences(setup.config.hyper, collected)
+    first = batch.steps.action[:, 0, 0]
     assert sorted(np.asarray(first)) == sorted(np.asarray(starts).ravel())
-    np.testing.assert_array_equal(batch.action[..., 1], first + jnp.arange(4.0)[:, None])
-    np.testing.assert_array_equal(batch.memory.actor[0, :, 0, 0], first)
+    np.testing.assert_array_equal(batch.steps.action[..., 1], first[:, None] + jnp.arange(4.0))
+    np.testing.assert_array_equal(batch.carry.actor[:, 0, 0], first)
 
 
 def values(name):
     """What is stored for a rollout, and again with agent 0 seeing something else throughout."""
-    _, system = cases.build(name)
+    _, setup, env = cases.build(name, "lbf/2s-8x8-2p-2f-coop", "network.critic.hidden_dim=32")
 
     @jax.jit
     def run(key):
-        state = mappo.init(system, key)
-        observation = state.timestep.observation
-        seen = jax.tree.map(lambda x: x[None], (observation, state.timestep.last()))
-        view = observation.agents_view.at[:, 0].add(1.0)[None]
-        changed = seen[0]._replace(agents_view=view)
-        if system.config.global_state:
+        state = mappo.init(setup, env, key)
+        observation, reset_before = state.timestep.observation, state.timestep.last()
+        changed = observation._replace(agents_view=observation.agents_view.at[:, 0].add(1.0))
+        if setup.config.needs_global_state:
             changed = changed._replace(global_state=changed.global_state + 1.0)
-        run_critic = mappo.run_critic
-        params, hidden = state.params.critic, state.memory.critic
+        params, carry = state.params.critic, state.carry.critic
         return [
-            run_critic(system, params, hidden, given, seen[1])[1] for given in (seen[0], changed)
+            setup.critic.step(params, carry, given, reset_before)[1]
+            for given in (observation, changed)
         ]
 
     return run(jax.random.key(0))

@@ -9,6 +9,7 @@ import pytest
 
 from magpo import config
 from magpo.evaluate import evaluate
+from magpo.types import spec
 from systems.probe import LENGTH, Kind, Probe
 
 GAMMA = 0.7
@@ -42,26 +43,20 @@ SETTINGS = {
 }
 
 
-def values(name, system, state):
+def values(name, setup, state):
     """What the critic expects of the state that training stopped in, (E, N)."""
-    observation, start = state.timestep.observation, state.timestep.last()
+    inputs = state.timestep.observation, state.timestep.last()
+    params, carry = state.params, getattr(state, "carry", ())
     match name:
         case "magpo" | "ctds":
-            return system.guider.apply(
-                state.params.guider, state.memory.guider, observation, start, method="value"
-            )
-        case "mat":
-            return system.network.apply(state.params, (), observation, None, method="value")
-        case "sable":
-            return system.network.apply(
-                state.params, state.memory, observation, start, method="value"
-            )
-    inputs = [observation.global_state[None], start[None]]
+            return setup.guider.apply(params.guider, carry.guider, *inputs, method="value")
+        case "mat" | "sable":
+            return setup.network.apply(params, carry, *inputs, method="value")
     if name == "gpae_mappo":  # whatever the others do
-        inputs.insert(1, jnp.zeros((1, *observation.action_mask.shape[:2]), int))
-    return system.critic.apply(
-        state.params.critic, state.memory.critic.reshape(len(start), -1), *inputs
-    )[1][0]
+        observation, reset_before = inputs
+        action = jnp.zeros(observation.action_mask.shape[:2], int)
+        inputs = observation.global_state, action, reset_before
+    return setup.critic.step(params.critic, carry.critic, *inputs)[1]
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
@@ -76,14 +71,14 @@ def trained(request):
     ).algorithm
 
     def train(kind, key):
-        env = Probe(kind, getattr(algorithm, "global_state", False))
-        system = module.make(algorithm, env)
-        state, _ = module.train_chunk(system, module.init(system, key))
+        env = Probe(kind, algorithm.needs_global_state)
+        setup = module.make(algorithm, spec(env))
+        state, _ = module.train_chunk(setup, env, module.init(setup, env, key))
         params = module.policy_params(state)
-        scores = evaluate(module, system, env, params, key, 64)
+        scores = evaluate(module, setup, env, params, key, 64)
         observation = state.timestep.observation
         seen = observation.agents_view[:, 0, 2]  # behind the agent id
-        value = values(request.param, system, state)
+        value = values(request.param, setup, state)
         return scores["episode_return"].mean(), value, observation.step_count, seen
 
     keys = jax.random.split(jax.random.key(0), len(Kind))
