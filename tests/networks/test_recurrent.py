@@ -1,97 +1,108 @@
-"""The GRU against a slow NumPy model, its written-out reverse pass against autodiff."""
+"""Recurrent policies and critics: sequences against single steps, agents against one another."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magpo.networks import recurrent
-from magpo.networks.recurrent import PerAgentCritic, RecurrentActor, gru_scan
+from magpo.networks.recurrent import ActionCritic, Actors, Critic, split_time
+from magpo.types import EnvSpec, Observation
 
-T, B, H = 6, 5, 4
+B, C, N, O, G, A, H = 5, 6, 3, 7, 4, 2, 8
+SPEC = EnvSpec(
+    name="test/recurrent",
+    num_agents=N,
+    num_features=O,
+    num_state_features=G,
+    action_dim=A,
+    action_kind="discrete",
+    time_limit=9,
+    truncates=False,
+    headline="episode_return",
+    stop_action=None,
+)
+NETWORKS = {
+    "shared": Actors(SPEC, H),
+    "each agent's own": Actors(SPEC, H, shared=False),
+    "feed-forward": Actors(SPEC, H, recurrent=False),
+    "critic of the state": Critic(SPEC, H),
+    "critic of observations": Critic(SPEC, H, "observation"),
+}
 
 
 @pytest.fixture(scope="module")
-def arguments():
-    keys = jax.random.split(jax.random.key(0), 5)
-    return (
-        jax.random.normal(keys[0], (B, H)),
-        jax.random.normal(keys[1], (T, B, 3 * H)),
-        jax.random.bernoulli(keys[2], 0.3, (T, B)).at[0, 0].set(True),
-        jax.random.normal(keys[3], (H, 3 * H)),
-        jax.random.normal(keys[4], (H,)),
+def sequences():
+    """Observations (B, C, ...) and episode starts (B, C)."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    observation = Observation(
+        agents_view=jax.random.normal(keys[0], (B, C, N, O)),
+        action_mask=jax.random.bernoulli(keys[1], 0.7, (B, C, N, A)).at[..., 0].set(True),
+        step_count=jnp.zeros((B, C), jnp.int32),
+        global_state=jax.random.normal(keys[2], (B, C, G)),
     )
+    return observation, jax.random.bernoulli(keys[3], 0.3, (B, C)).at[0, 0].set(True)
 
 
-def slow_gru(hidden, inputs, reset_before, kernel, bias):
-    def sigmoid(x):
-        return 1 / (1 + np.exp(-x))
-
-    out = np.zeros((T, B, H))
-    for b in range(B):
-        h = hidden[b]
-        for t in range(T):
-            if reset_before[t, b]:
-                h = np.zeros(H)
-            (xr, xz, xn), (hr, hz, hn) = (np.split(x, 3) for x in (inputs[t, b], h @ kernel))
-            z = sigmoid(xz + hz)
-            h = (1 - z) * np.tanh(xn + sigmoid(xr + hr) * (hn + bias)) + z * h
-            out[t, b] = h
-    return out
+def at(tree, step):
+    return jax.tree.map(lambda x: x[:, step], tree)
 
 
-def test_gru_is_the_slow_one(arguments):
-    slow = slow_gru(*(np.asarray(x, np.float64) for x in arguments))
-    np.testing.assert_allclose(gru_scan(*arguments), slow, atol=1e-5)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_sequence_in_one_go_is_step_by_step(name, sequences):
+    network = NETWORKS[name]
+    params = network.init(jax.random.key(1))
+    start = jax.tree.map(jnp.ones_like, network.initial_carry((B,)))
+    last, outputs = jax.jit(network.unroll)(params, start, *sequences)
+    carry, step = start, jax.jit(network.step)
+    for t in range(C):
+        carry, output = step(params, carry, *at(sequences, t))
+        for x, y in zip(jax.tree.leaves(output), jax.tree.leaves(at(outputs, t)), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-6)
+    for x, y in zip(jax.tree.leaves(carry), jax.tree.leaves(last), strict=True):
+        assert x.shape == (B, *network.initial_carry(()).shape)
+        np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_reverse_pass_is_autodiffs(arguments):
-    hidden, inputs, reset_before, kernel, bias = arguments
-    weight = jnp.arange(T * B * H).reshape(T, B, H) / 50.0
-
-    def by_hand(*differentiable):
-        hidden, inputs, kernel, bias = differentiable
-        return jnp.sum(weight * gru_scan(hidden, inputs, reset_before, kernel, bias))
-
-    def plain(*differentiable):  # the forward function without its custom rule
-        hidden, inputs, kernel, bias = differentiable
-        return jnp.sum(weight * gru_scan.fun(hidden, inputs, reset_before, kernel, bias))
-
-    differentiable = (hidden, inputs, kernel, bias)
-    ours = jax.grad(by_hand, argnums=(0, 1, 2, 3))(*differentiable)
-    autodiff = jax.grad(plain, argnums=(0, 1, 2, 3))(*differentiable)
-    for ours_x, autodiff_x in zip(ours, autodiff, strict=True):
-        np.testing.assert_allclose(ours_x, autodiff_x, rtol=1e-4, atol=1e-4)
+def test_a_critic_of_actions_too(sequences):
+    observation, reset_before = sequences
+    critic = ActionCritic(SPEC, H, sees_actions=True)
+    action = jax.random.randint(jax.random.key(2), (B, C, N), 0, A)
+    inputs = observation.global_state, action, reset_before
+    params, start = critic.init(jax.random.key(1)), jnp.ones((B, H))
+    carries, values = critic.unroll(params, start, *inputs)
+    carry = start
+    for t in range(C):
+        carry, value = critic.step(params, carry, *at(inputs, t))
+        np.testing.assert_allclose(carry, carries[:, t], atol=1e-6)
+        np.testing.assert_allclose(value, values[:, t], atol=1e-6)
+    before = jnp.concatenate([start[:, None], carries[:, :-1]], axis=1)
+    _, at_once = critic.step(params, before, *inputs)  # B * C sequences of one step
+    np.testing.assert_allclose(at_once, values, atol=1e-6)
 
 
-def test_a_sequence_in_one_go_is_step_by_step():
-    actor = RecurrentActor(action_dim=3, action_kind="discrete", hidden_dim=H)
-    keys = jax.random.split(jax.random.key(1), 3)
-    view = jax.random.normal(keys[0], (T, B, 7))
-    mask = jnp.ones((T, B, 3), bool)
-    reset_before = jax.random.bernoulli(keys[1], 0.3, (T, B))
-    hidden = jnp.ones((B, H))
-    params = actor.init(keys[2], hidden, view, mask, reset_before)
+@pytest.mark.parametrize("name", ["shared", "each agent's own"])
+def test_an_agent_acts_on_its_own_view_with_its_own_parameters(name, sequences):
+    """Another agent's view changes nothing; greedy actions are the distributions' modes."""
+    actors, (observation, _) = NETWORKS[name], at(sequences, 0)
+    params, carry = actors.init(jax.random.key(1)), jnp.ones((B, N, H))
+    act = jax.jit(actors.act, static_argnums=4)
+    action, after = act(params, carry, observation, jax.random.key(3), True)
+    expected, policy = actors.step(params, carry, observation, jnp.zeros(B, bool))
+    np.testing.assert_array_equal(action, policy.mode())
+    np.testing.assert_allclose(after, expected, atol=1e-6)
+    changed = observation._replace(agents_view=observation.agents_view.at[:, 1].add(1.0))
+    _, other = act(params, carry, changed, jax.random.key(3), True)
+    same = np.isclose(after, other, atol=1e-6).all(-1)
+    assert same[:, 0].all() and same[:, 2].all() and not same[:, 1].any()
+    kernel = params["params"]["mix"]["kernel"]
+    assert kernel.shape == ((H, H) if actors.shared else (N, H, H))
 
-    last, policy = actor.apply(params, hidden, view, mask, reset_before)
-    for t in range(T):
-        now = slice(t, t + 1)
-        hidden, step = actor.apply(params, hidden, view[now], mask[now], reset_before[now])
-        np.testing.assert_allclose(step.log_probs[0], policy.log_probs[t], atol=1e-6)
-    np.testing.assert_allclose(hidden, last, atol=1e-6)
 
-
-def test_the_gradient_of_the_per_agent_critic_is_autodiffs(monkeypatch):
-    critic = PerAgentCritic(3, 5, "discrete", H, sees_actions=True)
-    action = jax.random.randint(jax.random.key(0), (T, B, 3), 0, 5)
-    given = jnp.ones((B, H)), jnp.ones((T, B, 2)), action, jnp.zeros((T, B), bool)
-    params = critic.init(jax.random.key(1), *given)
-    weight = jnp.cos(jnp.arange(T * B * 3)).reshape(T, B, 3)
-
-    def gradient():
-        return jax.grad(lambda params: (weight * critic.apply(params, *given)[1]).sum())(params)
-
-    ours = gradient()
-    for name in ("_look_up", "_sum_of_others"):  # without their custom rules
-        monkeypatch.setattr(recurrent, name, getattr(recurrent, name).fun)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), ours, gradient())
+def test_time_is_split_into_contiguous_chunks():
+    T, E, length = 6, 5, 2
+    time, env = jnp.meshgrid(jnp.arange(T), jnp.arange(E), indexing="ij")
+    split = np.asarray(split_time(10 * env + time, length))
+    assert split.shape == (T // length * E, length)
+    np.testing.assert_array_equal(split[:, 1], split[:, 0] + 1)
+    assert sorted(split.ravel()) == sorted(np.asarray(10 * env + time).ravel())
+    np.testing.assert_array_equal(split[:E, 0], 10 * np.arange(E))
