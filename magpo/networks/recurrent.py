@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import lecun_normal, orthogonal, zeros_init
 
-from magpo.networks.heads import ActionKind, Policy, PolicyHead, executed_action
+from magpo.networks.heads import ActionKind, Distribution, PolicyHead, executed_action
 from magpo.networks.torsos import Dense, parts
 from magpo.types import Array, Observation
 
@@ -126,7 +126,7 @@ class RecurrentActor(nn.Module):
 
     def __call__(
         self, hidden: Array, agents_view: Array, action_mask: Array, reset_before: Array
-    ) -> tuple[Array, Policy]:
+    ) -> tuple[Array, Distribution]:
         """hidden (B, H), agents_view (T, B, O), action_mask (T, B, A), reset_before (T, B)."""
         hiddens = self.remember(hidden, agents_view, reset_before)  # (T, B, H)
         return hiddens[-1], self.head(nn.relu(self.mix(hiddens)), action_mask)
@@ -146,7 +146,7 @@ class FeedForwardActor(nn.Module):
     @nn.compact
     def __call__(
         self, hidden: tuple[()], agents_view: Array, action_mask: Array, reset_before: Array
-    ) -> tuple[tuple[()], Policy]:
+    ) -> tuple[tuple[()], Distribution]:
         """agents_view (T, B, O), action_mask (T, B, A); nothing is remembered or reset."""
         del reset_before
         x = agents_view
