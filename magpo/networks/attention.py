@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from magpo.networks.kernels import write_in_place
-from magpo.networks.torsos import Dense, orthogonal, parts
+from magpo.networks.torsos import Dense, mask_out, orthogonal, parts
 from magpo.types import Array
 
 
@@ -46,8 +46,7 @@ class DecodeWeights(NamedTuple):
         )
         keys, values = (x.reshape(-1, num_agents, width) for x in (cache[0], cache[-1]))
         earlier_scores = jnp.einsum("biw,bnw->bin", query, keys)
-        earlier = jnp.arange(num_agents) < agent
-        earlier_scores = jnp.where(earlier, earlier_scores, jnp.finfo(earlier_scores.dtype).min)
+        earlier_scores = mask_out(earlier_scores, jnp.arange(num_agents) < agent)
         own_score = jnp.einsum("biw,biw->bi", query, key)[..., None]
         share = jax.nn.softmax(jnp.concatenate([earlier_scores, own_score], axis=-1))
         mean = jnp.einsum("bin,bnw->biw", share[..., :-1], values) + share[..., -1:] * value
@@ -88,8 +87,7 @@ class Attention(nn.Module):
         query, key, value = self._project(x_query, x_key)
         scores = jnp.einsum("...ihd,...jhd->...hij", query, key)
         if causal:
-            visible = jnp.tri(scores.shape[-1], dtype=bool)
-            scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
+            scores = mask_out(scores, jnp.tri(scores.shape[-1], dtype=bool))
         attended = jnp.einsum("...hij,...jhd->...ihd", jax.nn.softmax(scores), value)
         mixed: Array = self.output(attended.reshape(x_query.shape))
         return mixed

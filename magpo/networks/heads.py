@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import zeros_init
 
-from magpo.networks.torsos import Dense, orthogonal
+from magpo.networks.torsos import Dense, mask_out, orthogonal
 from magpo.types import Array
 
 ActionKind = Literal["discrete", "continuous"]
@@ -114,8 +114,7 @@ class PolicyHead(nn.Module):
         chex.assert_shape(action_mask, (*features.shape[:-1], self.action_dim))
         output = Dense(self.action_dim, kernel_init=orthogonal(0.01))(features)
         if self.action_kind == "discrete":
-            output = jnp.where(action_mask, output, jnp.finfo(output.dtype).min)
-            return Categorical(jax.nn.log_softmax(output))
+            return Categorical(jax.nn.log_softmax(mask_out(output, action_mask)))
         log_std = self.param("log_std", zeros_init(), (self.action_dim,))
         std = jnp.broadcast_to(jax.nn.softplus(log_std) + 1e-3, output.shape)
         return TanhNormal(output, std, action_mask)

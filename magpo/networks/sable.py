@@ -270,7 +270,8 @@ class Sable(nn.Module):
         if not self.memory:
             return self._zero_states(len(reset_before))
         keep = jnp.where(reset_before[:, None], 0.0, jnp.asarray(self.kappa, jnp.float32))
-        return jax.tree.map(lambda state: state * keep[..., None, None], carry)
+        decayed: SableCarry = jax.tree.map(lambda state: state * keep[..., None, None], carry)
+        return decayed
 
     def _encode(
         self, carry: SableCarry, observation: Observation

@@ -39,7 +39,8 @@ def orthogonal(gain: float = 1.0) -> Initializer:
     def initializer(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
         tall = (max(shape), min(shape))
         vectors = gram_schmidt(jax.random.normal(key, tall, dtype).T)  # (min, max)
-        return gain * (vectors if shape[0] < shape[1] else vectors.T)
+        kernel: Array = gain * (vectors if shape[0] < shape[1] else vectors.T)
+        return kernel
 
     return initializer
 
@@ -47,7 +48,7 @@ def orthogonal(gain: float = 1.0) -> Initializer:
 def gram_schmidt(vectors: Array) -> Array:
     """Orthonormalise the rows of (K, D), K <= D, in order.
 
-    Every row is projected twice: once leaves an error of the condition number's size.
+    Each row is projected twice: rounding leaves it visibly non-orthogonal after one projection.
     """
 
     def add_row(i: Array, basis: Array) -> Array:
@@ -55,9 +56,11 @@ def gram_schmidt(vectors: Array) -> Array:
         row -= (basis @ row) @ basis  # rows i, i + 1, ... of `basis` are still 0
         row -= (basis @ row) @ basis
         row /= jnp.sqrt(row @ row)
-        return jax.lax.dynamic_update_index_in_dim(basis, row, i, axis=0)
+        basis = jax.lax.dynamic_update_index_in_dim(basis, row, i, axis=0)
+        return basis
 
-    return jax.lax.fori_loop(0, len(vectors), add_row, jnp.zeros_like(vectors))
+    basis: Array = jax.lax.fori_loop(0, len(vectors), add_row, jnp.zeros_like(vectors))
+    return basis
 
 
 def parts(init: Initializer, number: int) -> Initializer:
@@ -71,6 +74,12 @@ def parts(init: Initializer, number: int) -> Initializer:
     return initializer
 
 
+def mask_out(x: Array, keep: Array) -> Array:
+    """Replace the entries that are not kept by the dtype's lowest value, before a softmax."""
+    finfo: Any = jnp.finfo  # untyped
+    return jnp.where(keep, x, finfo(x.dtype).min)
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward layer of the embedding's own width (Shazeer, 2020).
 
@@ -81,7 +90,8 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
         gate, linear = jnp.split(Dense(2 * width, use_bias=False)(x), 2, axis=-1)
-        return Dense(width, use_bias=False)(nn.swish(gate) * linear)
+        output: Array = Dense(width, use_bias=False)(nn.swish(gate) * linear)
+        return output
 
 
 def sinusoidal_encoding(position: Array, width: int) -> Array:

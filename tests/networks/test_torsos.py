@@ -12,12 +12,10 @@ from magpo.networks.torsos import orthogonal, parts
 
 MANY_INITS = """
 import jax
-from magpo.networks.torsos import orthogonal, parts
+from magpo.networks.torsos import orthogonal
 
 def init(key):
-    shapes = {"embed": (30, 128), "mix": (128, 128), "head": (128, 5)}
-    kernels = {name: orthogonal(2**0.5)(key, shape) for name, shape in shapes.items()}
-    return kernels | {"recurrent": parts(orthogonal(), 3)(key, (128, 3 * 128))}
+    return [orthogonal()(jax.random.fold_in(key, i), (128, 128)) for i in range(12)]
 
 jax.block_until_ready(jax.jit(jax.vmap(init))(jax.random.split(jax.random.key(0), 8)))
 """
