@@ -56,8 +56,8 @@ def gram_schmidt(vectors: Array) -> Array:
         row -= (basis @ row) @ basis  # rows i, i + 1, ... of `basis` are still 0
         row -= (basis @ row) @ basis
         row /= jnp.sqrt(row @ row)
-        basis = jax.lax.dynamic_update_index_in_dim(basis, row, i, axis=0)
-        return basis
+        extended: Array = jax.lax.dynamic_update_index_in_dim(basis, row, i, axis=0)
+        return extended
 
     basis: Array = jax.lax.fori_loop(0, len(vectors), add_row, jnp.zeros_like(vectors))
     return basis
