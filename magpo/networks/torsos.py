@@ -45,6 +45,7 @@ def orthogonal(gain: float = 1.0) -> Initializer:
     return initializer
 
 
+@jax.jit  # layers of one shape share one function in the program, which is traced once
 def gram_schmidt(vectors: Array) -> Array:
     """Orthonormalise the rows of (K, D), K <= D, in order.
 
