@@ -17,24 +17,41 @@ import jax
 import jax.numpy as jnp
 
 from magpo import tables
+from magpo.networks.autoregressive import init_joint
 from magpo.networks.mat import MAT
 from magpo.networks.sable import Sable
-from magpo.types import Array, Observation
+from magpo.types import Array, EnvSpec, Observation
 
 NUM_ENVS, NUM_FEATURES, NUM_ACTIONS, STEPS, ROUNDS = 64, 20, 6, 50, 50
 
 
 def network(name: str, num_agents: int) -> Any:
-    """At its default size."""
+    """Return a network of its default size."""
     sizes: dict[str, Any] = {"embed_dim": 64, "n_head": 1, "n_block": 1}
-    of_env: Any = {"action_dim": NUM_ACTIONS, "action_kind": "discrete"}
+    for_env: Any = {"action_dim": NUM_ACTIONS, "action_kind": "discrete"}
     if name == "mat":
-        return MAT(**of_env, **sizes)
-    return Sable(num_agents, **of_env, **sizes, decay_scaling_factor=0.8, chunk_size=1)
+        return MAT(**for_env, **sizes)
+    return Sable(num_agents, **for_env, **sizes, decay_scaling_factor=0.8, chunk_size=1)
+
+
+def env_spec(num_agents: int) -> EnvSpec:
+    """Return an environment's specification with these sizes."""
+    return EnvSpec(
+        name="acting",
+        num_agents=num_agents,
+        num_features=NUM_FEATURES,
+        num_state_features=None,
+        action_dim=NUM_ACTIONS,
+        action_kind="discrete",
+        time_limit=STEPS,
+        truncates=False,
+        headline="episode_return",
+        stop_action=None,
+    )
 
 
 def steps(name: str, num_agents: int) -> Callable[[], Any]:
-    """What acts for STEPS steps, compiled."""
+    """Return a compiled function that acts for STEPS steps."""
     model = network(name, num_agents)
     key = jax.random.key(0)
     observation = Observation(
@@ -43,15 +60,13 @@ def steps(name: str, num_agents: int) -> Callable[[], Any]:
         step_count=jnp.zeros(NUM_ENVS, jnp.int32),
     )
     carry, never = model.initial_carry(NUM_ENVS), jnp.zeros(NUM_ENVS, bool)
-    one_step = jax.tree.map(lambda x: x[:, None], observation)
-    action = jnp.zeros((NUM_ENVS, 1, num_agents), int)
-    params = model.init(key, carry, one_step, action, never[:, None])
+    params = init_joint(model, key, carry, observation, env_spec(num_agents))
 
     @jax.jit
     def act(carry: Any, keys: Array) -> Any:
         def step(carry: Any, key: Array) -> tuple[Any, Array]:
-            acted = model.apply(params, carry, observation, never, key, method="act")
-            return acted.carry, acted.action
+            joint = model.apply(params, carry, observation, never, key, method="act")
+            return joint.carry, joint.action
 
         return jax.lax.scan(step, carry, keys)
 

@@ -1,80 +1,26 @@
-"""Policy heads: features to a distribution over one agent's action.
+"""Policy heads: features to a distribution over one agent's action, on distrax's distributions.
 
-A distribution's `sample`, `mode` and `log_prob` speak of *raw* actions: a squashed Gaussian's are
-those before tanh, which makes its log-prob exact also where tanh saturates.
+`sample`, `mode` and `log_prob` speak of *raw* actions: a squashed Gaussian's raw action is the one
+before tanh, so that its log-prob is exact also where tanh saturates.
 """
 
 from typing import Any, Literal, NamedTuple, Protocol
 
+import chex
+import distrax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.initializers import orthogonal, zeros_init
+from flax.linen.initializers import zeros_init
 
-from magpo.networks.torsos import Dense
+from magpo.networks.torsos import Dense, mask_out, orthogonal
 from magpo.types import Array
 
-_LOG_2 = 0.6931471805599453
-_HALF_LOG_2PI = 0.9189385332046727
-
-
-class Categorical(NamedTuple):
-    """Discrete actions. Illegal ones have probability exactly 0 and add 0 to entropy and KL."""
-
-    log_probs: Array  # (..., A), the dtype's lowest value where illegal
-
-    def sample(self, key: Array) -> Array:
-        return jax.random.categorical(key, self.log_probs)  # (...) int32
-
-    def mode(self) -> Array:
-        return jnp.argmax(self.log_probs, axis=-1)
-
-    def log_prob(self, action: Array) -> Array:
-        return jnp.take_along_axis(self.log_probs, action[..., None], axis=-1)[..., 0]
-
-    def entropy(self, key: Array) -> Array:
-        del key
-        return -jnp.sum(jnp.exp(self.log_probs) * self.log_probs, axis=-1)
-
-    def kl(self, other: "Categorical") -> Array:
-        """KL(self || other), both under the same action mask."""
-        return jnp.sum(jnp.exp(self.log_probs) * (self.log_probs - other.log_probs), axis=-1)
-
-
-class TanhNormal(NamedTuple):
-    """Continuous actions in (-1, 1). Masked (padded) dimensions are 0; they leave log-prob, entropy
-    and KL."""
-
-    mean: Array  # (..., A), before tanh
-    std: Array  # (..., A)
-    mask: Array  # (..., A) bool
-
-    def sample(self, key: Array) -> Array:
-        noise = jax.random.normal(key, self.mean.shape)
-        return jnp.where(self.mask, self.mean + self.std * noise, 0.0)
-
-    def mode(self) -> Array:
-        return jnp.where(self.mask, self.mean, 0.0)
-
-    def log_prob(self, action: Array) -> Array:
-        normal = -0.5 * ((action - self.mean) / self.std) ** 2 - jnp.log(self.std) - _HALF_LOG_2PI
-        log_slope = 2.0 * (_LOG_2 - action - jax.nn.softplus(-2.0 * action))  # log(1 - tanh^2)
-        return jnp.sum(jnp.where(self.mask, normal - log_slope, 0.0), axis=-1)
-
-    def entropy(self, key: Array) -> Array:
-        """One reparametrised sample: a squashed Gaussian's entropy has no closed form."""
-        return -self.log_prob(self.sample(key))
-
-    def kl(self, other: "TanhNormal") -> Array:
-        """KL(self || other) of the Gaussians underneath: tanh is a bijection."""
-        variance_ratio = (self.std / other.std) ** 2
-        shift = ((self.mean - other.mean) / other.std) ** 2
-        kl = 0.5 * (variance_ratio + shift - 1.0 - jnp.log(variance_ratio))
-        return jnp.sum(jnp.where(self.mask, kl, 0.0), axis=-1)
+ActionKind = Literal["discrete", "continuous"]
 
 
 class Distribution(Protocol):
-    """What both have in common."""
+    """Interface shared by Categorical and TanhNormal: pytrees whose leaves are (..., A)."""
 
     def sample(self, key: Array) -> Array: ...
 
@@ -87,26 +33,88 @@ class Distribution(Protocol):
     def kl(self, other: Any) -> Array: ...
 
 
-ActionKind = Literal["discrete", "continuous"]
+class Categorical(NamedTuple):
+    """Discrete actions. Illegal ones have probability exactly 0 and add 0 to entropy and KL.
+
+    Only `sample` is distrax's: distrax's `log_prob`, `entropy` and `kl_divergence` normalise the
+    log-probs again and multiply by one-hot actions, which takes 1.5 times as long.
+    """
+
+    log_probs: Array  # (..., A) normalised, the dtype's lowest value where illegal
+
+    def sample(self, key: Array) -> Array:  # (...) int32
+        action: Array = distrax.Categorical(self.log_probs).sample(seed=key)
+        return action
+
+    def mode(self) -> Array:
+        return jnp.argmax(self.log_probs, axis=-1)
+
+    def log_prob(self, action: Array) -> Array:
+        return jnp.take_along_axis(self.log_probs, action[..., None], axis=-1)[..., 0]
+
+    def entropy(self, key: Array) -> Array:
+        del key
+        return -jnp.sum(jnp.exp(self.log_probs) * self.log_probs, axis=-1)
+
+    def kl(self, other: "Categorical") -> Array:
+        """Return KL(self || other); both have the same action mask."""
+        return jnp.sum(jnp.exp(self.log_probs) * (self.log_probs - other.log_probs), axis=-1)
+
+
+class TanhNormal(NamedTuple):
+    """Continuous actions in (-1, 1). Masked (padded) dimensions are 0 and do not enter log-prob,
+    entropy and KL."""
+
+    mean: Array  # (..., A), before tanh
+    std: Array  # (..., A)
+    mask: Array  # (..., A) bool
+
+    @property
+    def _normal(self) -> distrax.Normal:
+        return distrax.Normal(self.mean, self.std)
+
+    def _sum(self, terms: Array) -> Array:
+        return jnp.sum(jnp.where(self.mask, terms, 0.0), axis=-1)
+
+    def sample(self, key: Array) -> Array:
+        return jnp.where(self.mask, self._normal.sample(seed=key), 0.0)
+
+    def mode(self) -> Array:
+        return jnp.where(self.mask, self.mean, 0.0)
+
+    def log_prob(self, action: Array) -> Array:
+        log_slope = distrax.Tanh().forward_log_det_jacobian(action)
+        return self._sum(self._normal.log_prob(action) - log_slope)
+
+    def entropy(self, key: Array) -> Array:
+        """Estimate the entropy, which has no closed form, from one reparametrised sample."""
+        action, log_prob = self._normal.sample_and_log_prob(seed=key)
+        return -self._sum(log_prob - distrax.Tanh().forward_log_det_jacobian(action))
+
+    def kl(self, other: "TanhNormal") -> Array:
+        """Return KL(self || other), which is that of the Gaussians: tanh is a bijection."""
+        variance_ratio = (self.std / other.std) ** 2
+        shift = ((self.mean - other.mean) / other.std) ** 2
+        return self._sum(0.5 * (variance_ratio + shift - 1.0 - jnp.log(variance_ratio)))
 
 
 def executed_action(action: Array, action_kind: ActionKind) -> Array:
-    """What the environment, and an autoregressive decoder, is given for a raw action."""
+    """Return the action for the environment, and for an autoregressive decoder, of a raw one."""
     return action if action_kind == "discrete" else jnp.tanh(action)
 
 
 class PolicyHead(nn.Module):
-    """(..., D) features and an (..., A) action mask to a `Policy`."""
+    """A linear layer from (..., D) features to a distribution under an (..., A) action mask."""
 
     action_dim: int
     action_kind: ActionKind
 
     @nn.compact
     def __call__(self, features: Array, action_mask: Array) -> Distribution:
+        chex.assert_shape(action_mask, (*features.shape[:-1], self.action_dim))
         output = Dense(self.action_dim, kernel_init=orthogonal(0.01))(features)
         if self.action_kind == "discrete":
-            output = jnp.where(action_mask, output, jnp.finfo(output.dtype).min)
-            return Categorical(jax.nn.log_softmax(output))
+            return Categorical(jax.nn.log_softmax(mask_out(output, action_mask)))
         log_std = self.param("log_std", zeros_init(), (self.action_dim,))
         std = jnp.broadcast_to(jax.nn.softplus(log_std) + 1e-3, output.shape)
         return TanhNormal(output, std, action_mask)

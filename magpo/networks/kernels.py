@@ -1,7 +1,13 @@
-"""Temporary."""
+"""Functions written for speed, each below the plain reference that `test_kernels.py` compares.
 
-from typing import NamedTuple
+Axis letters beyond `magpo.types`: B sequences, H hidden or head features, F embedding features.
+"""
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +15,7 @@ from magpo.types import Array
 
 
 class _Gates(NamedTuple):
-    """What the reverse pass needs of one step, each (B, H)."""
+    """One GRU step's intermediate results for the reverse pass, each (B, H)."""
 
     reset: Array  # r
     update: Array  # z
@@ -17,7 +23,8 @@ class _Gates(NamedTuple):
     recurrent: Array  # the hidden state's part of the candidate, before r scales it
 
 
-def _keep(reset_before: Array, hidden: Array) -> Array:
+def keep(reset_before: Array, hidden: Array) -> Array:
+    """Zero the hidden states (..., H) where an episode starts, (...)."""
     return jnp.where(reset_before[..., None], 0.0, hidden)
 
 
@@ -32,11 +39,10 @@ def _gru_step(hidden: Array, inputs: Array, kernel: Array, bias: Array) -> tuple
     return hidden, _Gates(reset, update, candidate, recurrent)
 
 
-@jax.custom_vjp
-def gru_scan(
+def gru_reference(
     hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array
 ) -> Array:
-    """Hidden states (T, B, H) of a GRU over `inputs`.
+    """Return the hidden states (T, B, H) of a GRU (Cho et al., 2014) in cuDNN's form.
 
     Args:
         hidden: (B, H), before the first step.
@@ -45,26 +51,47 @@ def gru_scan(
         kernel: (H, 3H) recurrent weights.
         bias: (H,) of the candidate's recurrent part.
     """
+
+    def step(hidden: Array, step_inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        inputs, reset_before = step_inputs
+        hidden, _ = _gru_step(keep(reset_before, hidden), inputs, kernel, bias)
+        return hidden, hidden
+
+    return jax.lax.scan(step, hidden, (inputs, reset_before))[1]
+
+
+@jax.custom_vjp
+def gru_scan(
+    hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array
+) -> Array:
+    """Compute `gru_reference` with a reverse pass that sums no weight gradient step by step.
+
+    It keeps the gates' gradients of all steps; the weight gradient is one matmul at the end.
+    """
     return _gru_forward(hidden, inputs, reset_before, kernel, bias)[0]
 
 
 def _gru_forward(
     hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array
-) -> tuple[Array, tuple]:
-    def step(hidden, step_inputs):
+) -> tuple[Array, tuple[Any, ...]]:
+    (steps, batch), width = reset_before.shape, hidden.shape[-1]
+    expected = (batch, width), (steps, batch, 3 * width), (width, 3 * width), (width,)
+    chex.assert_shape((hidden, inputs, kernel, bias), expected)
+
+    def step(hidden: Array, step_inputs: tuple[Array, Array]) -> tuple[Array, Any]:
         inputs, reset_before = step_inputs
-        hidden, gates = _gru_step(_keep(reset_before, hidden), inputs, kernel, bias)
+        hidden, gates = _gru_step(keep(reset_before, hidden), inputs, kernel, bias)
         return hidden, (hidden, gates)
 
     _, (hiddens, gates) = jax.lax.scan(step, hidden, (inputs, reset_before))
     return hiddens, (hidden, hiddens, gates, reset_before, kernel)
 
 
-def _gru_backward(residuals: tuple, d_hiddens: Array) -> tuple:
+def _gru_backward(residuals: tuple[Any, ...], d_hiddens: Array) -> tuple[Any, ...]:
     hidden, hiddens, gates, reset_before, kernel = residuals
-    before = _keep(reset_before, jnp.concatenate([hidden[None], hiddens[:-1]]))  # (T, B, H)
+    before = keep(reset_before, jnp.concatenate([hidden[None], hiddens[:-1]]))  # (T, B, H)
 
-    def step(d_hidden, step_inputs):
+    def step(d_hidden: Array, step_inputs: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
         d_output, before, gates, reset_before = step_inputs
         d_hidden = d_hidden + d_output
         d_candidate = d_hidden * (1.0 - gates.update) * (1.0 - gates.candidate**2)
@@ -72,7 +99,7 @@ def _gru_backward(residuals: tuple, d_hiddens: Array) -> tuple:
         d_reset = d_candidate * gates.recurrent * gates.reset * (1.0 - gates.reset)
         d_gates = jnp.concatenate([d_reset, d_update, d_candidate * gates.reset], axis=-1)
         d_before = d_hidden * gates.update + d_gates @ kernel.T
-        return _keep(reset_before, d_before), (d_gates, d_candidate)
+        return keep(reset_before, d_before), (d_gates, d_candidate)
 
     d_hidden, (d_gates, d_candidate) = jax.lax.scan(
         step, jnp.zeros_like(hidden), (d_hiddens, before, gates, reset_before), reverse=True
@@ -87,29 +114,104 @@ def _gru_backward(residuals: tuple, d_hiddens: Array) -> tuple:
 gru_scan.defvjp(_gru_forward, _gru_backward)
 
 
-@jax.custom_vjp
-def look_up(table: Array, action: Array) -> Array:
-    """table (N, A, H), action (..., N) int to rows (..., N, H)."""
+def look_up_reference(table: Array, action: Array) -> Array:
+    """Return the rows (..., N, H) of table (N, A, H) that action (..., N) int selects."""
     return table[jnp.arange(table.shape[0]), action]
 
 
-def look_up_backward(inputs: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
-    table, action = inputs  # one matmul: the scatter of autodiff adds up in any order on a GPU
-    chosen = jax.nn.one_hot(action, table.shape[1])
-    return jnp.einsum("...na,...nh->nah", chosen, d_rows), None
-
-
-look_up.defvjp(lambda table, action: (look_up(table, action), (table, action)), look_up_backward)
-
-
 @jax.custom_vjp
-def sum_of_others(x: Array) -> Array:
-    """(..., N, H) to the sums over all agents but one, whose own row counts exactly nothing."""
+def look_up(table: Array, action: Array) -> Array:
+    """Compute `look_up_reference` with one matmul as its reverse pass.
+
+    Autodiff's scatter adds in any order on a GPU, and its result differs from run to run.
+    """
+    return look_up_reference(table, action)
+
+
+def _look_up_forward(table: Array, action: Array) -> tuple[Array, tuple[Array, Array]]:
+    return look_up_reference(table, action), (table, action)
+
+
+def _look_up_backward(inputs: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
+    table, action = inputs
+    selected = jax.nn.one_hot(action, table.shape[1])
+    return jnp.einsum("...na,...nh->nah", selected, d_rows), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def sum_of_others_reference(x: Array) -> Array:
+    """Return for each agent the sum (..., N, H) of the other agents' rows of x (..., N, H).
+
+    An agent's own row has no influence at all: it is multiplied by 0, not subtracted.
+    """
     others = 1.0 - jnp.eye(x.shape[-2])
     return (others[..., None] * x[..., None, :, :]).sum(axis=-2)
 
 
-sum_of_others.defvjp(
-    lambda x: (sum_of_others(x), None),
-    lambda _, d_sums: (d_sums.sum(axis=-2, keepdims=True) - d_sums,),  # near enough for a gradient
-)
+@jax.custom_vjp
+def sum_of_others(x: Array) -> Array:
+    """Compute `sum_of_others_reference` with a reverse pass linear in the number of agents.
+
+    It subtracts the own row from the sum of all, which is exact enough for a gradient.
+    """
+    return sum_of_others_reference(x)
+
+
+def _sum_of_others_forward(x: Array) -> tuple[Array, None]:
+    return sum_of_others_reference(x), None
+
+
+def _sum_of_others_backward(_: None, d_sums: Array) -> tuple[Array]:
+    return (d_sums.sum(axis=-2, keepdims=True) - d_sums,)
+
+
+sum_of_others.defvjp(_sum_of_others_forward, _sum_of_others_backward)
+
+
+def write_reference(cache: Any, entry: Any, agent: Array) -> Any:
+    """Write an agent's entry, leaves (B, H, D), into the cache, leaves (B, H, N, D)."""
+    return jax.tree.map(lambda cache, entry: cache.at[:, :, agent].set(entry), cache, entry)
+
+
+def write_in_place(cache: Any, entry: Any, agent: Array, result: Array) -> Any:
+    """Compute `write_reference` without a copy of the cache.
+
+    `result` (B, H, D) was computed from the cache. Adding `0 * result` to the entry tells XLA that
+    the cache has been read by then; else XLA writes into a copy.
+    """
+
+    def write(cache: Array, entry: Array) -> Array:
+        entry += 0.0 * result
+        return jax.lax.dynamic_update_slice_in_dim(cache, entry[:, :, None], agent, 2)
+
+    return jax.tree.map(write, cache, entry)
+
+
+Block = Callable[[Any, Array, Any], Array]  # of a block's parameters, its input and its state
+
+
+def apply_blocks_reference(
+    block: Block, x: Array, params: Sequence[Any], states: Sequence[Any]
+) -> Array:
+    """Return `x` after all blocks, one after the other."""
+    for block_params, state in zip(params, states, strict=True):
+        x = block(block_params, x, state)
+    return x
+
+
+def apply_blocks(block: Block, x: Array, params: Sequence[Any], states: Sequence[Any]) -> Array:
+    """Compute `apply_blocks_reference`, and compute each block again in the reverse pass.
+
+    Recomputation saves the memory of the blocks' intermediate results. The blocks are scanned
+    because outside of a loop XLA's CPU backend merges a recomputation with the original.
+    """
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(x: Array, inputs: tuple[Any, Any]) -> tuple[Array, None]:
+        block_params, state = inputs
+        return block(block_params, x, state), None
+
+    inputs = zip(params, states, strict=True)
+    return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))[0]

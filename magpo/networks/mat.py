@@ -1,24 +1,28 @@
 """MAT: an autoregressive joint policy and its values by attention (Wen et al., 2022).
 
 An encoder reads the observations of all agents at one timestep and gives each agent's value; a
-decoder gives each agent's policy from the encoding and the actions of the agents before it. It has
-no memory, and otherwise the methods of `magpo.networks.sable.Sable`. Axis letters beyond
+decoder gives each agent's policy from the encoding and the actions of the agents before it. The
+methods are those of `magpo.networks.sable.Sable`, but nothing is remembered. Axis letters beyond
 `magpo.types`: B environments or sequences, F embedding features.
 """
 
+import chex
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.initializers import orthogonal
 
-from magpo.networks.attention import Attention, TokenWeights, token
-from magpo.networks.autoregressive import JointAction, Turn, decode, shifted
+from magpo.networks.attention import Attention, DecodeWeights
+from magpo.networks.autoregressive import AgentInputs, JointAction, decode, shift_actions
 from magpo.networks.heads import ActionKind, Distribution, PolicyHead
-from magpo.networks.torsos import Dense
+from magpo.networks.torsos import Dense, orthogonal
 from magpo.types import Array, Observation
 
 
 def _dense(width: int, gain: float = 2**0.5, use_bias: bool = True) -> nn.Module:
     return Dense(width, use_bias=use_bias, kernel_init=orthogonal(gain))
+
+
+_Cache = tuple[Array, ...]  # of one attention layer
+_Caches = list[tuple[_Cache, _Cache]]  # self- and cross-attention's, of each block
 
 
 class _EncoderBlock(nn.Module):
@@ -30,7 +34,8 @@ class _EncoderBlock(nn.Module):
         attended = Attention(self.embed_dim, self.n_head)(x, x, causal=False)
         x = nn.LayerNorm()(x + attended)
         mixed = nn.Sequential([_dense(self.embed_dim), nn.gelu, _dense(self.embed_dim, 0.01)])(x)
-        return nn.LayerNorm()(x + mixed)
+        normalised: Array = nn.LayerNorm()(x + mixed)
+        return normalised
 
 
 class _DecoderBlock(nn.Module):
@@ -43,33 +48,34 @@ class _DecoderBlock(nn.Module):
         self.norms = [nn.LayerNorm() for _ in range(3)]
         self.mix = nn.Sequential([_dense(self.embed_dim), nn.gelu, _dense(self.embed_dim, 0.01)])
 
-    def _finish(self, encoded: Array, attended: Array) -> Array:
+    def _add_and_mix(self, encoded: Array, attended: Array) -> Array:
         x = self.norms[1](encoded + attended)
-        return self.norms[2](x + self.mix(x))
+        normalised: Array = self.norms[2](x + self.mix(x))
+        return normalised
 
     def __call__(self, x: Array, encoded: Array) -> Array:
         x = self.norms[0](x + self.self_attention(x, x, causal=True))
-        return self._finish(encoded, self.cross_attention(encoded, x, causal=True))
+        return self._add_and_mix(encoded, self.cross_attention(encoded, x, causal=True))
 
-    def token(
+    def decode_step(
         self,
         x: Array,
         encoded: Array,
-        layers: tuple[TokenWeights, TokenWeights],
-        caches: tuple[tuple[Array, ...], tuple[Array, ...]],
+        weights: tuple[DecodeWeights, DecodeWeights],
+        caches: tuple[_Cache, _Cache],
         agent: Array,
-    ) -> tuple[Array, tuple[tuple[Array, ...], tuple[Array, ...]]]:
-        attended, own = token(layers[0], x, x, caches[0], agent)
+    ) -> tuple[Array, tuple[_Cache, _Cache]]:
+        attended, self_cache = weights[0].decode_step(x, x, caches[0], agent)
         x = self.norms[0](x + attended)
-        attended, cross = token(layers[1], encoded, x, caches[1], agent)
-        return self._finish(encoded, attended), (own, cross)
+        attended, cross_cache = weights[1].decode_step(encoded, x, caches[1], agent)
+        return self._add_and_mix(encoded, attended), (self_cache, cross_cache)
 
-    def token_weights(self) -> tuple[TokenWeights, TokenWeights]:
-        return self.self_attention.token_weights(), self.cross_attention.token_weights()
+    def decode_weights(self) -> tuple[DecodeWeights, DecodeWeights]:
+        return self.self_attention.decode_weights(), self.cross_attention.decode_weights()
 
 
 class MAT(nn.Module):
-    """All agents' policy and values."""
+    """Joint policy and values of all agents."""
 
     action_dim: int
     action_kind: ActionKind
@@ -92,19 +98,23 @@ class MAT(nn.Module):
         self.policy_head = PolicyHead(self.action_dim, self.action_kind)
 
     def initial_carry(self, batch_size: int) -> tuple[()]:
+        """Return the empty carry of a network without memory."""
         del batch_size
         return ()
 
     def __call__(
         self, carry: tuple[()], observation: Observation, action: Array, reset_before: Array | None
     ) -> tuple[Array, Distribution]:
-        """Values and policies (..., N) of any leading axes.
+        """Return values and distributions (..., N) for any leading axes.
 
-        `action` (..., N[, A]) is raw. `carry` and `reset_before` say nothing.
+        `action` (..., N[, A]) is raw. `carry` and `reset_before` are ignored.
         """
         del carry, reset_before
+        chex.assert_equal_shape_prefix(
+            (observation.agents_view, action), observation.agents_view.ndim - 1
+        )
         encoded, value = self._encode(observation)
-        x = self.embed_action(shifted(action, self.action_dim, self.action_kind))
+        x = self.embed_action(shift_actions(action, self.action_dim, self.action_kind))
         for block in self.decoder:
             x = block(x, encoded)
         return value, self.policy_head(self.policy_torso(x), observation.action_mask)
@@ -112,7 +122,7 @@ class MAT(nn.Module):
     def value(
         self, carry: tuple[()], observation: Observation, reset_before: Array | None
     ) -> Array:
-        """(B, N) values of one timestep."""
+        """Return one timestep's values (B, N)."""
         del carry, reset_before
         return self._encode(observation)[1]
 
@@ -124,29 +134,32 @@ class MAT(nn.Module):
         key: Array,
         greedy: bool = False,
     ) -> JointAction:
-        """One timestep, agent after agent; the observation has a leading axis B."""
+        """Act for one timestep, one agent after the other; observation has a leading axis B."""
         del reset_before
+        chex.assert_rank(observation.agents_view, 3)
         encoded, value = self._encode(observation)
         batch, num_agents = value.shape
         empty = jnp.zeros((batch, self.n_head, num_agents, self.embed_dim // self.n_head))
-        weights = [block.token_weights() for block in self.decoder]
+        weights = [block.decode_weights() for block in self.decoder]
 
-        def take_turn(caches: list, read: Array, turn: Turn) -> tuple[list, Distribution]:
-            x, after = self.embed_action(read), []
+        def decode_agent(
+            caches: _Caches, previous: Array, agent: AgentInputs
+        ) -> tuple[_Caches, Distribution]:
+            x, new_caches = self.embed_action(previous), []
             for block, layers, cache in zip(self.decoder, weights, caches, strict=True):
-                x, cache = block.token(x, turn.encoded, layers, cache, turn.agent)
-                after.append(cache)
-            return after, self.policy_head(self.policy_torso(x), turn.action_mask)
+                x, cache = block.decode_step(x, agent.encoded, layers, cache, agent.agent)
+                new_caches.append(cache)
+            return new_caches, self.policy_head(self.policy_torso(x), agent.action_mask)
 
         cache = (empty,) if self.n_head == 1 else (empty, empty)  # of keys and values
         caches = [(cache, cache) for _ in self.decoder]
         _, action, log_prob = decode(
-            take_turn, caches, encoded, observation.action_mask, key, self.action_kind, greedy
+            decode_agent, caches, encoded, observation.action_mask, key, self.action_kind, greedy
         )
         return JointAction(carry, action, log_prob, value)
 
     def _encode(self, observation: Observation) -> tuple[Array, Array]:
-        """The encoding (..., N, F) and the values (..., N)."""
+        """Return the encoding (..., N, F) and the values (..., N)."""
         x = self.embed_observation(observation.agents_view)
         for block in self.encoder:
             x = block(x)

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.initializers import lecun_normal, orthogonal, zeros_init
+from flax.linen.initializers import lecun_normal, zeros_init
 
 from magpo.networks.heads import ActionKind, Distribution, PolicyHead, executed_action
 from magpo.networks.kernels import gru_scan, look_up, sum_of_others
-from magpo.networks.torsos import Dense, parts
+from magpo.networks.torsos import Dense, orthogonal, parts
 from magpo.types import Array, EnvSpec, Observation, action_spec
 
 

@@ -1,9 +1,9 @@
 """Multi-head retention over the tokens of a multi-agent sequence (Sun et al., 2023; Sable, 2025).
 
-The same map in two forms. *Recurrent* (acting): a state (H, D, D) per environment, decayed once per
-timestep. *Chunkwise* (training): inside a chunk of timesteps an attention-like product, between
-chunks the states. Decay acts between timesteps, never between agents of one timestep, and nothing
-passes an episode's start.
+The same function in two forms. *Recurrent* (acting): a state (H, D, D) per environment, decayed
+once per timestep. *Chunkwise* (training): an attention-like product inside a chunk of timesteps,
+the states between chunks. Decay acts between timesteps, never between agents of one timestep, and
+nothing crosses an episode's start.
 
 More axis letters: B sequences, K chunks, C timesteps of a chunk, H heads, D features of a head,
 F embedding features = H * D.
@@ -13,18 +13,23 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import linen as nn
 from flax.linen.initializers import normal
 
-from magpo.networks.autoregressive import written
+from magpo.networks.kernels import write_in_place
 from magpo.networks.torsos import Dense
 from magpo.types import Array
 
+FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.integer]
 
-def decays(n_head: int, scaling_factor: float) -> np.ndarray:
-    """kappa, (H,): how much of a head's state one timestep keeps (Sable, Section 3)."""
+
+def decays(n_head: int, scaling_factor: float) -> FloatArray:
+    """Return kappa, (H,): how much of a head's state one timestep keeps (Sable, Section 3)."""
     slowest, fastest = np.log(1 / 512), np.log(1 / 32)
-    return (1 - np.exp(np.linspace(fastest, slowest, n_head))) * scaling_factor
+    kappa: FloatArray = (1 - np.exp(np.linspace(fastest, slowest, n_head))) * scaling_factor
+    return kappa
 
 
 class AcrossChunks(NamedTuple):
@@ -45,9 +50,9 @@ class ChunkWeights(NamedTuple):
 
 
 def chunk_weights(
-    reset_before: Array, num_agents: int, chunk_size: int, kappa: np.ndarray
+    reset_before: Array, num_agents: int, chunk_size: int, kappa: FloatArray
 ) -> ChunkWeights:
-    """From episode starts, (B, T) bool, to the weights; `chunk_size` in timesteps divides T."""
+    """Return the weights for episode starts, (B, T) bool; `chunk_size` timesteps divide T."""
     num_chunks = reset_before.shape[1] // chunk_size
     episode = jnp.cumsum(reset_before, axis=1).reshape(-1, num_chunks, chunk_size)  # (B, K, C)
     first, last = episode[..., 0], episode[..., -1]  # (B, K)
@@ -55,10 +60,10 @@ def chunk_weights(
     def same(left: Array, right: Array) -> Array:
         return (left[..., :, None] == right[..., None, :]).astype(jnp.float32)
 
-    def powers(exponent: np.ndarray) -> np.ndarray:
-        """kappa ** exponent, (H, ...); 0 where the exponent is negative: the future."""
-        head = kappa.reshape(-1, *[1] * exponent.ndim)
-        return np.where(exponent < 0, 0.0, head ** np.maximum(exponent, 0)).astype(np.float32)
+    def powers(exponent: IntArray) -> FloatArray:
+        """Return kappa ** exponent, (H, ...); 0 where the exponent is negative: the future."""
+        base = kappa.reshape(-1, *[1] * exponent.ndim)
+        return np.where(exponent < 0, 0.0, base ** np.maximum(exponent, 0)).astype(np.float32)
 
     def per_token(weight: Array) -> Array:  # (B, K, C, H) -> (B, K, C*N, H, 1)
         return jnp.repeat(weight, num_agents, axis=2)[..., None]
@@ -82,13 +87,13 @@ def chunk_weights(
 
 
 def timestep_weights(num_agents: int) -> ChunkWeights:
-    """Those of timesteps by themselves: (B, T, N) tokens are chunks already."""
+    """Return the weights of unconnected timesteps: (B, T, N) tokens are chunks already."""
     within = jnp.ones((1, 1, 1, num_agents, num_agents))
     return ChunkWeights(within, jnp.tril(within), across=None)
 
 
 class Retention(nn.Module):
-    """One retention layer; `x`s come with their positional encoding added."""
+    """One retention layer; its inputs include their positional encoding."""
 
     embed_dim: int
     n_head: int
@@ -101,15 +106,16 @@ class Retention(nn.Module):
         self.output = Dense(self.embed_dim, use_bias=False, kernel_init=init)
 
     def project(self, x_query: Array, x_key: Array) -> tuple["Projections", Array]:
-        """(..., F) inputs to queries, keys, values (..., H, D) and the gate's input (..., F)."""
+        """Project (..., F) inputs to queries, keys, values (..., H, D) and a gate (..., F)."""
         key, value, gate = jnp.split(self.key_value_gate(x_key), 3, axis=-1)
         heads = (*x_key.shape[:-1], self.n_head, self.embed_dim // self.n_head)
         query = self.query(x_query)
         return Projections(*(x.reshape(heads) for x in (query, key, value))), gate
 
-    def finish(self, retained: Array, gate: Array) -> Array:
-        """Normalise each token's heads (..., H, D) by themselves, gate, and mix: (..., F)."""
-        return self.output(nn.swish(gate) * self.norm(retained.reshape(gate.shape)))
+    def gate_and_mix(self, retained: Array, gate: Array) -> Array:
+        """Normalise each head of each token (..., H, D), gate, and mix the heads: (..., F)."""
+        mixed: Array = self.output(nn.swish(gate) * self.norm(retained.reshape(gate.shape)))
+        return mixed
 
     def chunkwise(
         self,
@@ -119,9 +125,10 @@ class Retention(nn.Module):
         weights: ChunkWeights,
         causal: bool,
     ) -> Array:
-        """All tokens (B, T, N, F) of a sequence that starts from `state` (B, H, D, D), if any.
+        """Retain over all tokens (B, T, N, F) of a sequence that starts from `state` (B, H, D, D).
 
-        `causal`: a token sees the agents before it in its own timestep, else all of them.
+        `causal`: a token sees only the agents before it in its own timestep, else all of them.
+        No state, or weights of unconnected timesteps: nothing comes from earlier timesteps.
         """
         projections, gate = self.project(x_query, x_key)
         across = weights.across
@@ -132,38 +139,40 @@ class Retention(nn.Module):
         scores *= weights.causal if causal else weights.within
         inner = jnp.einsum("bkhij,bkjhd->bkihd", scores, value)
         if across is None or state is None:
-            return self.finish(inner, gate)
+            return self.gate_and_mix(inner, gate)
 
         contribution = jnp.einsum("bkjhd,bkjhe->bkhde", key * across.leaving, value)
         entering = jnp.einsum("bhij,bjhde->bihde", across.between, contribution)
         entering += across.initial * state[:, None]
         cross = jnp.einsum("bkihd,bkhde->bkihe", query, entering) * across.entering
-        return self.finish((inner + cross).reshape(gate.shape), gate)
+        return self.gate_and_mix((inner + cross).reshape(gate.shape), gate)
 
-    def timestep(self, x: Array, state: Array) -> tuple[Array, Array]:
-        """The N tokens of one timestep, (B, N, F), each seeing all; `state` is already decayed."""
+    def encode_step(self, x: Array, state: Array) -> tuple[Array, Array]:
+        """Retain over one timestep's tokens (B, N, F), each seeing all, from a decayed `state`."""
         projections, gate = self.project(x, x)
         state = state + jnp.einsum("bnhd,bnhe->bhde", projections.key, projections.value)
-        return self.finish(jnp.einsum("bnhd,bhde->bnhe", projections.query, state), gate), state
+        return self.gate_and_mix(
+            jnp.einsum("bnhd,bhde->bnhe", projections.query, state), gate
+        ), state
 
-    def token(
+    def decode_step(
         self, x_query: Array, x_key: Array, state: Array, cache: "Cache", agent: Array
     ) -> tuple[Array, "Cache"]:
-        """Agent `agent`'s token, (B, F), seeing those of the agents before it through `cache`.
+        """Retain for agent `agent`'s token, (B, F); `cache` holds those of the agents before it.
 
-        The state is read, not written, until the timestep's last agent has acted.
+        The state stays as it is until the timestep's last agent has acted: `Cache.added_to`.
         """
         (query, key, value), gate = self.project(x_query, x_key)
         scores = jnp.einsum("bhd,bhnd->bhn", query, cache.key)  # later agents' keys are still 0
         retained = jnp.einsum("bhn,bhne->bhe", scores, cache.value)
         retained += (query * key).sum(-1, keepdims=True) * value
         retained += jnp.einsum("bhd,bhde->bhe", query, state)
-        cache = written(cache, Cache(key, value), agent, read=retained)
-        return self.finish(retained, gate), cache
+        cache = write_in_place(cache, Cache(key, value), agent, result=retained)
+        return self.gate_and_mix(retained, gate), cache
 
 
 class Projections(NamedTuple):
-    """Each (..., H, D)."""
+    """A layer's projected inputs, (..., H, D) each."""
 
     query: Array
     key: Array
@@ -176,6 +185,6 @@ class Cache(NamedTuple):
     key: Array
     value: Array
 
-    def into(self, state: Array) -> Array:
-        """The state (B, H, D, D) with the timestep's tokens added."""
+    def added_to(self, state: Array) -> Array:
+        """Return the state (B, H, D, D) after the timestep's tokens."""
         return state + jnp.einsum("bhnd,bhne->bhde", self.key, self.value)

@@ -6,16 +6,16 @@ letters beyond `magpo.types`: B sequences, H heads, D features of a head, F = H 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.initializers import orthogonal
 
-from magpo.networks.autoregressive import JointAction, Turn, decode, shifted
+from magpo.networks.autoregressive import AgentInputs, JointAction, decode, shift_actions
 from magpo.networks.heads import ActionKind, Distribution, PolicyHead
+from magpo.networks.kernels import apply_blocks
 from magpo.networks.retention import (
     Cache,
     ChunkWeights,
@@ -24,16 +24,19 @@ from magpo.networks.retention import (
     decays,
     timestep_weights,
 )
-from magpo.networks.torsos import Dense, SwiGLU, sinusoidal_encoding
+from magpo.networks.torsos import Dense, SwiGLU, orthogonal, sinusoidal_encoding
 from magpo.types import Array, Observation
 
 
 class SableCarry(NamedTuple):
-    """The retention states, (B, H, D, D) for each block; none without memory."""
+    """Retention states, (B, H, D, D) for each block; none without memory."""
 
     encoder: tuple[Any, ...]
     decoder_self: tuple[Any, ...]
     decoder_cross: tuple[Any, ...]
+
+
+_Caches = list[tuple[Cache, Cache]]  # self- and cross-retention's, of each block
 
 
 class _Block(nn.Module):
@@ -47,9 +50,10 @@ class _Block(nn.Module):
         if self.ffn:
             self.feed_forward = SwiGLU()
 
-    def finish(self, x: Array, retained: Array) -> Array:
+    def add_and_feed_forward(self, x: Array, retained: Array) -> Array:
         x = self.norms[-2](x + retained)
-        return self.norms[-1](x + self.feed_forward(x) if self.ffn else x)
+        normalised: Array = self.norms[-1](x + self.feed_forward(x) if self.ffn else x)
+        return normalised
 
 
 class _EncoderBlock(_Block):
@@ -61,11 +65,12 @@ class _EncoderBlock(_Block):
 
     def chunkwise(self, x: Array, position: Array, state: Array, weights: ChunkWeights) -> Array:
         x_key = x + position
-        return self.finish(x, self.retention.chunkwise(x_key, x_key, state, weights, causal=False))
+        retained = self.retention.chunkwise(x_key, x_key, state, weights, causal=False)
+        return self.add_and_feed_forward(x, retained)
 
-    def timestep(self, x: Array, position: Array, state: Array) -> tuple[Array, Array]:
-        retained, state = self.retention.timestep(x + position, state)
-        return self.finish(x, retained), state
+    def encode_step(self, x: Array, position: Array, state: Array) -> tuple[Array, Array]:
+        retained, state = self.retention.encode_step(x + position, state)
+        return self.add_and_feed_forward(x, retained), state
 
 
 class _DecoderBlock(_Block):
@@ -90,9 +95,9 @@ class _DecoderBlock(_Block):
         retained = self.cross_retention.chunkwise(
             encoded + position, x_key, states[1], weights, causal=True
         )
-        return self.finish(encoded, retained)
+        return self.add_and_feed_forward(encoded, retained)
 
-    def token(
+    def decode_step(
         self,
         x: Array,
         encoded: Array,
@@ -102,17 +107,21 @@ class _DecoderBlock(_Block):
         agent: Array,
     ) -> tuple[Array, tuple[Cache, Cache]]:
         x_key = x + position
-        retained, own = self.self_retention.token(x_key, x_key, states[0], caches[0], agent)
+        retained, self_cache = self.self_retention.decode_step(
+            x_key, x_key, states[0], caches[0], agent
+        )
         x_key = self.norms[0](x + retained) + position
-        retained, cross = self.cross_retention.token(
+        retained, cross_cache = self.cross_retention.decode_step(
             encoded + position, x_key, states[1], caches[1], agent
         )
-        return self.finish(encoded, retained), (own, cross)
+        return self.add_and_feed_forward(encoded, retained), (self_cache, cross_cache)
 
 
 class Sable(nn.Module):
-    """All agents' policy and values. `ffn: false` leaves the feed-forward layers out,
-    `memory: false` all timesteps but the present one."""
+    """Joint policy and values of all agents.
+
+    `ffn: false` leaves out the feed-forward layers, `memory: false` earlier timesteps.
+    """
 
     num_agents: int
     action_dim: int
@@ -143,9 +152,10 @@ class Sable(nn.Module):
         self.policy_head = PolicyHead(self.action_dim, self.action_kind)
 
     def initial_carry(self, batch_size: int) -> SableCarry:
-        return self._zeros(batch_size) if self.memory else SableCarry((), (), ())
+        """Return the carry at an episode's start."""
+        return self._zero_states(batch_size) if self.memory else SableCarry((), (), ())
 
-    def _zeros(self, batch_size: int) -> SableCarry:
+    def _zero_states(self, batch_size: int) -> SableCarry:
         head_dim = self.embed_dim // self.n_head
         state = jnp.zeros((batch_size, self.n_head, head_dim, head_dim))
         return SableCarry(*[(state,) * self.n_block] * 3)
@@ -153,35 +163,33 @@ class Sable(nn.Module):
     def __call__(
         self, carry: SableCarry, observation: Observation, action: Array, reset_before: Array
     ) -> tuple[Array, Distribution]:
-        """Values and policies (B, T, N) of the sequences that start from `carry`.
+        """Return values and distributions (B, T, N) of the sequences that start from `carry`.
 
         Args:
             observation: leading axes (B, T).
-            action: (B, T, N[, A]), raw; each agent's policy is conditioned on those before it.
+            action: (B, T, N[, A]), raw; each agent's distribution depends on those before it.
             reset_before: (B, T) bool, where an episode starts.
         """
+        chex.assert_shape(observation.agents_view, (*reset_before.shape, self.num_agents, None))
+        chex.assert_equal_shape_prefix((observation.agents_view, action), 3)
         if self.memory:
-            weights = chunk_weights(
-                reset_before,
-                self.num_agents,
-                min(self.chunk_size, reset_before.shape[1]),
-                self.kappa,
-            )
+            chunk_size = min(self.chunk_size, reset_before.shape[1])
+            weights = chunk_weights(reset_before, self.num_agents, chunk_size, self.kappa)
         else:
             weights = timestep_weights(self.num_agents)
             carry = SableCarry(*[(None,) * self.n_block] * 3)
         position = self._position(observation)
         x = self.embed_observation(observation.agents_view)
-        encoded = self._scan_blocks("encoder", x, carry.encoder, position, weights)
-        tokens = shifted(action, self.action_dim, self.action_kind)
-        x = self.decoder_norm(self.embed_action(tokens))
+        encoded = self._apply_blocks("encoder", x, carry.encoder, position, weights)
+        previous = shift_actions(action, self.action_dim, self.action_kind)
+        x = self.decoder_norm(self.embed_action(previous))
         states = list(zip(carry.decoder_self, carry.decoder_cross, strict=True))
-        x = self._scan_blocks("decoder", x, states, encoded, position, weights)
-        policy = self.policy_head(self.policy_torso(x), observation.action_mask)
-        return self._value(encoded), policy
+        x = self._apply_blocks("decoder", x, states, encoded, position, weights)
+        distribution = self.policy_head(self.policy_torso(x), observation.action_mask)
+        return self._value(encoded), distribution
 
     def value(self, carry: SableCarry, observation: Observation, reset_before: Array) -> Array:
-        """(B, N) values of one timestep; observation and reset_before have a leading axis B."""
+        """Return one timestep's values (B, N); the arguments have a leading axis B."""
         return self._encode(self._decayed(carry, reset_before), observation)[1]
 
     def act(
@@ -192,33 +200,35 @@ class Sable(nn.Module):
         key: Array,
         greedy: bool = False,
     ) -> JointAction:
-        """One timestep, agent after agent; observation and reset_before have a leading axis B."""
+        """Act for one timestep, one agent after the other; the arguments have a leading axis B."""
+        chex.assert_shape(observation.agents_view, (*reset_before.shape, self.num_agents, None))
         carry = self._decayed(carry, reset_before)
-        encoded, value, encoder_state = self._encode(carry, observation)
+        encoded, value, encoder_states = self._encode(carry, observation)
         position = self._position(observation)[:, 0]
         head_dim = self.embed_dim // self.n_head
         empty = jnp.zeros((len(value), self.n_head, self.num_agents, head_dim))
+        states = list(zip(carry.decoder_self, carry.decoder_cross, strict=True))
 
-        def take_turn(caches: list, token: Array, turn: Turn) -> tuple[list, Distribution]:
-            x = self.decoder_norm(self.embed_action(token))
-            after = []
-            for i, block in enumerate(self.decoder):
-                states = carry.decoder_self[i], carry.decoder_cross[i]
-                x, cache = block.token(x, turn.encoded, position, states, caches[i], turn.agent)
-                after.append(cache)
-            return after, self.policy_head(self.policy_torso(x), turn.action_mask)
+        def decode_agent(
+            caches: _Caches, previous: Array, agent: AgentInputs
+        ) -> tuple[_Caches, Distribution]:
+            x, new_caches = self.decoder_norm(self.embed_action(previous)), []
+            for block, state, cache in zip(self.decoder, states, caches, strict=True):
+                x, cache = block.decode_step(x, agent.encoded, position, state, cache, agent.agent)
+                new_caches.append(cache)
+            return new_caches, self.policy_head(self.policy_torso(x), agent.action_mask)
 
         caches = [(Cache(empty, empty), Cache(empty, empty)) for _ in self.decoder]
         caches, action, log_prob = decode(
-            take_turn, caches, encoded, observation.action_mask, key, self.action_kind, greedy
+            decode_agent, caches, encoded, observation.action_mask, key, self.action_kind, greedy
         )
         if not self.memory:
             return JointAction(self.initial_carry(len(value)), action, log_prob, value)
-        own, cross = zip(*caches, strict=True)
+        self_caches, cross_caches = zip(*caches, strict=True)
         carry = SableCarry(
-            encoder_state,
-            tuple(map(Cache.into, own, carry.decoder_self)),
-            tuple(map(Cache.into, cross, carry.decoder_cross)),
+            encoder_states,
+            tuple(map(Cache.added_to, self_caches, carry.decoder_self)),
+            tuple(map(Cache.added_to, cross_caches, carry.decoder_cross)),
         )
         return JointAction(carry, action, log_prob, value)
 
@@ -238,48 +248,47 @@ class Sable(nn.Module):
     ) -> Array:
         return self.decoder[i].chunkwise(x, encoded, position, states, weights)
 
-    def _scan_blocks(self, stack: str, x: Array, states: Sequence, *inputs) -> Array:
-        """`x` through a stack's blocks, computed again in the reverse pass.
-
-        In a loop: outside of one, XLA's CPU backend merges a recomputation with the original.
-        """
+    def _apply_blocks(self, stack: str, x: Array, states: Sequence[Any], *inputs: Any) -> Array:
+        """Apply a stack's blocks, "encoder" or "decoder", to `x`."""
         method = f"{stack}_block"
         if self.is_initializing():
             for i, state in enumerate(states):
                 getattr(self, method)(i, x, state, *inputs)
         module, variables = self.unbind()
         params = variables["params"]
-        blocks = [(params[f"{stack}_{i}"], state) for i, state in enumerate(states)]
+        block_params = [params[f"{stack}_{i}"] for i in range(self.n_block)]
 
-        @partial(jax.checkpoint, prevent_cse=False)
-        def step(x: Array, block: tuple[Any, Any]) -> tuple[Array, None]:
-            block_params, state = block
+        def block(block_params: Any, x: Array, state: Any) -> Array:
             variables = {"params": {**params, f"{stack}_0": block_params}}
-            return module.apply(variables, 0, x, state, *inputs, method=method), None
+            after: Array = module.apply(variables, 0, x, state, *inputs, method=method)
+            return after
 
-        return jax.lax.scan(step, x, jax.tree.map(lambda *each: jnp.stack(each), *blocks))[0]
+        return apply_blocks(block, x, block_params, states)
 
     def _decayed(self, carry: SableCarry, reset_before: Array) -> SableCarry:
+        """Return the carry as it enters a timestep: decayed, or zero where an episode starts."""
         if not self.memory:
-            return self._zeros(len(reset_before))
+            return self._zero_states(len(reset_before))
         keep = jnp.where(reset_before[:, None], 0.0, jnp.asarray(self.kappa, jnp.float32))
-        return jax.tree.map(lambda state: state * keep[..., None, None], carry)
+        decayed: SableCarry = jax.tree.map(lambda state: state * keep[..., None, None], carry)
+        return decayed
 
     def _encode(
         self, carry: SableCarry, observation: Observation
     ) -> tuple[Array, Array, tuple[Array, ...]]:
-        """The encoding (B, N, F), the values (B, N) and the encoder's states after the timestep."""
+        """Return the encoding (B, N, F), the values (B, N) and the encoder's states after it."""
         position = self._position(observation)
         x = self.embed_observation(observation.agents_view)  # (B, N, F)
         states = []
         for i, block in enumerate(self.encoder):
-            x, state = block.timestep(self.encoder_norm(x), position, carry.encoder[i])
+            x, state = block.encode_step(self.encoder_norm(x), position, carry.encoder[i])
             states.append(state)
         return x, self._value(x), tuple(states)
 
     def _value(self, encoded: Array) -> Array:
-        return self.value_head(self.value_torso(encoded))[..., 0]
+        value: Array = self.value_head(self.value_torso(encoded))[..., 0]
+        return value
 
     def _position(self, observation: Observation) -> Array:
-        """(..., 1, F), the same for all agents of a timestep."""
+        """Return the positional encoding (..., 1, F), the same for all agents of a timestep."""
         return sinusoidal_encoding(observation.step_count[..., None], self.embed_dim)

@@ -1,5 +1,9 @@
-"""Small feed-forward pieces of sequence models."""
+"""Feed-forward pieces that several networks share, and their initialisers.
 
+Axis letters beyond `magpo.types`: D input features, F output features.
+"""
+
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,43 +13,90 @@ from flax import linen as nn
 
 from magpo.types import Array
 
+Initializer = Callable[..., Array]  # of a key, a shape and a dtype
 
-def _flat_dot_general(x: Array, kernel: Array, *_args, **_kwargs) -> Array:
-    """(..., D) x (D, F) with all leading axes as one: XLA's CPU backend forms the weight gradient
-    of a matmul over several leading axes from transposed copies, several times slower."""
+
+def _flat_dot_general(x: Array, kernel: Array, *_args: Any, **_kwargs: Any) -> Array:
+    """Multiply (..., D) x (D, F) with all leading axes as one.
+
+    XLA's CPU backend forms the weight gradient of a matmul over several leading axes from
+    transposed copies, several times slower.
+    """
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
 Dense = partial(nn.Dense, dot_general=_flat_dot_general)
 
 
-def parts(init: Any, number: int) -> Any:
-    """Initialise a (D, number * F) kernel as that many of (D, F), side by side."""
+def orthogonal(gain: float = 1.0) -> Initializer:
+    """Return an initialiser of (D, F) kernels with orthogonal rows or columns, the fewer of both.
 
-    def initializer(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        width = shape[1] // number
-        keys = jax.random.split(key, number)
-        return jnp.concatenate([init(k, (shape[0], width), dtype) for k in keys], axis=1)
+    It draws what `jax.nn.initializers.orthogonal` draws, but orthogonalises by Gram-Schmidt instead
+    of LAPACK's QR: XLA's CPU backend runs batched QR calls in parallel, and on two cores those of a
+    user's `jit(vmap(init))` deadlock.
+    """
+
+    def initializer(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+        tall = (max(shape), min(shape))
+        vectors = gram_schmidt(jax.random.normal(key, tall, dtype).T)  # (min, max)
+        kernel: Array = gain * (vectors if shape[0] < shape[1] else vectors.T)
+        return kernel
 
     return initializer
+
+
+@jax.jit  # layers of one shape share one function in the program, which is traced once
+def gram_schmidt(vectors: Array) -> Array:
+    """Orthonormalise the rows of (K, D), K <= D, in order.
+
+    Each row is projected twice: rounding leaves it visibly non-orthogonal after one projection.
+    """
+
+    def add_row(i: Array, basis: Array) -> Array:
+        row = vectors[i]
+        row -= (basis @ row) @ basis  # rows i, i + 1, ... of `basis` are still 0
+        row -= (basis @ row) @ basis
+        row /= jnp.sqrt(row @ row)
+        extended: Array = jax.lax.dynamic_update_index_in_dim(basis, row, i, axis=0)
+        return extended
+
+    basis: Array = jax.lax.fori_loop(0, len(vectors), add_row, jnp.zeros_like(vectors))
+    return basis
+
+
+def parts(init: Initializer, number: int) -> Initializer:
+    """Return an initialiser of (D, number * F) kernels: `number` of (D, F), side by side."""
+
+    def initializer(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+        part = (shape[0], shape[1] // number)
+        kernels = jax.vmap(lambda key: init(key, part, dtype))(jax.random.split(key, number))
+        return kernels.swapaxes(0, 1).reshape(shape)  # (number, D, F) to (D, number * F)
+
+    return initializer
+
+
+def mask_out(x: Array, keep: Array) -> Array:
+    """Replace the entries that are not kept by the dtype's lowest value, before a softmax."""
+    finfo: Any = jnp.finfo  # untyped
+    return jnp.where(keep, x, finfo(x.dtype).min)
 
 
 class SwiGLU(nn.Module):
     """Gated feed-forward layer of the embedding's own width (Shazeer, 2020).
 
-    Its matrices start non-zero: from all zeros, as released with Sable, their gradients are zero
-    for ever.
+    Its matrices start non-zero: from all zeros, as released with Sable, their gradients stay zero.
     """
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
         gate, linear = jnp.split(Dense(2 * width, use_bias=False)(x), 2, axis=-1)
-        return Dense(width, use_bias=False)(nn.swish(gate) * linear)
+        output: Array = Dense(width, use_bias=False)(nn.swish(gate) * linear)
+        return output
 
 
 def sinusoidal_encoding(position: Array, width: int) -> Array:
-    """(...) positions to (..., width): sines, then cosines, of geometric wavelengths."""
+    """Encode positions (...) as (..., width): sines, then cosines, of geometric wavelengths."""
     frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(0, width, 2) / width)
     angle = position[..., None] * frequency
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -1,4 +1,4 @@
-"""Policies against closed forms; masks, also in gradients."""
+"""Distributions against closed forms; masks, also in gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,26 @@ KEY = jax.random.key(0)
 def test_illegal_actions_have_no_probability_entropy_kl_or_gradient():
     head = PolicyHead(action_dim=5, action_kind="discrete")
     features = jax.random.normal(KEY, (7, 3))
-    mask = jnp.array([True, False, True, False, False])
+    mask = jnp.tile(jnp.array([True, False, True, False, False]), (7, 1))
     params = head.init(KEY, features, mask)
     params = jax.tree.map(lambda x: x * 100, params)  # away from uniform
 
-    policy = head.apply(params, features, mask)
+    distribution = head.apply(params, features, mask)
     two = jax.nn.log_softmax((features @ params["params"]["Dense_0"]["kernel"])[:, (0, 2)])
-    np.testing.assert_allclose(policy.log_probs[:, (0, 2)], two, atol=1e-5)
-    assert (jnp.exp(policy.log_probs)[:, (1, 3, 4)] == 0).all()
-    np.testing.assert_allclose(policy.entropy(KEY), -(jnp.exp(two) * two).sum(-1), atol=1e-5)
-    samples = jax.vmap(policy.sample)(jax.random.split(KEY, 200))
+    np.testing.assert_allclose(distribution.log_probs[:, (0, 2)], two, atol=1e-5)
+    assert (jnp.exp(distribution.log_probs)[:, (1, 3, 4)] == 0).all()
+    np.testing.assert_allclose(distribution.entropy(KEY), -(jnp.exp(two) * two).sum(-1), atol=1e-5)
+    samples = jax.vmap(distribution.sample)(jax.random.split(KEY, 200))
     assert set(np.unique(samples)) == {0, 2}
 
     def of_everything(params):
-        policy = head.apply(params, features, mask)
+        distribution = head.apply(params, features, mask)
         other = head.apply(jax.tree.map(lambda x: -x, params), features, mask)
-        return (policy.entropy(KEY) + policy.kl(other) + policy.log_prob(jnp.zeros(7, int))).sum()
+        return (
+            distribution.entropy(KEY)
+            + distribution.kl(other)
+            + distribution.log_prob(jnp.zeros(7, int))
+        ).sum()
 
     gradient = jax.grad(of_everything)(params)["params"]["Dense_0"]["kernel"]
     assert np.isfinite(gradient).all()
@@ -43,16 +47,16 @@ def test_categorical_kl_is_the_sum_over_actions():
 
 def test_tanh_normal_integrates_to_one_and_pads_nothing():
     mean, std = jnp.array([0.3, 5.0]), jnp.array([0.7, 0.1])
-    policy = TanhNormal(mean, std, jnp.array([True, False]))
+    distribution = TanhNormal(mean, std, jnp.array([True, False]))
     action = np.linspace(-1 + 1e-6, 1 - 1e-6, 200_001)
     raw = jnp.stack([jnp.arctanh(jnp.asarray(action)), jnp.full(action.shape, 9.0)], axis=-1)
-    assert (policy.sample(KEY)[1], policy.mode()[1]) == (0, 0)
-    density = np.exp(policy.log_prob(raw))
+    assert (distribution.sample(KEY)[1], distribution.mode()[1]) == (0, 0)
+    density = np.exp(distribution.log_prob(raw))
     assert abs(np.trapezoid(density, action) - 1) < 1e-3
     # At saturation the log-prob stays finite, and its ratio to itself is exactly 1.
     far = jnp.array([[40.0, 0.0]])
-    assert np.isfinite(policy.log_prob(far)).all()
-    assert jnp.exp(policy.log_prob(far) - policy.log_prob(far)) == 1
+    assert np.isfinite(distribution.log_prob(far)).all()
+    assert jnp.exp(distribution.log_prob(far) - distribution.log_prob(far)) == 1
     assert executed_action(far, "continuous")[0, 0] == 1
 
 

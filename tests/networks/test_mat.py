@@ -1,4 +1,4 @@
-"""MAT: one agent's turn after the other is the whole at once, and nothing leaks back."""
+"""MAT: acting one agent after the other agrees with training, and nothing leaks backwards."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 
 from magpo.networks.attention import Attention
+from magpo.networks.autoregressive import init_joint
 from magpo.networks.mat import MAT
-from magpo.types import Observation
+from magpo.types import EnvSpec, Observation
 
 B, N, O, A = 5, 4, 7, 3
+
+
+def env_spec(action_kind):
+    return EnvSpec("", N, O, None, A, action_kind, 9, False, "episode_return", None)
 
 
 @pytest.fixture(scope="module", params=[("discrete", 1), ("discrete", 2), ("continuous", 2)])
@@ -18,12 +23,10 @@ def acted(request):
     model = MAT(A, action_kind, embed_dim=8, n_head=n_head, n_block=2)
     keys = jax.random.split(jax.random.key(0), 4)
     mask = jnp.ones((B, N, A), bool)
-    discrete = action_kind == "discrete"
-    if discrete:
+    if action_kind == "discrete":
         mask = jax.random.bernoulli(keys[0], 0.7, mask.shape).at[..., 1].set(True)
     observation = Observation(jax.random.normal(keys[1], (B, N, O)), mask, jnp.zeros(B, jnp.int32))
-    action = jnp.zeros((B, N) if discrete else (B, N, A), int if discrete else float)
-    params = model.init(keys[2], (), observation, action, None)
+    params = init_joint(model, keys[2], (), observation, env_spec(action_kind))
     params = jax.tree.map(lambda x: x * 6.0, params)  # away from a uniform policy
     out = jax.jit(lambda: model.apply(params, (), observation, None, keys[3], method="act"))()
     return model, params, observation, out
@@ -40,8 +43,9 @@ def test_queries_keys_and_values_each_begin_orthogonal():
 
 def test_acting_is_training(acted):
     model, params, observation, out = acted
-    value, policy = jax.jit(model.apply)(params, (), observation, out.action, None)
-    np.testing.assert_allclose(policy.log_prob(out.action), out.log_prob, atol=1e-4)
+    never = jnp.zeros(B, bool)  # ignored, as None is
+    value, distribution = jax.jit(model.apply)(params, (), observation, out.action, never)
+    np.testing.assert_allclose(distribution.log_prob(out.action), out.log_prob, atol=1e-4)
     np.testing.assert_allclose(value, out.value, atol=1e-5)
     alone = model.apply(params, (), observation, None, method="value")
     np.testing.assert_allclose(alone, out.value, atol=1e-5)
@@ -50,8 +54,8 @@ def test_acting_is_training(acted):
 def test_greedy_actions_are_the_most_likely(acted):
     model, params, observation, _ = acted
     likely = model.apply(params, (), observation, None, jax.random.key(9), True, method="act")
-    _, policy = model.apply(params, (), observation, likely.action, None)
-    np.testing.assert_allclose(likely.action, policy.mode(), atol=1e-5)
+    _, distribution = model.apply(params, (), observation, likely.action, None)
+    np.testing.assert_allclose(likely.action, distribution.mode(), atol=1e-5)
 
 
 def test_an_agent_reads_the_actions_before_it_and_everyones_view(acted):
@@ -59,18 +63,18 @@ def test_an_agent_reads_the_actions_before_it_and_everyones_view(acted):
 
     @jax.jit
     def outputs(view, action):
-        value, policy = model.apply(
+        value, distribution = model.apply(
             params, (), observation._replace(agents_view=view), action, None
         )
-        return value, jax.tree.leaves(policy)[0]
+        return value, jax.tree.leaves(distribution)[0]
 
     view = observation.agents_view
-    value, policy = outputs(view, out.action)
+    value, distribution = outputs(view, out.action)
     other_value, other = outputs(view, out.action.at[:, 1].set(1 - out.action[:, 1]))
-    same = np.asarray(other == policy).all(-1)  # to the bit: attention starts small
+    same = np.asarray(other == distribution).all(-1)  # to the bit: attention starts small
     assert same[:, :2].all() and not same[:, 2:].all(axis=0).any()
     np.testing.assert_array_equal(other_value, value)
     other_value, other = outputs(view.at[:, 3, 0].add(1.0), out.action)
-    for now, before in ((other_value[..., None], value[..., None]), (other, policy)):
-        same = np.asarray(now == before).all(-1)  # (B, N)
+    for new, old in ((other_value[..., None], value[..., None]), (other, distribution)):
+        same = np.asarray(new == old).all(-1)  # (B, N)
         assert not same.all(axis=0).any()  # every agent is reached, in some environment

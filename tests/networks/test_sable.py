@@ -1,13 +1,14 @@
-"""Retention against a slow NumPy model; acting token by token = training chunk by chunk."""
+"""Retention against a slow NumPy model; acting agent by agent agrees with training by chunks."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magpo.networks.autoregressive import init_joint
 from magpo.networks.retention import Retention, chunk_weights, decays
 from magpo.networks.sable import Sable, SableCarry
-from magpo.types import Observation
+from magpo.types import EnvSpec, Observation
 
 B, T, N, H, D, O, A = 5, 6, 3, 2, 4, 7, 4
 RESETS = np.zeros((B, T), bool)
@@ -45,9 +46,9 @@ def test_chunkwise_retention_is_the_slow_one(chunk_size, causal):
 
     (query, key, value), gate = layer.apply(params, x_query, x_key, method="project")
     slow = slow_retention(*map(np.asarray, (query, key, value, state)), kappa, causal)
-    finished = layer.apply(params, jnp.asarray(slow), gate, method="finish")
+    expected = layer.apply(params, jnp.asarray(slow), gate, method="gate_and_mix")
     ours = layer.apply(params, *arguments, method="chunkwise")
-    np.testing.assert_allclose(ours, finished, atol=2e-4)
+    np.testing.assert_allclose(ours, expected, atol=2e-4)
 
 
 def test_decays_span_the_published_range():
@@ -84,9 +85,9 @@ def acted(request):
         step_count=jnp.asarray(since, jnp.int32),
     )
     carry = SableCarry(*map(tuple, jax.random.normal(keys[2], (3, 2, B, H, D, D))))
-    shape = (B, T, N) if request.param == "discrete" else (B, T, N, A)
-    action = jnp.zeros(shape, int if request.param == "discrete" else float)
-    params = model.init(keys[3], carry, observation, action, jnp.asarray(RESETS))
+    first = jax.tree.map(lambda x: x[:, 0], observation)
+    spec = EnvSpec("", N, O, None, A, request.param, 9, False, "episode_return", None)
+    params = init_joint(model, keys[3], carry, first, spec)
     params = jax.tree.map(lambda x: x * 1.7, params)  # away from a uniform policy
 
     def step(carry, inputs):
@@ -106,10 +107,24 @@ def test_acting_is_training(acted, chunk_size):
     kind, params, carry, observation, (action, log_prob, value, value_alone) = acted
     model = sable(chunk_size, kind)
     apply = jax.jit(model.apply)
-    values, policy = apply(params, carry, observation, action, jnp.asarray(RESETS))
-    np.testing.assert_allclose(policy.log_prob(action), log_prob, atol=5e-4)
+    values, distribution = apply(params, carry, observation, action, jnp.asarray(RESETS))
+    np.testing.assert_allclose(distribution.log_prob(action), log_prob, atol=5e-4)
     np.testing.assert_allclose(values, value, atol=1e-4)
     np.testing.assert_allclose(value_alone, value, atol=1e-4)
+
+
+def test_any_chunk_size_takes_a_single_timestep(acted):
+    kind, params, carry, observation, (action, log_prob, *_) = acted
+    one = jax.tree.map(lambda x: x[:, :1], (observation, action, jnp.asarray(RESETS)))
+    _, distribution = sable(3, kind).apply(params, carry, *one)
+    np.testing.assert_allclose(distribution.log_prob(one[1]), log_prob[:, :1], atol=5e-4)
+
+
+def test_a_team_of_another_size_is_rejected(acted):
+    kind, params, carry, observation, (action, *_) = acted
+    fewer = jax.tree.map(lambda x: x[:, :, :2] if x.ndim > 2 else x, observation)
+    with pytest.raises(AssertionError):
+        sable(3, kind).apply(params, carry, fewer, action[:, :, :2], jnp.asarray(RESETS))
 
 
 def test_nothing_leaks_from_later_agents_later_steps_or_other_episodes(acted):
@@ -119,15 +134,15 @@ def test_nothing_leaks_from_later_agents_later_steps_or_other_episodes(acted):
     @jax.jit
     def outputs(view, action):
         changed = observation._replace(agents_view=view)
-        value, policy = model.apply(params, carry, changed, action, jnp.asarray(RESETS))
-        return value, jax.tree.leaves(policy)[0]
+        value, distribution = model.apply(params, carry, changed, action, jnp.asarray(RESETS))
+        return value, jax.tree.leaves(distribution)[0]
 
     view = observation.agents_view
-    value, policy = outputs(view, action)
+    value, distribution = outputs(view, action)
 
     # Row 1: its second episode begins at step 3. Agent 1 acts otherwise at step 4.
     _, other = outputs(view, action.at[1, 4, 1].set(1 - action[1, 4, 1]))
-    same = np.isclose(other, policy, atol=1e-6).all(-1)
+    same = np.isclose(other, distribution, atol=1e-6).all(-1)
     assert same[1, :4].all() and same[1, 4, :2].all() and not same[1, 4, 2]
     assert not same[1, 5].all() and same[(0, 2, 3, 4), :].all()
 
@@ -149,8 +164,8 @@ def test_feed_forward_layers_train_or_are_absent():
     params = model.init(jax.random.key(1), carry, observation, action, jnp.asarray(RESETS))
 
     def loss(params):
-        value, policy = model.apply(params, carry, observation, action, jnp.asarray(RESETS))
-        return (value**2).sum() + policy.log_prob(action).sum()
+        value, distribution = model.apply(params, carry, observation, action, jnp.asarray(RESETS))
+        return (value**2).sum() + distribution.log_prob(action).sum()
 
     gradients = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
     of_ffn = [g for path, g in gradients if "feed_forward" in jax.tree_util.keystr(path)]

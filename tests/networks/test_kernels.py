@@ -1,0 +1,109 @@
+"""Kernels against their references, values and gradients; the GRU also against a NumPy model."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magpo.networks import kernels
+
+T, B, N, H = 6, 5, 3, 4
+KEYS = jax.random.split(jax.random.key(0), 5)
+HIDDEN = jax.random.normal(KEYS[0], (B, H))
+INPUTS = jax.random.normal(KEYS[1], (T, B, 3 * H))
+RESETS = jax.random.bernoulli(KEYS[2], 0.3, (T, B)).at[0, 0].set(True)
+KERNEL = jax.random.normal(KEYS[3], (H, 3 * H))
+BIAS = jax.random.normal(KEYS[4], (H,))
+
+
+def slow_gru(hidden, inputs, reset_before, kernel, bias):
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    out = np.zeros((T, B, H))
+    for b in range(B):
+        h = hidden[b]
+        for t in range(T):
+            if reset_before[t, b]:
+                h = np.zeros(H)
+            (xr, xz, xn), (hr, hz, hn) = (np.split(x, 3) for x in (inputs[t, b], h @ kernel))
+            z = sigmoid(xz + hz)
+            h = (1 - z) * np.tanh(xn + sigmoid(xr + hr) * (hn + bias)) + z * h
+            out[t, b] = h
+    return out
+
+
+def same(kernel, reference, *arguments):
+    """Compare two functions and their gradients with respect to all arguments."""
+    chex.assert_trees_all_close(kernel(*arguments), reference(*arguments), atol=1e-6)
+
+    def gradients(function):
+        def loss(*arguments):
+            out = function(*arguments)
+            return (jnp.cos(jnp.arange(out.size)).reshape(out.shape) * out).sum()
+
+        return jax.jit(jax.grad(loss, argnums=tuple(range(len(arguments)))))(*arguments)
+
+    chex.assert_trees_all_close(gradients(kernel), gradients(reference), rtol=1e-4, atol=1e-4)
+
+
+def test_the_gru_is_the_slow_one():
+    arguments = HIDDEN, INPUTS, RESETS, KERNEL, BIAS
+    slow = slow_gru(*(np.asarray(x, np.float64) for x in arguments))
+    np.testing.assert_allclose(kernels.gru_reference(*arguments), slow, atol=1e-5)
+
+
+def test_gru_scan():
+    def gru(function):
+        return lambda hidden, inputs, *weights: function(hidden, inputs, RESETS, *weights)
+
+    arguments = HIDDEN, INPUTS, KERNEL, BIAS
+    same(gru(kernels.gru_scan), gru(kernels.gru_reference), *arguments)
+
+
+def test_the_gru_rejects_a_hidden_state_that_would_broadcast():
+    with pytest.raises(AssertionError):
+        kernels.gru_scan(HIDDEN[:1], INPUTS, RESETS, KERNEL, BIAS)
+
+
+def test_look_up():
+    action = jax.random.randint(KEYS[0], (T, B, N), 0, 2)  # repeats rows and leaves row 2 out
+    table = jax.random.normal(KEYS[1], (N, 3, H))
+    same(
+        lambda x: kernels.look_up(x, action), lambda x: kernels.look_up_reference(x, action), table
+    )
+
+
+def test_sum_of_others():
+    same(kernels.sum_of_others, kernels.sum_of_others_reference, INPUTS)
+    x = jnp.ones((N, H)).at[0].set(1e30)  # subtracted from the sum of all, 1e30 would leave 0
+    np.testing.assert_array_equal(kernels.sum_of_others(x)[0], N - 1)
+
+
+def test_write_in_place():
+    cache = {"key": jnp.ones((B, 2, N, H)), "value": jnp.zeros((B, 2, N, H))}
+    entry = {"key": jnp.full((B, 2, H), 2.0), "value": jnp.full((B, 2, H), 3.0)}
+    written = kernels.write_in_place(cache, entry, jnp.int32(1), jnp.ones((B, 2, H)))
+    expected = kernels.write_reference(cache, entry, jnp.int32(1))
+    chex.assert_trees_all_equal(written, expected)
+    assert (expected["key"][:, :, 1] == 2).all() and (expected["key"][:, :, (0, 2)] == 1).all()
+
+
+def residual_block(params, x, state):
+    return x + jnp.tanh(x @ params["kernel"] + state)
+
+
+def test_apply_blocks():
+    def blocks(function):
+        def of_stacked(x, weights, states):
+            params = [{"kernel": kernel} for kernel in weights]
+            return function(residual_block, x, params, list(states))
+
+        return of_stacked
+
+    weights, states = jax.random.normal(KEYS[1], (3, H, H)), jnp.ones((3, B, H))
+    ours = blocks(kernels.apply_blocks)
+    same(ours, blocks(kernels.apply_blocks_reference), HIDDEN, weights, states)
+    out, reverse_pass = jax.vjp(ours, HIDDEN, weights, states)
+    assert "tanh" in str(jax.make_jaxpr(reverse_pass)(out))  # computed again
