@@ -519,7 +519,7 @@ def hydra_spelling(overrides: Sequence[str]) -> list[str]:
         lower = plain.lower()
         if lower.startswith("tuned=") and lower not in words:
             raise ConfigError(f"tuned must be true or false, not {text.partition('=')[2]!r}")
-        added = f"++{plain}" if plain.startswith("vary.") else text
+        added = f"++{plain}" if plain.startswith(("vary.", "vary=")) else text
         spelled += words.get(lower, [added])
     return spelled
 

@@ -49,7 +49,9 @@ class TrainedRun:
         for key, value in setting.items():
             if value not in vary.get(key, ()):
                 has = "; ".join(f"vary.{k}=[{','.join(map(text, v))}]" for k, v in vary.items())
-                raise ConfigError(f"vary.{key}={json.dumps(value)}: the run has {has or 'nothing that varies'}")
+                raise ConfigError(
+                    f"vary.{key}={json.dumps(value)}: the run has {has or 'nothing that varies'}"
+                )
         if seed is not None and seed not in self.config.seeds:
             raise ConfigError(f"seed={seed}: the run has {list(self.config.seeds)}")
         return [
@@ -74,9 +76,7 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
     path, meta = found
-    # config.yaml could be edited. A module of magpo's own is read by its name.
-    name = module.__name__.rpartition(".")[2]
-    run = config.from_values(system or name, meta["config"], path)
+    run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
     try:
         record = checkpoint.load_named(path, meta, "record")
         env = TypeAdapter(EnvSpec).validate_json(json.dumps(meta["env"]), strict=True)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from magpo import config
-from magpo.config import ConfigError
+from magpo.errors import ConfigError
 
 SMALL = ("env=coordsum/3x10-30", "num_envs=8", "env.time_limit=7", "system.delta=1.2")
 
@@ -34,7 +34,7 @@ def test_resume_takes_the_configuration_of_the_run(saved):
     changed = config.load(
         "magpo", [f"resume={folder}", "system.delta=1.3", "allow_changes=[system.delta]"]
     )
-    assert changed.algorithm.system.delta == 1.3 and changed.allow_changes == ("system.delta",)
+    assert changed.algorithm.hyper.delta == 1.3 and changed.allow_changes == ("system.delta",)
     assert config.differences(config.dump(run), config.dump(changed)) == {
         "system.delta": "1.2, now 1.3"
     }

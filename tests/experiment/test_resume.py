@@ -11,8 +11,8 @@ import yaml
 
 from experiment.counting import SEEDS, K, records, run
 from magpo import checkpoint, resume, runs
-from magpo.errors import ConfigError
 from magpo.console import Console
+from magpo.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
