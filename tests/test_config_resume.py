@@ -56,7 +56,7 @@ def test_resume_may_log_elsewhere(saved):
         ("env.time=3", "unknown key 'env.time'"),
         ("seeds.x=1", "unknown key 'seeds.x'"),
         ("num_envs=3", "num_minibatches must divide num_envs = 3"),
-        ("system.delta=0.5", "above 1"),
+        ("system.delta=0.5", "system.delta must be greater than 1, not 0.5"),
         ("env=lbf/8x8-2p-2f-coop", "is a run on coordsum/3x10-30, not on lbf/8x8-2p-2f-coop"),
         ("+system.new=1", "unknown key 'system.new'"),
     ],

@@ -14,7 +14,8 @@ IMPORTS = {
     "networks": {"networks", "types"},
     "envs": {"envs", "paths", "tables", "types"},
     "systems": {
-        *("config", "contract", "envs", "errors", "experiment", "networks", "tables", "types"),
+        *("config", "contract", "envs", "errors", "experiment", "metrics", "networks"),
+        *("optimiser", "tables", "types"),
     },
 }
 

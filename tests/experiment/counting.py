@@ -53,9 +53,6 @@ class Count:
         return Observation(jnp.zeros((N, 1)), jnp.ones((N, 4), bool), jnp.int32(state))
 
 
-registry.register("test/count", Count, walls=2)
-
-
 @hyperparameters
 class Hyper:
     shift: NonNegativeFloat  # later peaks
@@ -132,6 +129,7 @@ def _leave_jax_as_it_is(tmp_path, monkeypatch):
     ]
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(registry.registered, "test/count", (Count, {"walls": 2}))
     yield
     for name, value in before.items():
         jax.config.update(name, value)

@@ -96,7 +96,8 @@ def test_members_in_batches_are_the_same_run(vary):
 ON_DEVICES = """
 import sys
 from experiment import counting
-from magpo import config, devices, experiment
+from magpo import config, devices, envs, experiment
+envs.register("test/count", counting.Count, walls=2)
 run = config.load(counting, sys.argv[1:])
 print(dict(devices.layout(run).mesh.shape))
 experiment.run(counting, run)
