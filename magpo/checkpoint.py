@@ -1,13 +1,13 @@
-"""Checkpoints: everything a run needs to go on, on disk at every moment or not at all.
+"""Atomic checkpoints of a run's complete state.
 
     checkpoints/00000012/state/         arrays, by Orbax, one folder for each part
                          record/
                          meta.json      of which run they are, and their names, shapes and dtypes
                          manifest.json  the SHA-256 of every file above
 
-A checkpoint is written under a hidden name and renamed when all of it is on disk. What is read back
-is first held against the manifest, and then against what the reader expects: a checkpoint is used
-whole, or refused with one line that says why. Nothing in it is executed.
+A checkpoint is written under a hidden name and renamed when all of it is on disk. A reader first
+compares it with the manifest, and then with the shapes it expects: a checkpoint is used whole, or
+refused with one line that says why. Nothing in it is executed.
 """
 
 import errno
@@ -27,7 +27,7 @@ import numpy as np
 
 from magpo import processes
 
-FORMAT = 1
+FORMAT = 2  # 1: without hyperparameters in the state
 META, MANIFEST = "meta.json", "manifest.json"
 
 
@@ -87,7 +87,7 @@ def prune(root: Path, keep: int) -> None:
 
 
 def set_aside(root: Path, after: int) -> None:
-    """Rename the checkpoints of later chunks: of a future that will be another one's."""
+    """Set aside checkpoints newer than `after`; the resumed run will overwrite that history."""
     for folder in checkpoints(root):
         if int(folder.name) > after:
             aside = folder.with_name(f"{folder.name}.unusable")
@@ -118,7 +118,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         found = meta.get("format") if isinstance(meta, dict) else None
-        raise CheckpointError(f"{folder}: has format {found!r}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{folder}: has checkpoint format {found!r}, this version of magpo reads {FORMAT}"
+        )
     if meta.get("chunk") != int(folder.name):
         raise CheckpointError(f"{folder}: is the checkpoint of chunk {meta.get('chunk')!r}")
     return meta

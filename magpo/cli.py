@@ -20,8 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from magpo import config
-from magpo.config import ConfigError, RunConfig
+from magpo.config import RunConfig
 from magpo.envs import registry
+from magpo.errors import ConfigError
 
 HYDRA_SETTINGS = (
     "hydra.output_subdir=null",
@@ -57,9 +58,10 @@ def hydra_main(
 
 
 def key_values(
-    arguments: Sequence[str], keys: Mapping[str, type], open_group: str = ""
+    arguments: Sequence[str], keys: Mapping[str, type], open_groups: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The arguments of a command with these keys and types; `open_group` may have any below it.
+    """Read the arguments of a command with these keys and types; `open_groups` may have any key
+    below them.
 
     Raises ConfigError.
     """
@@ -67,7 +69,7 @@ def key_values(
     for text in arguments:
         override = config.parse(text)
         key, value = override.key_or_group, override.value()
-        if key not in keys and not (open_group and key.startswith(f"{open_group}.")):
+        if key not in keys and not key.startswith(tuple(f"{name}." for name in open_groups)):
             raise ConfigError(config.unknown_key(key, list(keys)))
         kind = keys.get(key, type(value))
         if kind is str and isinstance(value, int | float):
@@ -78,11 +80,17 @@ def key_values(
     return values
 
 
-def within(given: Mapping[str, Any], **bounds: tuple[int, int]) -> None:
-    """Raise ConfigError where a number among `given` is not within its key's bounds."""
+def group(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the values below a group, by their keys in it."""
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+
+
+def within(values: Mapping[str, Any], **bounds: tuple[int, int]) -> None:
+    """Raise ConfigError if a number among `values` is not within its key's bounds."""
     for key, (low, high) in bounds.items():
-        if key in given and not low <= given[key] <= high:
-            raise ConfigError(f"{key} must be at least {low} and at most {high}, not {given[key]}")
+        if key in values and not low <= values[key] <= high:
+            raise ConfigError(f"{key} must be at least {low} and at most {high}, not {values[key]}")
 
 
 def command(usage: str, run: Callable[[Sequence[str]], None]) -> None:
@@ -122,7 +130,7 @@ def _hydra_app(
     asked = ("run", "multirun", "cfg", "info", "shell_completion")
     if len(given := [f"--{flag}" for flag in asked if getattr(flags, flag)]) > 1:
         raise ConfigError(f"{' and '.join(given)} do not go together")
-    overrides = config.spell_tuned(flags.overrides)
+    overrides = config.hydra_spelling(flags.overrides)
 
     def run_job(composed: DictConfig) -> None:
         module, choices = _import(name, source), HydraConfig.get().runtime.choices

@@ -1,4 +1,4 @@
-"""Compose and check: YAML in, frozen dataclasses out.
+"""Compose and check a run's configuration: YAML in, frozen dataclasses out.
 
 `load("magpo", ["env=rware/tiny-4ag", "system.clip_eps=0.1"])` composes, later over earlier,
 configs/experiment.yaml, configs/<system>.yaml, the task, the budget, the logger, the task's tuned
@@ -9,16 +9,18 @@ have none. A system module's own `Config` checks its part, so this file knows no
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import hydra
+import jax
+import numpy as np
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,12 +28,14 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, GetPydanticSchema, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from magpo import paths
+from magpo import contract, members, paths
+from magpo.contract import AlgorithmConfig
 from magpo.envs import registry
 from magpo.errors import ConfigError
+from magpo.members import Member, Setting
 
 T = TypeVar("T")
 # What reading a damaged file raises.
@@ -106,13 +110,15 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All of one run. Steps count environment steps of one seed."""
+    """All of one run. Steps count the environment steps of one member."""
 
     system: str
     env: EnvConfig
-    algorithm: Any  # the system module's `Config`
+    # The system's own `Config`, of which this file knows no more; `vary` is not applied to it.
+    algorithm: Annotated[AlgorithmConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
     seeds: tuple[Seed, ...]
-    seeds_per_batch: PositiveInt | None  # of those on one device; None: all
+    vary: dict[str, tuple[float | None, ...]]  # by dotted key: {"system.delta": (1.1, 1.2)}
+    seeds_per_batch: PositiveInt | None  # members trained at once on one device; None: all
     total_steps: Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=10**15)]  # as asked for
     num_envs: PositiveInt
     rollout_length: PositiveInt
@@ -133,6 +139,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more different numbers, not {list(self.seeds)}")
+        for key, values in self.vary.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"vary.{key} must be one or more different values, not {list(values)}"
+                )
         if self.steps_per_update >= 2**31:
             raise ValueError(
                 "num_envs * rollout_length, the steps of an update, must be below "
@@ -153,6 +164,27 @@ class RunConfig:
                 f"{self.total_steps}: an update takes num_envs * rollout_length = "
                 f"{self.steps_per_update} steps, and there can be {2**31 - 1} updates"
             )
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """All combinations of the varied values; one empty setting if nothing varies."""
+        return members.settings(self.vary)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """What trains side by side: every setting with every seed, seeds changing fastest."""
+        return members.members(self.seeds, self.settings)
+
+    def algorithm_of(self, setting: Setting) -> AlgorithmConfig:
+        """Return the system's configuration with the values of a setting."""
+        values = {members.short_key(key): value for key, value in setting.items()}
+        hyper = replace(self.algorithm.hyper, **values)
+        return cast(AlgorithmConfig, replace(cast(Any, self.algorithm), hyper=hyper))
+
+    def member_hyper(self) -> Any:
+        """Return the hyperparameters of all members, (M,) float32 each."""
+        data = [contract.as_data(self.algorithm_of(m.setting).hyper) for m in self.members]
+        return jax.tree.map(lambda *values: np.stack(values), *data)
 
     @property
     def steps_per_update(self) -> int:
@@ -203,16 +235,23 @@ def load(
 
 
 def dump(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain values under the names of the command line: config.yaml."""
+    """Return the configuration as plain values under the names of the command line."""
     values = asdict(config)
     algorithm = values.pop("algorithm")
     values["run"] = {key: values.pop(key) for key in ("system", "budget", "tuned")}
     values["run"]["env"], values["env"] = values["env"].values()
-    values |= {part: algorithm[part] for part in ("system", "network") if part in algorithm}
+    values["system"] = algorithm["hyper"]
+    values |= {part: algorithm[part] for part in ("network",) if part in algorithm}
+    values["vary"] = nested(values["vary"])
     for key in OF_THIS_PROCESS:
         del values[key]
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return {"run": plain.pop("run"), **plain}
+
+
+def dump_setting(config: RunConfig, setting: Setting) -> dict[str, Any]:
+    """Return the configuration as `dump` does, as if nothing but this setting had been trained."""
+    return dump(replace(config, vary={}, algorithm=config.algorithm_of(setting)))
 
 
 def read(system: str | ModuleType, file: Path) -> RunConfig:
@@ -249,7 +288,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
 
     Where results go and how they are shown makes no difference.
     """
-    flat_old, flat_new = _flat(old), _flat(new)
+    flat_old, flat_new = flat(old), flat(new)
     return {
         key: f"{flat_old.get(key, 'none')}, now {flat_new.get(key, 'none')}"
         for key in {**flat_old, **flat_new}
@@ -258,13 +297,25 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
     }
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by their dotted names."""
-    flat: dict[str, Any] = {}
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested dictionaries whose leaves have these dotted names."""
+    root: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        group = root
+        for parent in parents:
+            group = group.setdefault(parent, {})
+        group[last] = value
+    return root
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by their dotted names."""
+    leaves: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
+        leaves |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return leaves
 
 
 def _resumed(
@@ -294,6 +345,8 @@ def _resumed(
         elif key == "logger":
             chosen, choices = _compose(name, [f"env={task}", f"logger={value}"], folders)
             values["logger"] = dump(build(system, name, folders, chosen, choices))["logger"]
+        elif key.startswith("vary.") and not override.is_delete():
+            values["vary"] = nested(flat(values["vary"]) | {key.removeprefix("vary."): value})
         elif key != "resume":
             *parents, last = key.split(".")
             group: Any = values
@@ -351,9 +404,16 @@ def build(
 
 
 def _check(system: str | ModuleType, name: str, values: dict[str, Any]) -> RunConfig:
-    """From values under the names of `dump` to the dataclasses. Raises ConfigError."""
-    values = {**OF_THIS_PROCESS, **values}
-    algorithm = {part: values.pop(part, {}) for part in ("system", "network")}
+    """Make dataclasses of values under the names of `dump`. Raises ConfigError."""
+    values = {"vary": {}, **OF_THIS_PROCESS, **values}
+    module = system if isinstance(system, ModuleType) else import_module(f"magpo.systems.{name}")
+    schema = contract.algorithm(module).Config
+    if isinstance(values["vary"], Mapping):
+        values["vary"] = flat(values["vary"])
+        _check_varied_keys(values["vary"], schema, list(flat(values)))
+    parts = {"hyper": values.pop("system", {})}
+    if network := values.pop("network", {}):
+        parts["network"] = network
     run = values.pop("run")
     task, options = run["env"], values["env"]
     known = registry.options(task)
@@ -362,12 +422,38 @@ def _check(system: str | ModuleType, name: str, values: dict[str, Any]) -> RunCo
             raise ConfigError(registry.unknown(f"option of {task}", option, list(known)))
     values |= {**run, "env": {"name": task, "options": options}, "algorithm": None}
     config = _validate(RunConfig, values)
-    module = system if isinstance(system, ModuleType) else import_module(f"magpo.systems.{name}")
     numbers = ("num_envs", "rollout_length", "updates_per_chunk", "num_updates")
-    asked = {field.name for field in fields(module.Config)}
-    algorithm |= {number: getattr(config, number) for number in numbers if number in asked}
-    algorithm["hyper"] = algorithm.pop("system")
-    return replace(config, algorithm=_validate(module.Config, algorithm))
+    asked_for = {field.name for field in fields(schema)}
+    parts |= {number: getattr(config, number) for number in numbers if number in asked_for}
+    config = replace(config, algorithm=_validate(schema, parts))
+    for setting in config.settings if config.vary else ():
+        _check_setting(setting, schema, parts)
+    return config
+
+
+def _check_varied_keys(keys: Iterable[str], schema: type, known: Sequence[str]) -> None:
+    """Raise ConfigError if a key of `vary` is not a float of `system.*`."""
+    hyper = get_type_hints(schema)["hyper"]
+    kinds = get_type_hints(hyper)
+    floats = [f"system.{name}" for name in contract.float_names(hyper)]
+    for key in keys:
+        if key in floats:
+            continue
+        if key not in known:
+            raise ConfigError(unknown_key(f"vary.{key}", [f"vary.{name}" for name in floats]))
+        kind = kinds.get(members.short_key(key)) if key.startswith("system.") else None
+        what = {None: "outside system.*", int: "a count"}.get(kind, "a choice")
+        raise ConfigError(f"vary.{key}: {key} is {what}: only floats can vary: {', '.join(floats)}")
+
+
+def _check_setting(setting: Setting, schema: type, parts: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the system does not allow the varied values."""
+    varied = {members.short_key(key): value for key, value in setting.items()}
+    try:
+        _validate(schema, {**parts, "hyper": parts["hyper"] | varied})
+    except ConfigError as error:
+        prefix = "vary." if str(error).startswith("system.") else "vary: "
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def _compose(
@@ -401,7 +487,7 @@ def search_path(folders: Sequence[Path]) -> str:
 def _checked(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """The overrides as Hydra takes them, if each can be read and chooses from what there is."""
     known = {group: option_names(folders, group) for group in GROUPS} | {"env": registry.tasks()}
-    overrides = spell_tuned(overrides)
+    overrides = hydra_spelling(overrides)
     for text in overrides:
         override = parse(text)
         key, value = override.key_or_group, override.value()
@@ -419,19 +505,23 @@ def _checked(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     return overrides
 
 
-def spell_tuned(overrides: Sequence[str]) -> list[str]:
-    """`tuned=` as Hydra takes it.
+def hydra_spelling(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides with `tuned=` and `vary.*=` as Hydra takes them.
 
-    To it tuned/ is a group of files: true is what its YAML chooses, false no file's name.
-    Raises ConfigError.
+    To Hydra, tuned/ is a group of files: true is what its YAML chooses, false no file's name. Keys
+    below `vary` are new to it, and have to be added. Raises ConfigError.
     """
     off = "tuned='false'"
     words = {"tuned=true": [], "tuned=false": [off], off: [off]}
+    spelled = []
     for text in overrides:
-        plain = text.lower().lstrip("+")
-        if plain.startswith("tuned=") and plain not in words:
+        plain = text.lstrip("+")
+        lower = plain.lower()
+        if lower.startswith("tuned=") and lower not in words:
             raise ConfigError(f"tuned must be true or false, not {text.partition('=')[2]!r}")
-    return [new for text in overrides for new in words.get(text.lower().lstrip("+"), [text])]
+        added = f"++{plain}" if plain.startswith(("vary.", "vary=")) else text
+        spelled += words.get(lower, [added])
+    return spelled
 
 
 def parse(text: str) -> Override:
@@ -500,12 +590,14 @@ def _validate(schema: type[T], values: Mapping[str, Any]) -> T:
 
 def _line(error: ErrorDetails, schema: type) -> str:
     """A pydantic error as a sentence."""
-    *parents, _ = location = [str(part) for part in error["loc"]] or [""]
-    key = ".".join(location)
+    *parents, last = [str(part) for part in error["loc"]] or [""]
+    # The command line's name for an algorithm's `hyper` is `system`.
+    shown = ["system" if parent == "hyper" else parent for parent in parents]
+    key = ".".join([*shown, "system" if last == "hyper" and not parents else last])
     if error["type"] == "unexpected_keyword_argument":
         for parent in parents:
             schema = get_type_hints(schema)[parent]
-        return unknown_key(key, [".".join((*parents, field.name)) for field in fields(schema)])
+        return unknown_key(key, [".".join((*shown, field.name)) for field in fields(schema)])
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] == "value_error":

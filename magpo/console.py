@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live display on a terminal, one line per evaluation elsewhere."""
+"""A run's display: live on a terminal, one line per evaluation elsewhere."""
 
 import math
 import os
@@ -23,6 +23,7 @@ from rich.text import Text
 from magpo import processes
 from magpo.config import RunConfig
 from magpo.loggers import Measurement, Run
+from magpo.members import label, short_key, text
 from magpo.types import Environment
 
 SPARSE_SUITES = ("rware",)
@@ -32,7 +33,7 @@ Rewards are sparse here: a quick run moves little. What learns in minutes:
 
 
 def short(number: float) -> str:
-    """Three digits in engineering notation: 19988480 is "20.0M"."""
+    """Return a number with three digits in engineering notation: 19988480 is "20.0M"."""
     for unit, symbol in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 0.9995 * unit:
             value = number / unit
@@ -41,14 +42,14 @@ def short(number: float) -> str:
 
 
 def spread(values: np.ndarray) -> str:
-    """Mean ± standard deviation over seeds, (S,); the mean alone for one seed."""
+    """Return mean ± standard deviation over seeds, (S,); the mean alone for one seed."""
     digits = 1 if abs(values.mean()) >= 99.95 else 2
     mean = f"{values.mean():.{digits}f}"
     return f"{mean} ± {values.std():.{digits}f}" if len(values) > 1 else mean
 
 
 def _size(params: Any) -> int:
-    """Numbers in one seed's parameters; the leaves are (S, ...)."""
+    """Count the numbers in one member's parameters; the leaves are (M, ...)."""
     return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(params))
 
 
@@ -63,13 +64,13 @@ class Console:
         self.terminal = Terminal(highlight=False, quiet=not shown)
         self.latest: Measurement | None = None
         self.latest_at = 0.0
-        self.best = np.full(len(run.seeds), -np.inf)  # (S,) mean episode return
+        self.best = np.full(len(run.members), -np.inf)  # (M,) mean episode return
         # A machine's pace changes: the median of the last chunks, not the mean of all.
         self.training_s: deque[float] = deque(maxlen=9)
         self.evaluation_s: deque[float] = deque(maxlen=9)
 
     def header(self, env: Environment, policy: Any, params: Any) -> None:
-        """The run in a few lines. `policy`: what of `params` is deployed; (S, ...) each."""
+        """Print the run in a few lines. `policy`: the deployed part of `params`; (M, ...) each."""
         config, device = self.config, jax.devices()[0]
         actions = "actions" if env.action_kind == "discrete" else "action dimensions"
         kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
@@ -79,9 +80,10 @@ class Console:
             "agents": f"{env.num_agents}, with {env.action_dim} {actions} each",
             "parameters": f"{_size(policy):,} in the policy, {_size(params):,} in training",
             "seeds": ", ".join(map(str, config.seeds)),
+            **self._varied(),
             "device": f"{jax.device_count()} x {device.platform} ({kind}){several}, "
             + config.precision,
-            "steps": f"{config.trained_steps:,} per seed"
+            "steps": f"{config.trained_steps:,} per {'member' if config.vary else 'seed'}"
             + rounded * (config.trained_steps < config.total_steps),
             "updates": f"{config.num_updates:,}, each of {config.num_envs} environments x "
             f"{config.rollout_length} steps",
@@ -90,27 +92,35 @@ class Console:
         }
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", justify="right")
-        for label, value in rows.items():
-            grid.add_row(label, value)
+        for name, value in rows.items():
+            grid.add_row(name, value)
         title = f"[bold]{self.run.system}[/] on [bold]{env.name}[/]"
         self.terminal.print(Panel.fit(grid, title=title, title_align="left", border_style="cyan"))
         self.line(f"results: {self.run.folder}")
         if config.budget == "quick" and self.run.suite in SPARSE_SUITES:
             self.line(HINT.format(system=self.run.system), "yellow")
 
-    def memory(self, needed: int, available: int) -> None:
-        """Bytes on each device, told before they are taken."""
+    def _varied(self) -> dict[str, str]:
+        """Return the header's rows about the settings, none if nothing varies."""
+        vary, seeds = self.config.vary, self.config.seeds
+        rows = {short_key(key): ", ".join(map(text, values)) for key, values in vary.items()}
+        sizes = [*map(len, vary.values()), len(seeds)]
+        product = f"{' x '.join(map(str, sizes))} = {len(self.run.members)}"
+        return rows | ({"members": product} if vary else {})
+
+    def footprint(self, needed: int, available: int) -> None:
+        """Print the bytes needed on each device, before they are taken."""
         self.line(f"memory: about {short(needed)} of {short(available)} bytes on each device")
         if needed > available:
             self.warn("that is too much: num_envs, or seeds_per_batch, makes it less")
 
-    def line(self, text: str, style: str = "") -> None:
-        """One line as it is: never wrapped, so that paths and commands can be copied."""
-        self.terminal.print(Text(text, style), soft_wrap=True)
+    def line(self, line: str, style: str = "") -> None:
+        """Print one line, never wrapped, so that paths and commands can be copied."""
+        self.terminal.print(Text(line, style), soft_wrap=True)
 
     @contextmanager
     def compiling(self, programs: Sequence[str]) -> Iterator[list[str]]:
-        """Show which of `programs` are not yet in the list that this yields."""
+        """Show which of `programs` are missing from the list that this yields."""
         start, done = time.perf_counter(), list[str]()
 
         def status() -> Text:
@@ -124,15 +134,15 @@ class Console:
         self.line(f"compiled in {time.perf_counter() - start:.1f} s")
 
     def training(self) -> AbstractContextManager[object]:
-        """The live display, around the training loop."""
+        """Return the live display, a context around the training loop."""
         return self._live(self._progress)
 
-    def warn(self, text: str) -> None:
-        """A line that is seen whatever else is shown."""
-        self.line(f"warning: {text}", "yellow")
+    def warn(self, warning: str) -> None:
+        """Print a warning."""
+        self.line(f"warning: {warning}", "yellow")
 
     def resume(self, measurement: Measurement) -> None:
-        """Take a measurement over, shown already."""
+        """Take over a measurement that was shown before."""
         self.latest, self.latest_at = measurement, time.perf_counter()
         self.best = np.fmax(self.best, measurement.evaluation["episode_return"].mean(-1))
 
@@ -145,23 +155,27 @@ class Console:
             self.line(", ".join(self._pace() + self._scores()))
 
     def finished(self, last: Measurement, best: Measurement, absolute: Measurement | None) -> None:
-        """The table at the end. `best`: the evaluation that each seed's best parameters had."""
+        """Print the final table. `best`: the evaluation of each member's best parameters."""
         table = Table(title_justify="left", box=None, header_style="dim", padding=(0, 2, 0, 0))
         columns = {"final": last, "best": best} | ({"absolute": absolute} if absolute else {})
         metrics = list(dict.fromkeys(["episode_return", self.run.headline]))
         cells = {
-            f"{label} {metric.removeprefix('episode_')}": m.evaluation[metric].mean(-1)
+            f"{column} {metric.removeprefix('episode_')}": m.evaluation[metric].mean(-1)
             for metric in metrics
-            for label, m in columns.items()
+            for column, m in columns.items()
         }
-        for name in ("seed", *cells, "best at step"):
+        varied = map(short_key, self.config.vary)
+        for name in (*varied, "seed", *cells, "best at step"):
             table.add_column(name, justify="right")
-        for s, seed in enumerate(self.run.seeds):
-            scores = [f"{values[s]:.3f}" for values in cells.values()]
-            table.add_row(str(seed), *scores, f"{best.env_steps[s]:,}")
-        if len(self.run.seeds) > 1:
+        for place, (seed, setting) in enumerate(self.run.members):
+            scores = [f"{values[place]:.3f}" for values in cells.values()]
+            table.add_row(
+                *map(text, setting.values()), str(seed), *scores, f"{best.env_steps[place]:,}"
+            )
+        for setting, places in self.run.by_setting() if len(self.config.seeds) > 1 else ():
             table.add_section()
-            table.add_row("mean", *(spread(values) for values in cells.values()), style="bold")
+            means = [spread(values[places]) for values in cells.values()]
+            table.add_row(*map(text, setting.values()), "mean", *means, style="bold")
         self.terminal.print(table)
         if absolute:
             episodes = absolute.evaluation["episode_return"].shape[1]
@@ -169,7 +183,7 @@ class Console:
         self.line(f"done in {timedelta(seconds=round(last.wall_s))}; results: {self.run.folder}")
 
     def time_left(self) -> float | None:
-        """Seconds until the run is done, at the pace of the last chunks; None before the first."""
+        """Return the seconds left at the pace of the last chunks; None before the first."""
         if self.latest is None or self.latest.chunk is None or not self.training_s:
             return None
         evaluation_s = median(self.evaluation_s)
@@ -196,9 +210,9 @@ class Console:
         steps = max(self.latest.env_steps) if self.latest else 0
         parts = [f"{short(steps)} of {short(self.config.trained_steps)} steps"]
         if self.training_s:
-            num_seeds = len(self.run.seeds)
-            rate = num_seeds * self.config.steps_per_chunk / median(self.training_s)
-            over = f" over {num_seeds} seeds" if num_seeds > 1 else ""
+            number, noun = len(self.run.members), "members" if self.config.vary else "seeds"
+            rate = number * self.config.steps_per_chunk / median(self.training_s)
+            over = f" over {number} {noun}" if number > 1 else ""
             parts.append(f"{short(rate)} steps/s{over}")
         left = self.time_left()
         if left is not None:
@@ -206,11 +220,18 @@ class Console:
         return parts
 
     def _scores(self) -> list[str]:
-        """Return (and the headline, where it is another metric): mean ± spread over seeds."""
+        """Return the scores of the setting whose mean return is highest: the return, the headline
+        if that is another metric, and the best return, each as mean ± spread over seeds."""
         if self.latest is None:
             return []
         scores = {k: v.mean(-1) for k, v in self.latest.evaluation.items()}
-        parts = [f"return {spread(scores['episode_return'])}"]
+        settings = self.run.by_setting()
+        means = [scores["episode_return"][places].mean() for _, places in settings]
+        setting, places = settings[int(np.nan_to_num(means, nan=-np.inf).argmax())]
+        parts = [f"return {spread(scores['episode_return'][places])}"]
         if self.run.headline != "episode_return":
-            parts.append(f"{self.run.headline} {spread(scores[self.run.headline])}")
-        return [*parts, f"best return {spread(self.best)}"]
+            parts.append(f"{self.run.headline} {spread(scores[self.run.headline][places])}")
+        parts.append(f"best return {spread(self.best[places])}")
+        if len(settings) > 1:
+            parts[0] = f"{label(setting)} (best of {len(settings)} settings): {parts[0]}"
+        return parts

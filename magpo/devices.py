@@ -1,22 +1,23 @@
-"""How a run's seeds and environments lie on the devices.
+"""How a run's members and environments lie on the devices.
 
-The mesh has two axes. *seed*: each device trains seeds of its own and none talks to another, so as
-many devices as divide the seeds go there. *env*: the rest share the environments of a seed; XLA
-places the communication. The traced programs are the same on one device and on many.
+The mesh has two axes. *member*: each device trains members of its own and none talks to another, so
+as many devices as divide the members go there. *env*: the rest share the environments of a member;
+XLA places the communication. The traced programs are the same on one device and on many.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from magpo.config import ConfigError, RunConfig
+from magpo.config import RunConfig
+from magpo.errors import ConfigError
 
 PartitionSpec: Any = jax.sharding.PartitionSpec
-SEED, EACH_SEED, ALL = "seed", PartitionSpec("seed"), PartitionSpec()
+MEMBER, EACH_MEMBER, ALL = "member", PartitionSpec("member"), PartitionSpec()
 
 
 @dataclass(frozen=True)
@@ -24,90 +25,92 @@ class Layout:
     """A run's mesh of devices."""
 
     mesh: Mesh
-    num_envs: int
-    seeds_at_once: int | None  # of those on one device; None: all
+    members_at_once: int | None  # of those on one device; None: all
 
-    def each_seed(self, function: Callable[..., Any], num_shared: int = 0) -> Callable[..., Any]:
-        """`function` of one seed over the arguments' leading axis; the last `num_shared` arguments
-        are the same for all seeds."""
+    def each_member(self, function: Callable[..., Any], num_shared: int = 0) -> Callable[..., Any]:
+        """Map `function` of one member over the arguments' leading axis; the last `num_shared`
+        arguments are the same for all members."""
 
-        def over_seeds(own: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:
-            def one(own: tuple[Any, ...]) -> Any:
-                return function(*own, *shared)
+        def over_members(mapped: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:
+            def one(arguments: tuple[Any, ...]) -> Any:
+                return function(*arguments, *shared)
 
-            if self.seeds_at_once is None:
-                return jax.vmap(one)(own)
-            if self.seeds_at_once == 1:  # vmapped, a `lax.cond` would run both of its branches
-                return jax.lax.map(one, own)
-            return jax.lax.map(one, own, batch_size=self.seeds_at_once)
+            if self.members_at_once is None:
+                return jax.vmap(one)(mapped)
+            if self.members_at_once == 1:  # vmapped, a `lax.cond` would run both of its branches
+                return jax.lax.map(one, mapped)
+            return jax.lax.map(one, mapped, batch_size=self.members_at_once)
 
-        spread = self.per_device(over_seeds, (EACH_SEED, ALL))
+        spread = self._per_device(over_members)
 
-        def mapped(*arguments: Any) -> Any:
+        def of_all(*arguments: Any) -> Any:
             split = len(arguments) - num_shared
             return spread(arguments[:split], arguments[split:])
 
-        return mapped
+        return of_all
 
-    def per_device(self, function: Callable[..., Any], in_specs: Any) -> Callable[..., Any]:
-        """`function` of a device's own seeds, on every device."""
+    def _per_device(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Run a function of a device's members and of shared arguments on every device."""
         if self.mesh.size == 1:
             return function
         mapped: Callable[..., Any] = jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=EACH_SEED,
-            axis_names={SEED},
+            in_specs=(EACH_MEMBER, ALL),
+            out_specs=EACH_MEMBER,
+            axis_names={MEMBER},
             check_vma=False,
         )
         return mapped
 
-    def of_state(self, state: Any) -> Any:
-        """The sharding of each leaf of a TrainState, (S, ...): the second axis of what has one
-        environment a row, parameters and optimiser states apart, lies along `env`."""
+    def of_state(self, state: Any, per_environment: Sequence[str]) -> Any:
+        """Return the sharding of each leaf of a TrainState, (M, ...): the second axis of the fields
+        `per_environment`, one environment a row, lies along `env`."""
 
         def sharding(path: Any, leaf: Any) -> NamedSharding:
-            ours = jax.tree_util.keystr(path[:1], simple=True) in ("params", "opt_state")
-            by_env = not ours and leaf.ndim > 1 and leaf.shape[1] == self.num_envs
-            spec = PartitionSpec(SEED, "env") if by_env else EACH_SEED
+            field = jax.tree_util.keystr(path[:1], simple=True)
+            by_env = field in per_environment and leaf.ndim > 1
+            spec = PartitionSpec(MEMBER, "env") if by_env else EACH_MEMBER
             return NamedSharding(self.mesh, spec)
 
         return jax.tree.map_with_path(sharding, state)
 
-    def of_seeds(self) -> NamedSharding:
-        """The sharding of anything with a leading axis of seeds."""
-        return NamedSharding(self.mesh, EACH_SEED)
+    def of_members(self) -> NamedSharding:
+        """Return the sharding of anything with a leading axis of members."""
+        return NamedSharding(self.mesh, EACH_MEMBER)
 
-    def of_figures(self) -> NamedSharding:
-        """The sharding of what the host reads: of several processes, each has all of it."""
-        return NamedSharding(self.mesh, EACH_SEED if jax.process_count() == 1 else ALL)
+    def of_metrics(self) -> NamedSharding:
+        """Return the sharding of what the host reads: each of several processes has all of it."""
+        return NamedSharding(self.mesh, EACH_MEMBER if jax.process_count() == 1 else ALL)
 
 
 def laid(tree: Any, sharding: Any) -> Any:
-    """The shapes and dtypes of `tree`, with shardings: one for all, or a tree of them."""
+    """Return the shapes and dtypes of `tree`, with shardings: one for all, or a tree of them."""
     shaped: Any = jax.ShapeDtypeStruct
     shardings = jax.tree.broadcast(sharding, tree)
     return jax.tree.map(lambda x, s: shaped(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def layout(config: RunConfig) -> Layout:
-    """The layout of a run on all devices there are; ConfigError where its sizes do not divide."""
-    devices, num_seeds = jax.device_count(), len(config.seeds)
-    along_seeds = math.gcd(devices, num_seeds)
-    along_envs = devices // along_seeds
+    """Lay a run out on all devices there are. Raises ConfigError if its sizes do not divide."""
+    devices, num_members = jax.device_count(), len(config.members)
+    noun = "members" if config.vary else "seeds"
+    along_members = math.gcd(devices, num_members)
+    along_envs = devices // along_members
     if config.num_envs % along_envs:
         raise ConfigError(
-            f"{devices} devices: {along_seeds} share the {num_seeds} seeds, so num_envs must be a "
-            f"multiple of {along_envs}, not {config.num_envs}; or the seeds one of {devices}"
+            f"{devices} devices: {along_members} share the {num_members} {noun}, so num_envs must "
+            f"be a multiple of {along_envs}, not {config.num_envs}; or the {noun} one of {devices}"
         )
-    at_once, own = config.seeds_per_batch, num_seeds // along_seeds
-    if at_once is not None and own % at_once:
-        raise ConfigError(f"seeds_per_batch must divide the {own} seeds of a device, not {at_once}")
+    at_once, per_device = config.seeds_per_batch, num_members // along_members
+    if at_once is not None and per_device % at_once:
+        raise ConfigError(
+            f"seeds_per_batch must divide the {per_device} {noun} of a device, not {at_once}"
+        )
     axes = (AxisType.Auto, AxisType.Auto)
-    mesh = jax.make_mesh((along_seeds, along_envs), (SEED, "env"), axis_types=axes)
-    if own == 1:
+    mesh = jax.make_mesh((along_members, along_envs), (MEMBER, "env"), axis_types=axes)
+    if per_device == 1:
         at_once = 1
-    elif at_once == own:
+    elif at_once == per_device:
         at_once = None
-    return Layout(mesh, config.num_envs, at_once)
+    return Layout(mesh, at_once)

@@ -2,18 +2,21 @@
 
     python -m magpo.evaluate run=<folder> episodes=320 greedy=true
 
-plays the best policies of a run, of all its seeds, on its task, or with env=<suite>/<task> on
-another where the shapes allow; env.<option>=<value> changes the task.
+plays the best policies of a run, those of all its members, on its task, or with env=<suite>/<task>
+on another if the shapes allow; env.<option>=<value> changes the task.
 """
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from magpo.contract import Algorithm
 from magpo.types import Array, Environment, TimeStep
+
+if TYPE_CHECKING:
+    from magpo.policy import TrainedRun
 
 
 class _Episodes(NamedTuple):
@@ -22,14 +25,14 @@ class _Episodes(NamedTuple):
     step: Array  # () int32
     env_state: Any  # (B, ...)
     timestep: TimeStep  # (B, ...)
-    carry: Any  # (B, ...) the policy's memory
+    carry: Any  # (B, ...) the policy's recurrent state
     running: Array  # (B,) bool, false from an episode's end on
     metrics: dict[str, Array]  # (B,) each, frozen where not running
 
 
 def evaluate(
-    system_module: ModuleType,
-    system: Any,
+    algorithm: Algorithm,
+    setup: Any,
     env: Environment,
     params: Any,
     key: Array,
@@ -40,7 +43,7 @@ def evaluate(
 
     Returns (num_episodes,) float32 each: `episode_return` (the sum over steps of the mean over
     agents of the reward), `episode_length`, and what the environment's timestep reports in
-    `metrics` at the episode's last step. What follows an episode's end counts for nothing.
+    `metrics` at the episode's last step. Steps after an episode's end count for nothing.
     """
     reset_key, act_key = jax.random.split(key)
     env_state, timestep = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
@@ -49,7 +52,7 @@ def evaluate(
         step=jnp.int32(0),
         env_state=env_state,
         timestep=timestep,
-        carry=system_module.initial_carry(system, (num_episodes,)),
+        carry=algorithm.initial_carry(setup, (num_episodes,)),
         running=jnp.ones(num_episodes, bool),
         metrics=_measure(timestep, zeros, zeros),
     )
@@ -58,8 +61,8 @@ def evaluate(
         return (episodes.step < env.time_limit) & episodes.running.any()
 
     def step(episodes: _Episodes) -> _Episodes:
-        action, carry = system_module.act(
-            system,
+        action, carry = algorithm.act(
+            setup,
             params,
             episodes.carry,
             episodes.timestep.observation,
@@ -86,7 +89,7 @@ def evaluate(
 
 
 def _measure(timestep: TimeStep, episode_return: Array, episode_length: Array) -> dict[str, Array]:
-    """The episodes' figures as of `timestep`, (B,) float32 each."""
+    """Return the episodes' metrics as of `timestep`, (B,) float32 each."""
     suite = {name: value.astype(jnp.float32) for name, value in timestep.metrics.items()}
     return suite | {"episode_return": episode_return, "episode_length": episode_length}
 
@@ -101,55 +104,67 @@ def main() -> None:
 USAGE = """\
 usage: python -m magpo.evaluate run=<folder> [key=value ...]
 
-  run=<folder>           a run's results folder; its best policies are played, all seeds'
-  episodes=320           per seed, >= 1
+  run=<folder>           a run's results folder; its best policies are played, all members'
+  vary.<key>=<value>     only the members with this value, of a run that varied it
+  episodes=320           per member, >= 1
   greedy=false           true: the most likely actions instead of sampled ones
   seed=0                 of the episodes, 0 .. 2**32 - 1
-  env=<suite>/<task>     another task than the run's, where the shapes allow
+  env=<suite>/<task>     another task than the run's, if the shapes allow
   env.<option>=<value>   options of the task; by default the run's"""
 
 
 def _main(arguments: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from magpo import cli, envs, policy
-    from magpo.config import ConfigError
-    from magpo.console import spread
+    from magpo import cli, policy
+    from magpo.errors import ConfigError
 
     keys = {"run": str, "episodes": int, "greedy": bool, "seed": int, "env": str}
-    given = cli.key_values(arguments, keys, open_group="env")
+    given = cli.key_values(arguments, keys, open_groups=("env", "vary"))
     cli.within(given, episodes=(1, 2**31 - 1), seed=(0, 2**32 - 1))
     if "run" not in given:
         raise ConfigError("run=<folder> is missing")
     trained = policy.read(given["run"])
-    task = given.get("env", trained.env.name)
-    own = trained.config.env.options if task == trained.env.name else {}
-    options = {k.removeprefix("env."): v for k, v in given.items() if k.startswith("env.")}
-    try:
-        env = envs.make(task, **own | options)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    policy.check_fits(trained, env)
+    places = trained.places(setting=cli.group(given, "vary"))
+    env = policy.make_env(trained, given.get("env"), cli.group(given, "env"))
     episodes, greedy = given.get("episodes", 320), given.get("greedy", False)
 
-    system = trained.module.make(trained.config.algorithm, env)
-    keys_ = jax.random.split(jax.random.key(given.get("seed", 0)), len(trained.config.seeds))
-    play = jax.jit(
-        jax.vmap(lambda p, k: evaluate(trained.module, system, env, p, k, episodes, greedy))
-    )
-    metrics = jax.device_get(play(trained.params, keys_))  # (S, episodes) each
+    algorithm, setup = trained.algorithm, policy.make_setup(trained, env)
+    member_keys = jax.random.split(jax.random.key(given.get("seed", 0)), len(trained.score))
+    play = jax.jit(jax.vmap(lambda p, k: evaluate(algorithm, setup, env, p, k, episodes, greedy)))
+    chosen = jnp.array(places)
+    params = jax.tree.map(lambda x: x[chosen], trained.params)
+    metrics = jax.device_get(play(params, member_keys[chosen]))  # (members, episodes) each
     names = list(dict.fromkeys(["episode_return", env.headline, "episode_length"]))
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title_justify="left")
-    table.title = f"{trained.config.system} on {env.name}, {episodes} episodes a seed"
-    for name in ("seed", "trained steps", *names):
-        table.add_column(name, justify="right")
     means = {name: metrics[name].mean(-1) for name in names}
-    for s, seed in enumerate(trained.config.seeds):
-        steps = int(trained.chunk[s]) * trained.config.steps_per_chunk
-        table.add_row(str(seed), f"{steps:,}", *(f"{means[name][s]:.3f}" for name in names))
-    if len(trained.config.seeds) > 1:
-        table.add_row("mean", "", *(spread(means[name]) for name in names), style="bold")
+    _show(
+        f"{trained.config.system} on {env.name}, {episodes} episodes each", trained, places, means
+    )
+
+
+def _show(title: str, trained: "TrainedRun", places: Sequence[int], means: dict[str, Any]) -> None:
+    """Print a row for each member, and each setting's mean over seeds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from magpo import members
+    from magpo.console import spread
+
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title_justify="left")
+    table.title = title
+    for name in (*map(members.short_key, trained.config.vary), "seed", "trained steps", *means):
+        table.add_column(name, justify="right")
+    rows_of = dict[str, list[int]]()
+    for row, place in enumerate(places):
+        member = trained.config.members[place]
+        rows_of.setdefault(members.label(member.setting), []).append(row)
+        values = [*map(members.text, member.setting.values()), str(member.seed)]
+        steps = int(trained.chunk[place]) * trained.config.steps_per_chunk
+        table.add_row(*values, f"{steps:,}", *(f"{mean[row]:.3f}" for mean in means.values()))
+    for rows in rows_of.values():
+        if len(rows) > 1:
+            setting = trained.config.members[places[rows[0]]].setting
+            values = [*map(members.text, setting.values()), "mean", ""]
+            spreads = [spread(mean[rows]) for mean in means.values()]
+            table.add_row(*values, *spreads, style="bold")
     Console(highlight=False).print(table)
 
 

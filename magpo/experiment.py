@@ -1,9 +1,10 @@
-"""Run one experiment: seeds, chunks, evaluation, the best parameters, logging. Knows no algorithm.
+"""Run one experiment: members, chunks, evaluation, the best parameters, logging.
 
-Seeds are a vmap axis over a system's functions. A chunk, the updates between two evaluations, is
-one compiled program; the loop over chunks is here, on the host. The device always has its next
-chunk before the host reads the last one's figures, and the state is donated to it: what is
-evaluated or kept as best is therefore a copy, made on the device before that (`snapshot`).
+This file knows no algorithm. Members, each a seed with one setting of the varied hyperparameters,
+are a vmap axis over a system's functions. A chunk, the updates between two evaluations, is one
+compiled program; the loop over chunks is here, on the host. The device always has its next chunk
+before the host reads the last one's metrics, and the state is donated to it: the evaluated and the
+best parameters are therefore copies, made on the device before that (`snapshot`).
 """
 
 import ctypes
@@ -25,10 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magpo import cli, devices, envs, memory, processes, runs, saving
+from magpo import cli, contract, devices, envs, footprint, processes, resume, runs
 from magpo import config as configuration
-from magpo.config import ConfigError, RunConfig
+from magpo.config import RunConfig
 from magpo.console import Console
+from magpo.contract import Algorithm
+from magpo.errors import ConfigError
 from magpo.evaluate import evaluate
 from magpo.loggers import (
     JsonLines,
@@ -44,13 +47,13 @@ from magpo.loggers import (
     defined,
     require_neptune,
 )
-from magpo.saving import Saver, Start
+from magpo.resume import Saver, Start
 from magpo.types import Array, Environment, spec
 
 ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
 
 
-_signals: list[int] = []  # that asked this process to stop
+_signals: list[int] = []  # those that asked this process to stop
 
 
 class DivergenceError(RuntimeError):
@@ -58,53 +61,62 @@ class DivergenceError(RuntimeError):
 
 
 class Best(NamedTuple):
-    """Per seed: the evaluation with the highest mean episode return, the latest of equals."""
+    """Each member's evaluation with the highest mean episode return, the latest of equals."""
 
-    score: Any  # (S,) mean episode return
-    chunk: Any  # (S,) int32, chunks trained when it was evaluated
-    params: Any  # (S, ...) the policy it evaluated
+    score: Any  # (M,) mean episode return
+    chunk: Any  # (M,) int32, chunks trained when it was evaluated
+    params: Any  # (M, ...) the policy it evaluated
 
 
 class Programs(NamedTuple):
-    """Jitted functions; all arrays have a leading axis of seeds, except `index`, ()."""
+    """Jitted functions; all arrays have a leading axis of members, except `index`, ()."""
 
-    init: Any  # keys -> state
-    train_chunk: Any  # state, donated -> state, metrics (S, U)
+    init: Any  # keys, hyperparameters -> state
+    train_chunk: Any  # state, donated -> state, metrics (M, U)
     snapshot: Any  # state -> a copy of the policy's parameters, whether all parameters are finite
     copy: Any  # state -> a copy, for a checkpoint
-    evaluate: Any  # policy parameters, keys, index -> metrics (S, eval_episodes)
-    keep_best: Any  # best, policy parameters, episode returns (S, eval_episodes), index -> best
+    evaluate: Any  # policy parameters, keys, index -> metrics (M, eval_episodes)
+    keep_best: Any  # best, policy parameters, episode returns (M, eval_episodes), index -> best
+
+
+class Inputs(NamedTuple):
+    """The members' values that enter the programs, (M,) each."""
+
+    train_keys: Array
+    evaluation_keys: Array
+    hyper: Any
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run. The figures are in its folder too."""
+    """The outcome of a run. Its folder holds the metrics too."""
 
     folder: Path
-    measurements: list[Measurement]  # at step 0 and after every chunk, training metrics left out
+    measurements: list[Measurement]  # at step 0 and after every chunk, without training metrics
     absolute: Measurement | None
     best: Best
-    params: Any  # (S, ...) the policy at the end
+    params: Any  # (M, ...) the policy at the end
 
 
 class Shapes(NamedTuple):
-    """What the programs take and give, as shapes, dtypes and shardings."""
+    """The shapes, dtypes and shardings that the programs take and return."""
 
     keys: Any
+    hyper: Any
     state: Any
     params: Any  # of the policy
     best: Best
 
 
-def main(system_module: ModuleType) -> None:
-    """The command line of a system.
+def main(module: ModuleType) -> None:
+    """Run the command line of a system.
 
     Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        cli.hydra_main(system_module, _job)
+        cli.hydra_main(module, _job)
         return
     except (DivergenceError, LoggingError) as error:
         print("error:", error, file=sys.stderr)
@@ -117,15 +129,15 @@ def main(system_module: ModuleType) -> None:
     os._exit(code)  # an orderly exit would first wait for the chunk that is under way
 
 
-def _job(system_module: ModuleType, config: RunConfig) -> None:
-    """A run, maybe in a process of a launcher's, which would ignore SIGTERM."""
-    of_main = signal.getsignal(signal.SIGTERM) is _stop
+def _job(module: ModuleType, config: RunConfig) -> None:
+    """Run in this process, or in a launcher's, which would ignore SIGTERM."""
+    main_catches = signal.getsignal(signal.SIGTERM) is _stop
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     try:
-        run(system_module, config)
+        run(module, config)
     except KeyboardInterrupt:
-        if of_main or not _signals:
+        if main_catches or not _signals:
             raise
         sys.exit(128 + _signals[0])
 
@@ -142,47 +154,52 @@ def _check_interrupted() -> None:
         raise KeyboardInterrupt
 
 
-def run(system_module: ModuleType, config: RunConfig, env: Environment | None = None) -> Result:
-    """Train, evaluate and log one system on one task, all seeds side by side.
+def run(module: ModuleType, config: RunConfig, env: Environment | None = None) -> Result:
+    """Train, evaluate and log one system on one task, all members side by side.
 
     `env` takes the place of the environment that `config.env` names. Raises ConfigError before
-    anything is compiled, DivergenceError, LoggingError. Whatever ends it, the files hold all that
-    was measured.
+    anything is compiled, DivergenceError, LoggingError. Whatever ends the run, its files hold
+    everything measured so far.
     """
+    algorithm = contract.algorithm(module)
     set_up_jax(config)
     if config.logger.neptune:
         require_neptune()
     env = env or make_env(config)
     _check_global_state(env, config)
-    system = system_module.make(config.algorithm, env)
-    programs = build_programs(system_module, system, env, config)
-    shapes = shapes_of(programs, config)
+    setup = make_setup(algorithm, env, config)
+    programs = build_programs(algorithm, setup, env, config)
+    shapes = shapes_of(algorithm, programs, config)
     with ExitStack() as stack:
         folder = Path(processes.agreed(lambda: _claimed_folder(config, stack)))
-        start = saving.start(folder, config, shapes.state, shapes.best) if config.resume else None
+        start = resume.start(folder, config, shapes.state, shapes.best) if config.resume else None
         if processes.is_first():
             stack.enter_context(runs.recorded(folder))
         return _run(programs, shapes, env, config, folder, start)
 
 
 def make_env(config: RunConfig) -> Environment:
-    """The run's environment, with a global state where the system asks for it by a property
-    `global_state` of its Config. Raises ConfigError."""
+    """Make the run's environment, with a global state if the system needs it. Raises
+    ConfigError."""
+    needed = config.algorithm.needs_global_state
     try:
-        return envs.make(
-            config.env.name, global_state=_needs_global_state(config), **config.env.options
-        )
+        return envs.make(config.env.name, global_state=needed, **config.env.options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _needs_global_state(config: RunConfig) -> bool:
-    return getattr(config.algorithm, "global_state", False)
+def make_setup(algorithm: Algorithm, env: Environment, config: RunConfig) -> Any:
+    """Make the setup that all members share; the system checks every setting for the task first.
+    Raises ConfigError."""
+    configs = map(config.algorithm_of, config.settings)
+    setup, *_ = [algorithm.make(of_setting, spec(env)) for of_setting in configs]
+    return setup
 
 
 def _check_global_state(env: Environment, config: RunConfig) -> None:
-    """Raise ConfigError where an environment of the caller's has none, or one too many."""
-    needed = _needs_global_state(config)
+    """Raise ConfigError if a caller's environment does not provide exactly the global state this
+    system needs."""
+    needed = config.algorithm.needs_global_state
     if needed != (env.observation_spec.global_state is not None):
         raise ConfigError(
             f"{config.system} as configured needs an environment with global_state={needed}: "
@@ -191,7 +208,7 @@ def _check_global_state(env: Environment, config: RunConfig) -> None:
 
 
 def _claimed_folder(config: RunConfig, stack: ExitStack) -> Path:
-    """The run's, a new one or that of the run to be resumed, where nobody else then works."""
+    """Create the run's folder, or claim the one being resumed, and lock it."""
     if config.resume not in (None, "auto"):
         folder = Path(str(config.resume))
         stack.enter_context(runs.working(folder))
@@ -218,7 +235,7 @@ def _run(
 ) -> Result:
     suite, _, task = env.name.partition("/")
     info = Run(
-        folder, config.system, suite, task, config.seeds, env.headline, config.steps_per_update
+        folder, config.system, suite, task, config.members, env.headline, config.steps_per_update
     )
     log = JsonLines(info, start.log_bytes if start else 0) if processes.is_first() else None
     sinks: list[Sink] = [log, *_other_sinks(info, config, start)] if log else []
@@ -232,8 +249,8 @@ def _run(
         with Writer(sinks, console.warn) as writer:
             console.header(env, shapes.params, shapes.state.params)
             traced = programs.train_chunk.trace(shapes.state)
-            needed = memory.estimate(traced, shapes.state, devices.layout(config).mesh)
-            console.memory(needed, memory.available())
+            needed = footprint.estimate(traced, shapes.state, devices.layout(config).mesh)
+            console.footprint(needed, footprint.available())
             with console.compiling(programs._fields) as done:
                 programs = compile_programs(programs, shapes, config, done.append)
             recorder = _Recorder(config, writer, console, earlier)
@@ -252,7 +269,7 @@ def _run(
 
 
 def _other_sinks(info: Run, config: RunConfig, start: Start | None) -> list[Sink]:
-    """All but metrics.jsonl, with what they need of a resumed run's past."""
+    """Make all sinks but metrics.jsonl, and give them a resumed run's earlier measurements."""
     sinks: list[Sink] = [MarlEval(info), *([LearningCurve(info)] if config.logger.plot else [])]
     for measurement in start.measurements if start else ():
         for sink in sinks:
@@ -261,19 +278,19 @@ def _other_sinks(info: Run, config: RunConfig, start: Start | None) -> list[Sink
         resumed_at = start.measurements[-1].env_steps[0] if start else -1
         sinks.append(TensorBoard(info, resumed_at if config.resume else None))
     if config.logger.neptune:
-        values = configuration.dump(config)
-        sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, values))
+        configs = [configuration.dump_setting(config, m.setting) for m in config.members]
+        sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, configs))
     return sinks
 
 
 def set_up_jax(config: RunConfig) -> None:
-    """Platform, precision, compilation cache, other processes; before JAX computes anything.
+    """Set platform, precision and compilation cache, and join other processes, before JAX computes.
 
-    By itself JAX takes a TPU or a GPU where there is one: only the CPU has to be asked for. Raises
+    JAX takes a TPU or a GPU by itself if there is one: only the CPU has to be asked for. Raises
     ConfigError for a platform that this machine, or this process, does not have.
     """
-    # XLA's CPU backend calls LAPACK (orthogonal initialisers) from threads of its own. On a busy
-    # machine, OpenBLAS's threads below those turn milliseconds into seconds.
+    # XLA's CPU backend calls LAPACK from threads of its own (the Cholesky solves of brax's
+    # `generalized` backend). On a busy machine, OpenBLAS's own threads would slow those down.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     settings: Any = jax.config
     if config.platform == "cpu":
@@ -286,7 +303,7 @@ def set_up_jax(config: RunConfig) -> None:
     processes.join(config.distributed)
     try:
         present = jax.default_backend()
-    except (RuntimeError, AssertionError) as error:  # the environment names one that is missing
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names one that is missing
         reason = str(error).partition("\n")[0] or "no such device here"
         raise ConfigError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {reason}") from error
     if config.platform not in ("auto", present):
@@ -296,18 +313,21 @@ def set_up_jax(config: RunConfig) -> None:
 
 
 def build_programs(
-    system_module: ModuleType, system: Any, env: Environment, config: RunConfig
+    algorithm: Algorithm, setup: Any, env: Environment, config: RunConfig
 ) -> Programs:
-    """The run's programs, for all seeds at once, not yet compiled."""
+    """Build the run's programs, for all members at once, not yet compiled."""
+
+    def init(key: Array, hyper: Any) -> Any:
+        return algorithm.init(setup, env, key)._replace(hyper=hyper)
 
     def snapshot(state: Any) -> tuple[Any, Array]:
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
         # A copy: the state's own buffers are overwritten by the next chunk.
-        return jax.tree.map(jnp.copy, system_module.policy_params(state)), jnp.stack(finite).all()
+        return jax.tree.map(jnp.copy, algorithm.policy_params(state)), jnp.stack(finite).all()
 
-    def evaluate_seed(params: Any, key: Array, index: Array) -> dict[str, Array]:
+    def evaluate_member(params: Any, key: Array, index: Array) -> dict[str, Array]:
         key = jax.random.fold_in(key, index)
-        return evaluate(system_module, system, env, params, key, config.eval_episodes)
+        return evaluate(algorithm, setup, env, params, key, config.eval_episodes)
 
     def keep_best(best: Best, params: Any, returns: Array, index: Array) -> Best:
         new = Best(returns.mean(), index, params)
@@ -315,51 +335,50 @@ def build_programs(
         return Best(*(jax.tree.map(partial(jnp.where, better), new, best)))
 
     lay = devices.layout(config)
-    # One seed after the other: batches of QR decompositions (orthogonal initialisers) that run side
-    # by side wait for each other's threads for ever in XLA's CPU backend on few cores.
-    init = lay.per_device(
-        partial(jax.lax.map, partial(system_module.init, system)), devices.EACH_SEED
-    )
-    state = lay.of_state(jax.eval_shape(init, _key_shapes(config)))
-    seeds, figures = lay.of_seeds(), lay.of_figures()
-    best = Best(figures, figures, seeds)
+    init_all = lay.each_member(init)
+    state_shapes = jax.eval_shape(init_all, _key_shapes(config), config.member_hyper())
+    state = lay.of_state(state_shapes, algorithm.CARD.per_environment)
+    members, metrics = lay.of_members(), lay.of_metrics()
+    best = Best(metrics, metrics, members)
     return Programs(
-        init=jax.jit(init, in_shardings=seeds, out_shardings=state),
+        init=jax.jit(init_all, in_shardings=(members, members), out_shardings=state),
         train_chunk=jax.jit(
-            lay.each_seed(partial(system_module.train_chunk, system)),
+            lay.each_member(partial(algorithm.train_chunk, setup, env)),
             in_shardings=(state,),
-            out_shardings=(state, figures),
+            out_shardings=(state, metrics),
             donate_argnums=0,
         ),
         snapshot=jax.jit(
-            lay.each_seed(snapshot), in_shardings=(state,), out_shardings=(seeds, figures)
+            lay.each_member(snapshot), in_shardings=(state,), out_shardings=(members, metrics)
         ),
         copy=jax.jit(partial(jax.tree.map, jnp.copy), in_shardings=(state,), out_shardings=state),
         evaluate=jax.jit(
-            lay.each_seed(evaluate_seed, num_shared=1),
-            in_shardings=(seeds, seeds, None),
-            out_shardings=figures,
+            lay.each_member(evaluate_member, num_shared=1),
+            in_shardings=(members, members, None),
+            out_shardings=metrics,
         ),
         keep_best=jax.jit(
             jax.vmap(keep_best, in_axes=(0, 0, 0, None)),
-            in_shardings=(best, seeds, figures, None),
+            in_shardings=(best, members, metrics, None),
             out_shardings=best,
         ),
     )
 
 
-def shapes_of(programs: Programs, config: RunConfig) -> Shapes:
-    """What `programs` take and give."""
+def shapes_of(algorithm: Algorithm, programs: Programs, config: RunConfig) -> Shapes:
+    """Return the shapes that `programs` take and return."""
     lay = devices.layout(config)
-    seeds, figures = lay.of_seeds(), lay.of_figures()
-    keys = devices.laid(_key_shapes(config), seeds)
-    state = programs.init.eval_shape(keys)
+    members, metrics = lay.of_members(), lay.of_metrics()
+    keys = devices.laid(_key_shapes(config), members)
+    hyper = devices.laid(config.member_hyper(), members)
+    state = programs.init.eval_shape(keys, hyper)
     params, _ = programs.snapshot.eval_shape(state)
     return Shapes(
         keys=keys,
-        state=devices.laid(state, lay.of_state(state)),
-        params=devices.laid(params, seeds),
-        best=devices.laid(_no_best(config, params), Best(figures, figures, seeds)),
+        hyper=hyper,
+        state=devices.laid(state, lay.of_state(state, algorithm.CARD.per_environment)),
+        params=devices.laid(params, members),
+        best=devices.laid(_no_best(config, params), Best(metrics, metrics, members)),
     )
 
 
@@ -371,15 +390,15 @@ def compile_programs(
 ) -> Programs:
     """Compile all programs and tell `done` the name of each that is compiled.
 
-    While one compiles, the next is traced. Compiling side by side as well would save no time, for
-    XLA uses all cores by itself, but take half as much memory again.
+    While one compiles, the next is traced. Compiling side by side as well would save no time,
+    because XLA uses all cores by itself, but take half as much memory again.
     """
     index = np.int32(0)
-    returns = np.zeros((len(config.seeds), config.eval_episodes), np.float32)
+    returns = np.zeros((len(config.members), config.eval_episodes), np.float32)
     arguments = {  # the longest first
         "train_chunk": (shapes.state,),
         "evaluate": (shapes.params, shapes.keys, index),
-        "init": (shapes.keys,),
+        "init": (shapes.keys, shapes.hyper),
         "snapshot": (shapes.state,),
         "copy": (shapes.state,),
         "keep_best": (shapes.best, shapes.params, returns, index),
@@ -389,7 +408,7 @@ def compile_programs(
     if jax.default_backend() == "cpu":  # half the compiler's memory, and a tenth faster to run
         options["xla_cpu_use_fusion_emitters"] = False
         options["xla_cpu_experimental_ynn_fusion_type"] = ""
-    # What runs once is not worth optimising: that takes most of its compilation.
+    # `init` runs once and is not worth optimising, which takes most of its compilation.
     once = {"init": {"xla_backend_optimization_level": 0}}
 
     def finish(name: str, lowered: Any) -> Any:
@@ -400,19 +419,24 @@ def compile_programs(
         return compiled
 
     pool, futures = ThreadPoolExecutor(1), {}
-    for name, given in arguments.items():
+    for name, shaped in arguments.items():
         _check_interrupted()
-        futures[name] = pool.submit(finish, name, getattr(programs, name).lower(*given))
+        futures[name] = pool.submit(finish, name, getattr(programs, name).lower(*shaped))
     pool.shutdown(wait=False)  # waiting here could not be interrupted
     return Programs(**{name: future.result() for name, future in futures.items()})
 
 
-def seed_keys(config: RunConfig) -> tuple[Array, Array]:
-    """Each seed's random key for training and for evaluation, (S,) each."""
-    sharding = devices.layout(config).of_seeds()
-    split: Any = jax.jit(jax.vmap(_split_seed), out_shardings=sharding)
-    train_keys, evaluation_keys = split(np.array(config.seeds, np.uint32))
-    return train_keys, evaluation_keys
+def member_inputs(config: RunConfig) -> Inputs:
+    """Return each member's random keys and hyperparameters.
+
+    The keys come from its seed alone, so that a member trains as the run of its setting alone does.
+    """
+    sharding = devices.layout(config).of_members()
+    make: Any = jax.jit(
+        lambda seeds, hyper: Inputs(*jax.vmap(_split_seed)(seeds), hyper), out_shardings=sharding
+    )
+    inputs: Inputs = make(_seeds(config), config.member_hyper())
+    return inputs
 
 
 def _split_seed(seed: Array) -> tuple[Array, Array]:
@@ -420,17 +444,22 @@ def _split_seed(seed: Array) -> tuple[Array, Array]:
     return train_key, evaluation_key
 
 
+def _seeds(config: RunConfig) -> np.ndarray:
+    """Return each member's seed, (M,)."""
+    return np.array([member.seed for member in config.members], np.uint32)
+
+
 def _key_shapes(config: RunConfig) -> Any:
-    return jax.eval_shape(jax.vmap(jax.random.key), np.array(config.seeds, np.uint32))
+    return jax.eval_shape(jax.vmap(jax.random.key), _seeds(config))
 
 
 def _no_best(config: RunConfig, params: Any) -> Best:
-    num_seeds = len(config.seeds)
-    return Best(np.full(num_seeds, -np.inf, np.float32), np.zeros(num_seeds, np.int32), params)
+    number = len(config.members)
+    return Best(np.full(number, -np.inf, np.float32), np.zeros(number, np.int32), params)
 
 
 class _Recorder:
-    """Reads figures off the device, hands them on, and stops the run where one is NaN."""
+    """Reads metrics off the device, hands them on, and stops the run at the first NaN."""
 
     def __init__(
         self,
@@ -448,7 +477,7 @@ class _Recorder:
         self, index: int, finite: Array, evaluation: dict[str, Array], training: dict[str, Array]
     ) -> None:
         """Wait for a chunk and the evaluation after it. Raises DivergenceError."""
-        figures = _get(training)
+        metrics = _get(training)
         trained = time.perf_counter()
         scores = _get(evaluation)
         now = time.perf_counter()
@@ -458,42 +487,43 @@ class _Recorder:
             timing["evaluation_s"] = now - trained
             timing["steps_per_s"] = self.config.steps_per_chunk / timing["training_s"]
         self.last = now
-        steps = (index * self.config.steps_per_chunk,) * len(self.config.seeds)
-        measurement = Measurement(index, steps, now - self.began, scores, figures, timing)
+        steps = (index * self.config.steps_per_chunk,) * len(self.config.members)
+        measurement = Measurement(index, steps, now - self.began, scores, metrics, timing)
         self.writer.put(measurement)
         self.console.update(measurement)
         self.measurements.append(measurement._replace(training={}))
-        self._check(index, np.asarray(finite), figures)
+        self._check(index, np.asarray(finite), metrics)
 
     def record_absolute(self, best: Best, parts: list[dict[str, Array]]) -> Measurement:
+        """Wait for the evaluations that make up the absolute metric."""
         scores = _get(parts)
-        whole = {name: np.concatenate([part[name] for part in scores], 1) for name in scores[0]}
+        joined = {name: np.concatenate([part[name] for part in scores], 1) for name in scores[0]}
         steps = tuple(int(i) * self.config.steps_per_chunk for i in np.asarray(best.chunk))
         wall_s = time.perf_counter() - self.began
-        measurement = Measurement(None, steps, wall_s, whole, {}, {})
+        measurement = Measurement(None, steps, wall_s, joined, {}, {})
         self.writer.put(measurement)
         return measurement
 
-    def _check(self, index: int, finite: np.ndarray, figures: dict[str, np.ndarray]) -> None:
+    def _check(self, index: int, finite: np.ndarray, metrics: dict[str, np.ndarray]) -> None:
         config = self.config
-        nan = {name: np.isnan(values) & defined(figures, name) for name, values in figures.items()}
-        anywhere = np.any(list(nan.values()), axis=0) if nan else np.zeros((1, 1), bool)  # (S, U)
+        nan = {name: np.isnan(values) & defined(metrics, name) for name, values in metrics.items()}
+        anywhere = np.any(list(nan.values()), axis=0) if nan else np.zeros((1, 1), bool)  # (M, U)
         if anywhere.any():
-            update, s = np.argwhere(anywhere.T)[0]
-            what = ", ".join(name for name in nan if nan[name][s, update])
+            update, place = np.argwhere(anywhere.T)[0]
+            what = ", ".join(name for name in nan if nan[name][place, update])
             update += (index - 1) * config.updates_per_chunk + 1
         elif not finite.all():
-            what, s, update = "parameters", np.argmin(finite), index * config.updates_per_chunk
+            place, what, update = np.argmin(finite), "parameters", index * config.updates_per_chunk
         else:
             return
         raise DivergenceError(
             f"training diverged at update {update} of {config.num_updates}, "
-            f"seed {config.seeds[s]}: {what} not finite"
+            f"{config.members[place].name}: {what} not finite"
         )
 
 
 def _get(tree: Any) -> Any:
-    """The arrays' values, once they are computed; a signal is answered while waiting."""
+    """Return the arrays' values once they are computed; answer signals while waiting."""
     pause = 1e-4
     while not all(array.is_ready() for array in jax.tree.leaves(tree)):
         _check_interrupted()
@@ -506,9 +536,10 @@ def _get(tree: Any) -> Any:
 def _train(
     programs: Programs, config: RunConfig, recorder: _Recorder, saver: Saver, start: Start | None
 ) -> Result:
-    """The loop over chunks. `programs` are compiled."""
-    train_keys, evaluation_keys = seed_keys(config)
-    state = start.state if start else programs.init(train_keys)
+    """Train, evaluate and save chunk after chunk. `programs` are compiled."""
+    train_keys, evaluation_keys, hyper = member_inputs(config)
+    # A resumed run takes its hyperparameters from its configuration: they may have been changed.
+    state = start.state._replace(hyper=hyper) if start else programs.init(train_keys, hyper)
     best = start.best if start else None
     recorded = start.chunk if start else -1
     training: dict[str, Array] = {}
@@ -536,11 +567,12 @@ def _train(
 
 
 def _of_best(result: Result) -> Measurement:
-    """The evaluations behind `result.best`, as one measurement; its steps differ by seed."""
+    """Return the evaluations behind `result.best` as one measurement; its steps differ by
+    member."""
     chosen = [result.measurements[i] for i in np.asarray(result.best.chunk)]
     scores = {
-        name: np.stack([m.evaluation[name][s] for s, m in enumerate(chosen)])
+        name: np.stack([m.evaluation[name][place] for place, m in enumerate(chosen)])
         for name in chosen[0].evaluation
     }
-    steps = tuple(m.env_steps[s] for s, m in enumerate(chosen))
+    steps = tuple(m.env_steps[place] for place, m in enumerate(chosen))
     return result.measurements[-1]._replace(env_steps=steps, evaluation=scores)

@@ -20,8 +20,8 @@ import jax.export
 import jax.numpy as jnp
 
 from magpo import cli
-from magpo.config import ConfigError
-from magpo.policy import Policy, load_policy
+from magpo.errors import ConfigError
+from magpo.policy import TrainedPolicy, load_policy
 from magpo.types import Array, Observation
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -30,32 +30,33 @@ usage: python -m magpo.export run=<folder> [key=value ...]
 
   run=<folder>    a run's results folder
   out=<folder>    where policy.stablehlo and policy.json go (default: <run>/policy)
-  seed=<seed>     whose policy (default: that of the best score)
-  agent=0         whose, where the agents' policies differ"""
+  seed=<seed>     only this seed's policies (default: the one with the best score)
+  vary.<key>=<value>  only policies with this value, of a run that varied it
+  agent=0         whose policy, if the agents' differ"""
 
 
-def export(policy: Policy) -> tuple[bytes, dict[str, Any]]:
-    """The file's bytes and its description, for the policy of one agent.
+def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
+    """Return the file's bytes and its description, for the policy of one agent.
 
-    Inputs, B of each but the last two: the memory's leaves, the agent's view, its action mask, the
-    steps since the episode began; two random 32-bit numbers, and whether to act greedily. Outputs:
-    the actions, and the memory's leaves after the step.
+    Inputs, B of each but the last two: the leaves of the recurrent state (carry), the agent's view,
+    its action mask, the steps since the episode began; two random 32-bit numbers, and whether to
+    act greedily. Outputs: the actions, and the leaves of the carry after the step.
     """
     batch = tuple(jax.export.symbolic_shape("batch"))
-    carry, structure = jax.tree.flatten(policy.initial_carry((1,)))
+    leaves, structure = jax.tree.flatten(policy.initial_carry((1,)))
 
     def act(*inputs: Array) -> tuple[Array, ...]:
-        *memory, view, mask, step_count, random_bits, greedy = inputs
+        *before, view, mask, step_count, random_bits, greedy = inputs
         observation = Observation(view, mask, step_count)
         key = jax.random.wrap_key_data(random_bits, impl="threefry2x32")
-        memory = jax.tree.unflatten(structure, memory)
-        likely, after = policy.act(memory, observation, key, greedy=True)
-        sampled, _ = policy.act(memory, observation, key, greedy=False)
+        carry = jax.tree.unflatten(structure, before)
+        likely, after = policy.act(carry, observation, key, greedy=True)
+        sampled, _ = policy.act(carry, observation, key, greedy=False)
         return jnp.where(greedy, likely, sampled), *jax.tree.leaves(after)
 
     shaped: Any = jax.ShapeDtypeStruct
-    memory = [shaped((*batch, *leaf.shape[1:]), leaf.dtype) for leaf in carry]
-    named = {f"memory_{i}": leaf for i, leaf in enumerate(memory)}
+    carry = [shaped((*batch, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    named = {f"carry_{i}": leaf for i, leaf in enumerate(carry)}
     named |= {
         "agents_view": shaped((*batch, policy.env.num_features), jnp.float32),
         "action_mask": shaped((*batch, policy.env.action_dim), jnp.bool),
@@ -64,7 +65,7 @@ def export(policy: Policy) -> tuple[bytes, dict[str, Any]]:
         "greedy": shaped((), jnp.bool),
     }
     exported = jax.export.export(jax.jit(act), platforms=PLATFORMS)(*named.values())
-    outputs = ["action", *(f"memory_{i}" for i in range(len(memory)))]
+    outputs = ["action", *(f"carry_{i}" for i in range(len(carry)))]
     description = {
         "task": policy.env.name,
         "action_kind": policy.env.action_kind,
@@ -72,7 +73,7 @@ def export(policy: Policy) -> tuple[bytes, dict[str, Any]]:
         "outputs": [
             _describe(name, leaf) for name, leaf in zip(outputs, exported.out_avals, strict=True)
         ],
-        "memory_at_the_start": "zeros",
+        "carry_at_the_start": "zeros",
         "random_bits": "two new uint32 numbers at every step; unused where greedy",
         "agents_view": "the agent's own, as magpo.envs gives it: its one-hot id first",
         "platforms": list(PLATFORMS),
@@ -92,10 +93,12 @@ def main() -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    given = cli.key_values(arguments, {"run": str, "out": str, "seed": int, "agent": int})
+    keys = {"run": str, "out": str, "seed": int, "agent": int}
+    given = cli.key_values(arguments, keys, open_groups=("vary",))
     if "run" not in given:
         raise ConfigError("run=<folder> is missing")
-    policy = load_policy(given["run"], seed=given.get("seed"), agent=given.get("agent", 0))
+    setting = cli.group(given, "vary")
+    policy = load_policy(given["run"], given.get("seed"), setting, given.get("agent", 0))
     data, description = export(policy)
     out = Path(given.get("out") or Path(given["run"]) / "policy")
     try:

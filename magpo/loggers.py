@@ -1,9 +1,9 @@
-"""Where a run's figures go: metrics.jsonl, marl_eval.json, learning_curve.png, and on request
+"""The sinks of a run's metrics: metrics.jsonl, marl_eval.json, learning_curve.png, and on request
 TensorBoard and Neptune.
 
-A sink has `write(measurement)`, called for every evaluation in order, which raises only if that is
-lost, and `save()`, which brings its file up to date, with all that an earlier one left undone. One
-thread, `Writer`, drives them all, so that no disk ever holds up training.
+A sink's `write(measurement)` is called for every evaluation in order and raises only if the
+measurement is lost; its `save()` brings its file up to date, including everything that an earlier
+attempt left unwritten. One thread, `Writer`, drives all sinks: no disk ever delays training.
 """
 
 import contextlib
@@ -21,33 +21,43 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from magpo.config import ConfigError
+from magpo.errors import ConfigError
+from magpo.members import Member, Setting, label
 
 
 class LoggingError(RuntimeError):
-    """Figures, or checkpoints, could not be written, up to the end; the message says which."""
+    """Metrics or checkpoints could not be written, up to the end; the message says which."""
 
 
 class Run(NamedTuple):
-    """What every record says of the run."""
+    """The facts about a run that its records and pictures repeat."""
 
     folder: Path  # its name is the run's id
     system: str
     suite: str
     task: str
-    seeds: tuple[int, ...]
+    members: tuple[Member, ...]
     headline: str  # the metric the suite's papers report
-    steps_per_update: int  # environment steps, per seed
+    steps_per_update: int  # environment steps, per member
+
+    def by_setting(self) -> list[tuple[Setting, list[int]]]:
+        """Return each setting with the places of its members, one for each seed."""
+        places: list[tuple[Setting, list[int]]] = []
+        for place, member in enumerate(self.members):
+            if not places or places[-1][0] != member.setting:
+                places.append((member.setting, []))
+            places[-1][1].append(place)
+        return places
 
 
 class Measurement(NamedTuple):
     """One evaluation and the training since the last one. K episodes, U updates."""
 
     chunk: int | None  # chunks trained so far; None: the absolute metric
-    env_steps: tuple[int, ...]  # (S,) environment steps behind the evaluated parameters
+    env_steps: tuple[int, ...]  # (M,) environment steps behind the evaluated parameters
     wall_s: float  # since training began, compilation not counted
-    evaluation: dict[str, np.ndarray]  # (S, K) each
-    training: dict[str, np.ndarray]  # (S, U) each; empty where nothing was trained
+    evaluation: dict[str, np.ndarray]  # (M, K) each
+    training: dict[str, np.ndarray]  # (M, U) each; empty if nothing was trained
     timing: dict[str, float]
 
 
@@ -58,77 +68,78 @@ class Sink(Protocol):
 
 
 def defined(training: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """Where a training metric has a value, (S, U) bool: a mean over no episode has none."""
+    """Return where a training metric has a value, (M, U) bool: a mean over no episode has none."""
     if name.startswith("rollout/") and name != "rollout/episodes":
         return training["rollout/episodes"] > 0
     return np.ones(training[name].shape, bool)
 
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Replace a whole file at once: a reader, or a crash, never meets half of it."""
+    """Replace a file atomically: neither a reader nor a crash ever meets half of it."""
     aside = path.with_name(f".{path.name}.tmp")
     write(aside)
     os.replace(aside, path)
 
 
 def _plain(value: np.float32) -> float | None:
-    """The shortest decimal that is this float32; null for what JSON has no number for."""
+    """Return the shortest decimal that is this float32; None for values that JSON cannot hold."""
     return float(str(value)) if np.isfinite(value) else None
 
 
 class Scalar(NamedTuple):
-    """A value of one seed."""
+    """A value of one member."""
 
-    s: int  # the seed's place
+    place: int  # the member's
     env_steps: int
     name: str
     value: float | None
 
 
 def scalars(run: Run, measurement: Measurement) -> Iterator[Scalar]:
-    """A measurement's values: the updates come first, then the evaluation that follows them.
+    """Yield a measurement's values: those of the updates, then of the evaluation that follows them.
 
-    `eval/*` and `absolute/*` are means over episodes. `time/steps_per_s` is each seed's own.
+    `eval/*` and `absolute/*` are means over episodes. `time/steps_per_s` counts one member's steps.
     """
-    m, training = measurement, measurement.training
+    training = measurement.training
     masks = {name: defined(training, name) for name in training}
     num_updates = next(iter(training.values())).shape[1] if training else 0
     for update in range(num_updates):
-        for s in range(len(run.seeds)):
-            steps = m.env_steps[s] - (num_updates - 1 - update) * run.steps_per_update
+        for place, last_step in enumerate(measurement.env_steps):
+            steps = last_step - (num_updates - 1 - update) * run.steps_per_update
             for name in training:
-                if masks[name][s, update]:
-                    yield Scalar(s, steps, name, _plain(training[name][s, update]))
-    kind = "absolute" if m.chunk is None else "eval"
-    for s, steps in enumerate(m.env_steps):
-        for name, value in m.evaluation.items():
-            yield Scalar(s, steps, f"{kind}/{name}", _plain(value[s].mean()))
-        for name, seconds in m.timing.items():
-            yield Scalar(s, steps, f"time/{name}", round(seconds, 4))
+                if masks[name][place, update]:
+                    yield Scalar(place, steps, name, _plain(training[name][place, update]))
+    kind = "absolute" if measurement.chunk is None else "eval"
+    for place, steps in enumerate(measurement.env_steps):
+        for name, value in measurement.evaluation.items():
+            yield Scalar(place, steps, f"{kind}/{name}", _plain(value[place].mean()))
+        for name, seconds in measurement.timing.items():
+            yield Scalar(place, steps, f"time/{name}", round(seconds, 4))
 
 
 class JsonLines:
-    """metrics.jsonl: one value a line, as `scalars` gives them."""
+    """metrics.jsonl: one value a line, in the order of `scalars`."""
 
     def __init__(self, run: Run, keep_bytes: int = 0) -> None:
-        """Goes on after the first `keep_bytes` of the file, which a resumed run still stands by."""
+        """Append after the first `keep_bytes` of the file, those that a resumed run keeps."""
         self.run = run
         self.path = run.folder / "metrics.jsonl"
         self.file = self.path.open("a+b", buffering=0)
         kept = self.path.read_bytes()[:keep_bytes]
-        self.size = kept.rfind(b"\n") + 1  # bytes that are surely on file, whole lines
+        self.size = kept.rfind(b"\n") + 1  # bytes surely on file, whole lines
         self.unwritten = bytearray()
         self.ends: dict[int | None, int] = {}  # bytes, by chunk
 
     def write(self, measurement: Measurement) -> None:
         run = self.run
-        for s, env_steps, name, value in scalars(run, measurement):
+        for place, env_steps, name, value in scalars(run, measurement):
             record = {
                 "run": run.folder.name,
                 "system": run.system,
                 "env": run.suite,
                 "task": run.task,
-                "seed": run.seeds[s],
+                "seed": run.members[place].seed,
+                **run.members[place].setting,
                 "env_steps": env_steps,
                 "wall_s": round(measurement.wall_s, 3),
                 "name": name,
@@ -162,25 +173,31 @@ class JsonLines:
 
 
 class MarlEval:
-    """marl_eval.json: every episode of every evaluation, in the format id-marl-eval reads."""
+    """marl_eval.json: every episode of every evaluation, in the format id-marl-eval reads.
+
+    Each setting of a run that varies is an algorithm of its own: "magpo delta=1.2".
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.seeds: dict[str, dict[str, Any]] = {f"seed_{seed}": {} for seed in run.seeds}
+        self.entries: list[dict[str, Any]] = [{} for _ in run.members]
 
     def write(self, measurement: Measurement) -> None:
-        for s, entry in enumerate(self.seeds.values()):
-            metrics = {k: [_plain(x) for x in v[s]] for k, v in measurement.evaluation.items()}
+        for place, entry in enumerate(self.entries):
+            metrics = {k: [_plain(x) for x in v[place]] for k, v in measurement.evaluation.items()}
             if measurement.chunk is None:
                 entry["absolute_metrics"] = metrics
             else:
-                steps, elapsed = measurement.env_steps[s], round(measurement.wall_s, 3)
+                steps, elapsed = measurement.env_steps[place], round(measurement.wall_s, 3)
                 head = {"step_count": steps, "elapsed_time": elapsed}
                 entry[f"step_{measurement.chunk}"] = head | metrics
 
     def save(self) -> None:
-        data = {self.run.suite: {self.run.task: {self.run.system: self.seeds}}}
-        text = json.dumps(data)
+        algorithms: dict[str, dict[str, Any]] = {}
+        for (seed, setting), entry in zip(self.run.members, self.entries, strict=True):
+            name = f"{self.run.system} {label(setting)}".strip()
+            algorithms.setdefault(name, {})[f"seed_{seed}"] = entry
+        text = json.dumps({self.run.suite: {self.run.task: algorithms}})
         path = self.run.folder / "marl_eval.json"
         write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
@@ -196,31 +213,32 @@ class LearningCurve:
         self.measurements.append(measurement._replace(training={}))
 
     def save(self) -> None:
-        from magpo import plotting  # matplotlib: only where, and when, a curve is drawn
+        from magpo import curve  # imports matplotlib: only if, and when, a curve is drawn
 
         if self.measurements:
             path = self.run.folder / "learning_curve.png"
-            write_aside(path, lambda aside: plotting.draw(aside, self.run, self.measurements))
+            write_aside(path, lambda aside: curve.draw(aside, self.run, self.measurements))
 
 
 class TensorBoard:
-    """tensorboard/seed_<seed>/: event files, one folder a seed."""
+    """tensorboard/[delta=1.2,]seed_<seed>/: event files, one folder a member."""
 
     def __init__(self, run: Run, resumed_at: int | None = None) -> None:
-        """What an earlier process wrote beyond `resumed_at` environment steps is hidden."""
+        """Hide the values that an earlier process wrote after `resumed_at` environment steps."""
         from tensorboardX import SummaryWriter
 
         self.run = run
         again = {}
-        if resumed_at is not None:  # the suffix: the file's name has but the second it was made in
+        if resumed_at is not None:  # suffix: else two files of one second have the same name
             again = {"purge_step": resumed_at + 1, "filename_suffix": f".{resumed_at}"}
         root = run.folder / "tensorboard"
-        self.writers = [SummaryWriter(str(root / f"seed_{seed}"), **again) for seed in run.seeds]
+        names = [f"{label(m.setting, ',')},seed_{m.seed}".lstrip(",") for m in run.members]
+        self.writers = [SummaryWriter(str(root / name), **again) for name in names]
 
     def write(self, measurement: Measurement) -> None:
-        for s, env_steps, name, value in scalars(self.run, measurement):
+        for place, env_steps, name, value in scalars(self.run, measurement):
             if value is not None:
-                self.writers[s].add_scalar(name, value, env_steps)
+                self.writers[place].add_scalar(name, value, env_steps)
 
     def save(self) -> None:
         for writer in self.writers:
@@ -228,22 +246,23 @@ class TensorBoard:
 
 
 def require_neptune() -> None:
-    """Raise ConfigError where its client is not installed."""
+    """Raise ConfigError if Neptune's client is not installed."""
     if find_spec("neptune") is None:
         raise ConfigError("logger.neptune: needs the neptune client: install magpo[neptune]")
 
 
 class Neptune:
-    """A Neptune run for each seed, in a group with the run's name; offline without a token."""
+    """A Neptune run for each member, in a group with the run's name; offline without a token."""
 
     def __init__(
-        self, run: Run, project: str | None, tags: Sequence[str], config: dict[str, Any]
+        self, run: Run, project: str | None, tags: Sequence[str], configs: Sequence[dict[str, Any]]
     ) -> None:
-        self.run, self.project, self.tags, self.config = run, project, list(tags), config
+        """Take the configuration of each member."""
+        self.run, self.project, self.tags, self.configs = run, project, list(tags), configs
         self.runs: list[Any] = []
         self.refused: Exception | None = None
 
-    def _begin(self, seed: int) -> Any:
+    def _begin(self, member: Member, config: dict[str, Any]) -> Any:
         import neptune
 
         os.environ.setdefault("NEPTUNE_DATA_DIRECTORY", str(self.run.folder / "neptune"))
@@ -251,30 +270,30 @@ class Neptune:
         one = neptune.init_run(
             project=self.project,
             mode="async" if "NEPTUNE_API_TOKEN" in os.environ else "offline",
-            name=f"{self.run.system} {self.run.suite}/{self.run.task} seed {seed}",
+            name=" ".join([self.run.system, f"{self.run.suite}/{self.run.task}", member.name]),
             tags=self.tags,
             source_files=[],
             git_ref=False,
             **{f"capture_{what}": False for what in captured},
         )
         one["sys/group_tags"].add([self.run.folder.name])
-        one["config"] = neptune.utils.stringify_unsupported({**self.config, "seed": seed})
+        one["config"] = neptune.utils.stringify_unsupported({**config, "seed": member.seed})
         return one
 
     def write(self, measurement: Measurement) -> None:
         if self.refused is not None:  # once is enough: to be refused can take minutes
             raise self.refused
         try:
-            self.runs = self.runs or [self._begin(seed) for seed in self.run.seeds]
+            self.runs = self.runs or list(map(self._begin, self.run.members, self.configs))
         except Exception as error:
             self.refused = error
             raise
-        for s, env_steps, name, value in scalars(self.run, measurement):
+        for place, env_steps, name, value in scalars(self.run, measurement):
             if value is not None:
-                self.runs[s][name].append(value, step=env_steps)
+                self.runs[place][name].append(value, step=env_steps)
 
     def save(self) -> None:
-        """Nothing: the client sends by itself."""
+        """Do nothing: the client sends by itself."""
 
     def close(self) -> None:
         for one in self.runs:
@@ -284,9 +303,9 @@ class Neptune:
 class Writer:
     """The thread that does all file I/O, behind a bounded queue.
 
-    Files that are rewritten whole are saved again while training runs, but for at most about 1 %
-    of its time; and once more at the end. What fails never stops the run: `warn` is told once, it
-    is tried again, and what then is still missing is raised as LoggingError on leaving the context.
+    Files that are rewritten whole are saved again while training runs, for at most about 1 % of
+    its time, and once more at the end. A failure never stops the run: `warn` is told once, the
+    attempt is repeated, and leaving the context raises LoggingError for data that is still missing.
     """
 
     def __init__(
@@ -306,11 +325,11 @@ class Writer:
         self._abandoned = False
 
     def put(self, item: Measurement | Callable[[], object]) -> None:
-        """Have a measurement written, or a job done after all that was put before."""
+        """Queue a measurement to write, or a job to do after everything queued before."""
         self._queue.put(item)
 
     def abandon(self) -> None:
-        """Leave the context at once, and do not tell what becomes of what is under way."""
+        """Exit without waiting for pending writes or reporting their errors."""
         self._abandoned = True
 
     def __enter__(self) -> "Writer":
@@ -347,7 +366,7 @@ class Writer:
                 self._try(self._unsaved, type(sink).__name__, close)
 
     def _save(self) -> float:
-        """Save all; return the seconds it took."""
+        """Save all sinks; return the seconds it took."""
         start = time.monotonic()
         for sink in self.sinks:
             self._try(self._unsaved, type(sink).__name__, sink.save)

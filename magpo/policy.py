@@ -1,14 +1,15 @@
-"""Trained policies: out of a results folder, without the environment they were trained on.
+"""Trained policies, loaded from a results folder without the environment they were trained on.
 
     policy = magpo.load_policy("results/magpo/rware/tiny-4ag/<run-id>")
     carry = policy.initial_carry((32,))
     action, carry = policy.act(carry, observation, key, greedy=True)
 
-What is loaded is numbers and names; nothing in the folder is executed. The system that acts is the
-installed one of the run's name, or a module of your own.
+A folder holds numbers and names; nothing in it is executed. The system that acts is the installed
+one of the run's name, or a module of your own.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -20,71 +21,83 @@ import jax
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from magpo import checkpoint, config, runs
+from magpo import checkpoint, config, contract, envs, runs
 from magpo.checkpoint import CheckpointError
-from magpo.config import ConfigError, RunConfig
-from magpo.types import Array, Card, Environment, EnvSpec, Observation
+from magpo.config import RunConfig
+from magpo.contract import Algorithm, Deployed, Parameters
+from magpo.errors import ConfigError
+from magpo.members import text
+from magpo.types import Array, Environment, EnvSpec, Observation, spec
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a run's newest usable checkpoint says of its best policies."""
+class TrainedRun:
+    """The best policies of a run, as its newest usable checkpoint holds them."""
 
     config: RunConfig
-    module: ModuleType
+    algorithm: Algorithm
     env: EnvSpec
-    params: Any  # (S, ...) NumPy, the best of each seed
-    score: np.ndarray  # (S,) mean episode return of the evaluation that made them the best
-    chunk: np.ndarray  # (S,) chunks trained by then
+    params: Any  # (M, ...) NumPy, the best of each member
+    score: np.ndarray  # (M,) mean episode return of the evaluation that made them the best
+    chunk: np.ndarray  # (M,) chunks trained by then
 
-    @property
-    def card(self) -> Card:
-        """What kind of system it is; one of your own that does not say has shared parameters."""
-        return getattr(self.module, "CARD", Card("", "each agent's policy", "", "shared"))
-
-    def seed_index(self, seed: int | None) -> int:
-        """Where a seed's parameters are; by default those of the best score."""
-        if seed is None:
-            return int(np.nanargmax(self.score))
-        if seed not in self.config.seeds:
+    def places(
+        self, seed: int | None = None, setting: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return the places of the members with this seed and these values. Raises ConfigError."""
+        setting, vary = setting or {}, self.config.vary
+        for key, value in setting.items():
+            if value not in vary.get(key, ()):
+                has = "; ".join(f"vary.{k}=[{','.join(map(text, v))}]" for k, v in vary.items())
+                raise ConfigError(
+                    f"vary.{key}={json.dumps(value)}: the run has {has or 'nothing that varies'}"
+                )
+        if seed is not None and seed not in self.config.seeds:
             raise ConfigError(f"seed={seed}: the run has {list(self.config.seeds)}")
-        return self.config.seeds.index(seed)
+        return [
+            place
+            for place, member in enumerate(self.config.members)
+            if seed in (None, member.seed) and setting.items() <= member.setting.items()
+        ]
+
+    def best(self, places: Sequence[int]) -> int:
+        """Return the place with the highest score."""
+        return places[int(np.nanargmax(self.score[list(places)]))]
 
 
-def read(folder: str | Path, system: ModuleType | None = None) -> Trained:
+def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
     """Load the best policies of a run. Raises ConfigError.
 
     `system` is the module of a system of your own; without it the run's has to be one of magpo's.
     """
     folder = Path(folder)
     module = system or _system(folder)
-    name = module.__name__.rpartition(".")[2]
     found = runs.newest_checkpoint(folder)
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
     path, meta = found
-    run = config.from_values(system or name, meta["config"], path)  # config.yaml could be edited
+    run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
     try:
         record = checkpoint.load_named(path, meta, "record")
         env = TypeAdapter(EnvSpec).validate_json(json.dumps(meta["env"]), strict=True)
         score, chunk = record["best.score"], record["best.chunk"]
-        if len(score) != len(run.seeds):
-            raise CheckpointError(f"parameters of {len(score)} seeds, not {len(run.seeds)}")
+        if len(score) != len(run.members):
+            raise CheckpointError(f"parameters of {len(score)} members, not {len(run.members)}")
     except (CheckpointError, ValidationError, KeyError) as error:
         raise ConfigError(f"{path}: {str(error).partition(chr(10))[0]}") from error
-    params: dict[str, Any] = {}
-    for name, array in record.items():
-        if name.startswith("best.params."):
-            *parents, last = name.split(".")[2:]
-            group = params
-            for parent in parents:
-                group = group.setdefault(parent, {})
-            group[last] = array
-    return Trained(run, module, env, params, score, chunk)
+    params = config.nested(
+        {
+            key.removeprefix("best.params."): array
+            for key, array in record.items()
+            if key.startswith("best.params.")
+        }
+    )
+    return TrainedRun(run, contract.algorithm(module), env, params, score, chunk)
 
 
 def _system(folder: Path) -> ModuleType:
-    """The module of the run's system: one of the package's, never what a file names freely."""
+    """Import the module of the run's system: one of the package's, never a name taken freely from
+    a file."""
     try:
         name = config.plain_values(folder / "config.yaml")["run"]["system"]
     except (ConfigError, TypeError, KeyError) as error:
@@ -95,44 +108,49 @@ def _system(folder: Path) -> ModuleType:
 
 
 @dataclass(frozen=True, eq=False)
-class Policy:
+class TrainedPolicy:
     """A trained policy of all agents, or of one. `*batch` is any number of leading axes."""
 
-    module: ModuleType = field(repr=False)
-    system: Any = field(repr=False)
+    algorithm: Algorithm = field(repr=False)
+    setup: Any = field(repr=False)
     env: EnvSpec
     params: Any = field(repr=False)
     one_agent: bool
 
     def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> Any:
-        """The memory at the start of an episode, (*batch[, N], ...) each."""
+        """Return the recurrent state at the start of an episode, (*batch[, N], ...) each."""
         size = int(np.prod(batch_shape, dtype=int))
-        carry = self.module.initial_carry(self.system, (size,))
+        carry = self.algorithm.initial_carry(self.setup, (size,))
         return jax.tree.map(partial(_outwards, self, batch_shape), carry)
 
     def act(
         self, carry: Any, observation: Observation, key: Array, greedy: bool = False
     ) -> tuple[Array, Any]:
-        """Actions (*batch[, N][, A]) and the memory after the step.
+        """Return actions (*batch[, N][, A]) and the recurrent state after the step.
 
         Args:
             observation: agents_view (*batch[, N], O), action_mask (*batch[, N], A), step_count
-                (*batch); N is absent where the policy is one agent's.
+                (*batch); N is absent if the policy is one agent's.
             greedy: the most likely action instead of a sampled one.
         """
         acted: tuple[Array, Any] = _act(self, self.params, carry, observation, key, greedy)
         return acted
 
 
-def _outwards(policy: Policy, batch_shape: tuple[int, ...], x: Array) -> Array:
-    """(B, N, ...) as a system has it to (*batch[, N], ...)."""
+def _outwards(policy: TrainedPolicy, batch_shape: tuple[int, ...], x: Array) -> Array:
+    """Reshape (B, N, ...), as a system has it, to (*batch[, N], ...)."""
     x = x[:, 0] if policy.one_agent else x
     return x.reshape(*batch_shape, *x.shape[1:])
 
 
 @partial(jax.jit, static_argnames=("policy", "greedy"))
 def _act(
-    policy: Policy, params: Any, carry: Any, observation: Observation, key: Array, greedy: bool
+    policy: TrainedPolicy,
+    params: Any,
+    carry: Any,
+    observation: Observation,
+    key: Array,
+    greedy: bool,
 ) -> tuple[Array, Any]:
     batch_shape = observation.step_count.shape
     rank = len(batch_shape)
@@ -147,8 +165,8 @@ def _act(
         action_mask=inwards(observation.action_mask, agents=True),
         step_count=inwards(observation.step_count, agents=False),
     )
-    action, carry = policy.module.act(
-        policy.system,
+    action, carry = policy.algorithm.act(
+        policy.setup,
         params,
         jax.tree.map(partial(inwards, agents=True), carry),
         inner,
@@ -161,57 +179,87 @@ def _act(
 def load_policy(
     folder: str | Path,
     seed: int | None = None,
+    setting: Mapping[str, float | None] | None = None,
     agent: int | None = None,
     system: ModuleType | None = None,
-) -> Policy:
-    """The best policy of a run's results folder. Raises ConfigError.
+) -> TrainedPolicy:
+    """Load the best policy of a run's results folder. Raises ConfigError.
 
     Args:
-        seed: whose; by default that of the best score.
+        seed: only policies of this seed.
+        setting: only policies with these values of varied hyperparameters:
+            {"system.delta": 1.2}.
         agent: the policy of this agent alone, from its own observation; by default all agents'.
-        system: the module, where the system is not one of magpo's.
+        system: the module, if the system is not one of magpo's.
     """
-    return build(read(folder, system), seed, agent)
+    trained = read(folder, system)
+    return build(trained, trained.best(trained.places(seed, setting)), agent)
 
 
 def build(
-    trained: Trained, seed: int | None = None, agent: int | None = None, env: Any = None
-) -> Policy:
-    """A `Policy` of what was read, for the environment it was trained on or another."""
-    spec = env or trained.env
-    index = trained.seed_index(seed)
-    params = jax.tree.map(lambda x: x[index], trained.params)
+    trained: TrainedRun, place: int, agent: int | None = None, env: Environment | None = None
+) -> TrainedPolicy:
+    """Build the policy of the member at `place`, for the environment it was trained on or
+    another."""
+    env_spec = spec(env) if env else trained.env
+    params = jax.tree.map(lambda x: x[place], trained.params)
+    card = trained.algorithm.CARD
     if agent is not None:
-        if not 0 <= agent < spec.num_agents:
-            raise ConfigError(f"agent={agent}: there are {spec.num_agents}, from 0 on")
-        if trained.card.deployed == "a joint policy":
+        if not 0 <= agent < env_spec.num_agents:
+            raise ConfigError(f"agent={agent}: there are {env_spec.num_agents}, from 0 on")
+        if card.deployed is Deployed.JOINT:
             raise ConfigError(f"agent={agent}: {trained.config.system} acts for all agents at once")
-        if trained.card.parameters == "each agent's own":
+        if card.parameters is Parameters.PER_AGENT:
             params = jax.tree.map(lambda x: x[agent : agent + 1], params)
-    return Policy(
-        module=trained.module,
-        system=trained.module.make(trained.config.algorithm, spec),
-        env=spec,
+    return TrainedPolicy(
+        algorithm=trained.algorithm,
+        setup=make_setup(trained, env, place),
+        env=env_spec,
         params=params,
         one_agent=agent is not None,
     )
 
 
-def check_fits(trained: Trained, env: Environment) -> None:
-    """Raise ConfigError where the policy cannot act in an environment."""
-    if trained.card.parameters == "each agent's own" and env.num_agents != trained.env.num_agents:
+def make_setup(trained: TrainedRun, env: Environment | None = None, place: int = 0) -> Any:
+    """Make the system's setup for the environment it was trained on or another. Raises
+    ConfigError."""
+    algorithm_config = trained.config.algorithm_of(trained.config.members[place].setting)
+    return trained.algorithm.make(algorithm_config, spec(env) if env else trained.env)
+
+
+def make_env(trained: TrainedRun, task: str | None, options: Mapping[str, Any]) -> Environment:
+    """Make the run's environment, or another task's, with these options changed.
+
+    Raises ConfigError if there is none such, or the policies cannot act in it.
+    """
+    trained_options = trained.config.env.options if task in (None, trained.env.name) else {}
+    try:
+        env = envs.make(
+            task or trained.env.name,
+            global_state=trained.config.algorithm.needs_global_state,
+            **{**trained_options, **options},
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _check_fits(trained, spec(env))
+    return env
+
+
+def _check_fits(trained: TrainedRun, env: EnvSpec) -> None:
+    """Raise ConfigError if the policies cannot act in an environment."""
+    seen, card = trained.env, trained.algorithm.CARD
+    if card.parameters is Parameters.PER_AGENT and env.num_agents != seen.num_agents:
         raise ConfigError(
-            f"the run has a policy for each of {trained.env.num_agents} agents, "
+            f"the run has a policy for each of {seen.num_agents} agents, "
             f"{env.name} has {env.num_agents}"
         )
-    ours, theirs = trained.env, env.observation_spec.agents_view.shape[-1]
-    if (ours.num_features, ours.action_dim, ours.action_kind) != (
-        theirs,
+    if (seen.num_features, seen.action_dim, seen.action_kind) != (
+        env.num_features,
         env.action_dim,
         env.action_kind,
     ):
         raise ConfigError(
-            f"the policy reads {ours.num_features} features and has {ours.action_dim} "
-            f"{ours.action_kind} actions, {env.name} has {theirs} and {env.action_dim} "
+            f"the policy reads {seen.num_features} features and has {seen.action_dim} "
+            f"{seen.action_kind} actions, {env.name} has {env.num_features} and {env.action_dim} "
             f"{env.action_kind}"
         )

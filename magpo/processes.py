@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from magpo.config import ConfigError, DistributedConfig
+from magpo.config import DistributedConfig
+from magpo.errors import ConfigError
 
 
 def join(config: DistributedConfig) -> None:

@@ -1,4 +1,4 @@
-"""See an episode: `python -m magpo.render env=<suite>/<task>` or `run=<folder>`.
+"""Show an episode: `python -m magpo.render env=<suite>/<task>` or `run=<folder>`.
 
 Writes a GIF, for MABrax brax's HTML: under random legal actions, or of a run's best policy.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magpo import cli, envs, policy
-from magpo.config import ConfigError
+from magpo.errors import ConfigError
 from magpo.types import Array, Environment
 
 USAGE = """\
@@ -20,6 +20,7 @@ usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
 
   env=<suite>/<task>     a task, under random legal actions
   run=<folder>           a run's results folder: its best policy, on its task
+  vary.<key>=<value>     the best policy with this value, of a run that varied it
   env.<option>=<value>   options of the task
   out=<file>             where to (default: <task>.gif, for MABrax <task>.html)
   steps=500              at most this many, >= 1
@@ -36,9 +37,9 @@ class Episode(NamedTuple):
 
 
 def play(
-    env: Environment, acting: policy.Policy | None, steps: int, seed: int, greedy: bool
+    env: Environment, acting: policy.TrainedPolicy | None, steps: int, seed: int, greedy: bool
 ) -> Episode:
-    """One episode, up to its end or `steps` steps; random legal actions without a policy."""
+    """Play an episode to its end or for `steps` steps; random legal actions without a policy."""
     reset_key, act_key = jax.random.split(jax.random.key(seed))
     state, timestep = jax.jit(env.reset)(reset_key)
     step = jax.jit(env.step)
@@ -66,12 +67,12 @@ def _random_action(env: Environment, mask: Array, key: Array) -> Array:
 
 
 def write_gif(path: Path, env: Environment, episode: Episode) -> None:
-    """A frame for each step: the state, what is done in it, and what that is worth."""
+    """Write a frame for each step: the state, the actions and the reward."""
     from matplotlib.animation import PillowWriter
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from magpo.drawing import DRAW
+    from magpo.pictures import DRAW
 
     draw = DRAW[env.name.partition("/")[0]]
     figure = Figure(figsize=(4.8, 5.0), layout="constrained")
@@ -90,7 +91,7 @@ def write_gif(path: Path, env: Environment, episode: Episode) -> None:
 
 
 def write_html(path: Path, env: Any, episode: Episode) -> None:
-    """brax's own viewer; it loads its script from the web."""
+    """Write a page with brax's own viewer, which loads its script from the web."""
     from brax.io import html
 
     poses = [state.pipeline_state for state in episode.states]
@@ -103,30 +104,35 @@ def main() -> None:
     cli.command(USAGE, _main)
 
 
+def _of_run(
+    folder: str, options: dict[str, Any], setting: dict[str, Any]
+) -> tuple[Environment, policy.TrainedPolicy]:
+    """Return a run's environment and its best policy with these values. Raises ConfigError."""
+    trained = policy.read(folder)
+    env = policy.make_env(trained, None, options)
+    return env, policy.build(trained, trained.best(trained.places(setting=setting)), env=env)
+
+
 def _main(arguments: Sequence[str]) -> None:
     keys = {"run": str, "env": str, "out": str, "steps": int, "greedy": bool, "seed": int}
-    given = cli.key_values(arguments, keys, open_group="env")
+    given = cli.key_values(arguments, keys, open_groups=("env", "vary"))
     if ("run" in given) == ("env" in given):
         raise ConfigError("give env=<suite>/<task> or run=<folder>, one of them")
     cli.within(given, steps=(1, 2**31 - 1), seed=(0, 2**32 - 1))
     steps, seed = given.get("steps", 500), given.get("seed", 0)
-    trained = policy.read(given["run"]) if "run" in given else None
-    task = trained.env.name if trained else given["env"]
-    own = trained.config.env.options if trained else {}
-    options = own | {k.removeprefix("env."): v for k, v in given.items() if k.startswith("env.")}
+    options, setting = cli.group(given, "env"), cli.group(given, "vary")
+    if setting and "run" not in given:
+        raise ConfigError("vary.<key>=<value> chooses a policy: it needs run=<folder>")
+    env, acting = _of_run(given["run"], options, setting) if "run" in given else (None, None)
     try:
-        env = envs.make(task, **options)
+        env = env or envs.make(given["env"], **options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    suite = task.partition("/")[0]
-    as_html = suite == "mabrax"
+    as_html = env.name.startswith("mabrax/")
     suffix = ".html" if as_html else ".gif"
-    out = Path(given.get("out") or task.replace("/", "_") + suffix)
+    out = Path(given.get("out") or env.name.replace("/", "_") + suffix)
     if out.suffix.lower() != suffix:
         raise ConfigError(f"out={out}: must be a file's name that ends in {suffix}")
-    if trained:
-        policy.check_fits(trained, env)
-    acting = policy.build(trained, env=env) if trained else None
     episode = play(env, acting, steps, seed, given.get("greedy", False))
     try:
         (write_html if as_html else write_gif)(out, env, episode)

@@ -1,4 +1,4 @@
-"""Runs on disk: a folder for each, who works in it, and what has become of it.
+"""Runs on disk: their folders, the locks on them, and their status.
 
     python -m magpo.runs [results]
 
@@ -8,11 +8,13 @@ lists the runs under a folder, the newest last, with the command that resumes on
 import argparse
 import errno
 import json
+import math
 import shlex
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
@@ -27,8 +29,10 @@ from rich.text import Text
 from magpo import checkpoint
 from magpo import config as configuration
 from magpo.checkpoint import CheckpointError
-from magpo.config import UNREADABLE, ConfigError, RunConfig
+from magpo.config import UNREADABLE, RunConfig
+from magpo.errors import ConfigError
 from magpo.loggers import write_aside
+from magpo.members import short_key
 
 if sys.platform != "win32":
     import fcntl
@@ -37,7 +41,7 @@ STATUS, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", ".lock", "checkpo
 
 
 def create(config: RunConfig) -> Path:
-    """Make a run's own new folder; ConfigError where it cannot be written."""
+    """Create a new folder for a run. Raises ConfigError if it cannot be written."""
     parent = Path(config.results_dir, config.system, *config.env.name.split("/"))
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
@@ -60,7 +64,7 @@ def create(config: RunConfig) -> Path:
 
 
 def newest_unfinished(config: RunConfig) -> Path | None:
-    """The newest run of the same configuration that was not finished and that nobody works on."""
+    """Return the newest unfinished run of this configuration on which no process works."""
     parent = Path(config.results_dir, config.system, *config.env.name.split("/"))
     wanted = configuration.dump(config)
     for folder in sorted(parent.glob(f"*/{STATUS}"), reverse=True):
@@ -98,20 +102,22 @@ def mend(folder: Path, config: RunConfig, run_id: str) -> bool:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The run's newest checkpoint that can be used, and its meta.json; None if it has none at all.
+    """Return the run's newest usable checkpoint and its meta.json; None if the run has none at all.
 
-    Those passed over are named on stderr. Raises ConfigError where that leaves none.
+    Newer ones that cannot be used are named on stderr. Raises ConfigError if none can be used.
     """
-    refused = []
+    refused: list[str] = []
     for path in checkpoint.checkpoints(folder / CHECKPOINTS):
         try:
             meta = checkpoint.read_meta(path)
             if meta.get("run") != identity(folder):
                 raise CheckpointError(f"{path}: belongs to another run")
-            return path, meta
         except CheckpointError as error:
-            print(f"warning: {error}: trying the one before", file=sys.stderr)
             refused.append(str(error))
+            continue
+        for reason in refused:
+            print(f"warning: {reason}: using the one before", file=sys.stderr)
+        return path, meta
     if refused:
         raise ConfigError(f"{folder}: no checkpoint can be used: {refused[0]}")
     return None
@@ -206,21 +212,21 @@ class Summary(NamedTuple):
     folder: Path
     system: str
     task: str
-    num_seeds: int
+    num_members: int
+    varied: tuple[str, ...]  # dotted keys
     status: str
-    steps: int  # evaluated so far, per seed
+    steps: int  # evaluated so far, per member
     total_steps: int
-    last_return: float | None  # mean over seeds
+    last_return: float | None  # mean over seeds, of the best setting
 
     @property
     def resume(self) -> str | None:
-        """The command that goes on with it; None where there is nothing to go on with."""
+        """The command that continues the run; None if there is nothing to continue."""
         if self.status in ("running", "finished", "unknown"):
             return None
-        own = f"python {self.system}.py"  # a system outside the package
-        known = self.system in configuration.systems()
-        command = f"python -m magpo.systems.{self.system}" if known else own
-        return f"{command} resume={shlex.quote(str(self.folder))}"
+        packaged = self.system in configuration.systems()
+        program = f"-m magpo.systems.{self.system}" if packaged else f"{self.system}.py"
+        return f"python {program} resume={shlex.quote(str(self.folder))}"
 
 
 def summaries(root: Path) -> list[Summary]:
@@ -233,23 +239,33 @@ def summaries(root: Path) -> list[Summary]:
 
 
 def _summary(folder: Path) -> Summary:
-    run = Summary(folder, "?", "?", 0, "unknown", 0, 0, None)
+    run = Summary(folder, "?", "?", 0, (), "unknown", 0, 0, None)
     with suppress(*UNREADABLE):
         values = configuration.plain_values(folder / CONFIG)
         system, task = str(values["run"]["system"]), str(values["run"]["env"])
-        run = run._replace(system=system, task=task, num_seeds=len(values["seeds"]))
+        vary = configuration.flat(values.get("vary", {}))
+        num_members = len(values["seeds"]) * math.prod(map(len, vary.values()))
+        run = run._replace(system=system, task=task, num_members=num_members, varied=tuple(vary))
         per_chunk = values["num_envs"] * values["rollout_length"] * values["num_evaluations"]
         run = run._replace(total_steps=int(values["total_steps"] // per_chunk * per_chunk))
         run = run._replace(status=status(folder))
-        returns = _last_returns(folder / "metrics.jsonl", run.num_seeds)
+        returns = _last_returns(folder / "metrics.jsonl", run.num_members)
         run = run._replace(steps=int(max((record["env_steps"] for record in returns), default=0)))
-        scores = [record["value"] for record in returns if record["value"] is not None]
-        run = run._replace(last_return=sum(scores) / len(scores) if scores else None)
+        run = run._replace(last_return=_best_mean(returns, run.varied))
     return run
 
 
-def _last_returns(file: Path, num_seeds: int) -> list[dict[str, Any]]:
-    """The records of the newest evaluation, from the end of metrics.jsonl."""
+def _best_mean(returns: Sequence[dict[str, Any]], varied: Sequence[str]) -> float | None:
+    """Return the best setting's mean over seeds of the returns in records; None without any."""
+    of_setting = defaultdict[tuple[Any, ...], list[float]](list)
+    for record in returns:
+        if record["value"] is not None:
+            of_setting[tuple(record[key] for key in varied)].append(record["value"])
+    return max((sum(values) / len(values) for values in of_setting.values()), default=None)
+
+
+def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
+    """Return the records of the newest evaluation, from the end of metrics.jsonl."""
     with file.open("rb") as stream:
         end = stream.seek(0, 2)
         for length in (2**16, 2**20, end):
@@ -257,9 +273,9 @@ def _last_returns(file: Path, num_seeds: int) -> list[dict[str, Any]]:
             lines = stream.read().splitlines()[bool(length < end) :]
             records = [json.loads(line) for line in lines if line.endswith(b"}")]
             returns = [record for record in records if record["name"] == "eval/episode_return"]
-            if len(returns) >= num_seeds:
+            if len(returns) >= num_members:
                 break
-    return returns[-num_seeds:]
+    return returns[-num_members:]
 
 
 def main() -> None:
@@ -277,14 +293,15 @@ def main() -> None:
         print(f"no runs under {root}")
         return
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("run", "system", "task", "status"):
+    for name in ("run", "system", "task", "status", "varied"):
         table.add_column(name)
-    for name in ("seeds", "steps", "of", "return"):
+    for name in ("members", "steps", "of", "return"):
         table.add_column(name, justify="right")
     for run in runs:
         last = "-" if run.last_return is None else f"{run.last_return:.3g}"
-        numbers = [str(run.num_seeds), f"{run.steps:,}", f"{run.total_steps:,}", last]
-        words = map(_shown, (run.folder.name, run.system, run.task, run.status))
+        numbers = [str(run.num_members), f"{run.steps:,}", f"{run.total_steps:,}", last]
+        varied = ", ".join(map(short_key, run.varied)) or "-"
+        words = map(_shown, (run.folder.name, run.system, run.task, run.status, varied))
         table.add_row(*words, *numbers)
     console = Console(highlight=False)
     console.width = max(console.width, 120)
@@ -295,7 +312,7 @@ def main() -> None:
 
 
 def _shown(text: str) -> Text:
-    """No markup, and nothing that a terminal would obey."""
+    """Return text without markup or control characters."""
     return Text("".join(c if c.isprintable() else "?" for c in text))
 
 

@@ -1,7 +1,7 @@
 """Measure a system on a task: start-up, steps per second, FLOPs, memory.
 
     python scripts/benchmark.py magpo env=coordsum/3x10-30 num_envs=64
-    python scripts/benchmark.py magpo env=rware/tiny-4ag seeds=[0,1,2] --json figures.json
+    python scripts/benchmark.py magpo env=rware/tiny-4ag seeds=[0,1,2] --json measurements.json
     python scripts/benchmark.py --overhead 5 magpo env=coordsum/3x10-30 num_envs=64
 
 Overrides are those of `python -m magpo.systems.<system>`. One process, the programs of a real run:
@@ -40,9 +40,10 @@ from jax.extend.core import jaxpr_as_fun  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from magpo import cli, experiment, loggers, saving  # noqa: E402
+from magpo import cli, contract, experiment, loggers, resume  # noqa: E402
 from magpo import config as configuration  # noqa: E402
 from magpo.config import RunConfig  # noqa: E402
+from magpo.contract import Algorithm  # noqa: E402
 from magpo.envs.wrappers import AutoReset  # noqa: E402
 from magpo.types import Array, Environment  # noqa: E402
 
@@ -139,17 +140,18 @@ def random_steps_per_s(env: Environment, num_envs: int, length: int) -> float:
     return num_envs * length / median_seconds(lambda: run(*start, jax.random.key(1)))
 
 
-def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
-    """All figures, by name and unit."""
+def measure(algorithm: Algorithm, config: RunConfig) -> dict[str, float]:
+    """Return all measurements, by name and unit."""
     experiment.set_up_jax(config)
     env = experiment.make_env(config)
-    system = module.make(config.algorithm, env)
-    programs = experiment.build_programs(module, system, env, config)
+    setup = experiment.make_setup(algorithm, env, config)
+    programs = experiment.build_programs(algorithm, setup, env, config)
+    shapes = experiment.shapes_of(algorithm, programs, config)
     started = time.perf_counter()
-    compiled = experiment.compile_programs(programs, experiment.shapes_of(programs, config), config)
+    compiled = experiment.compile_programs(programs, shapes, config)
     compile_s = time.perf_counter() - started
-    keys, _ = experiment.seed_keys(config)
-    state, _ = compiled.train_chunk(compiled.init(keys))
+    inputs = experiment.member_inputs(config)
+    state, _ = compiled.train_chunk(compiled.init(inputs.train_keys, inputs.hyper))
     first_update_s = time.perf_counter() - STARTED
 
     update_s = []
@@ -162,15 +164,16 @@ def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
     peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
-    steps = config.steps_per_update * len(config.seeds)
+    steps = config.steps_per_update * len(config.members)
     median_update_s = statistics.median(update_s[1:])
-    rollout = jax.jit(jax.vmap(lambda state: module.rollout(system, state)))
-    shaped: Any = jax.ShapeDtypeStruct  # of one device: a layout is not what is counted
-    shapes = jax.tree.map(lambda x: shaped(x.shape, x.dtype), state)
-    train_chunk = jax.vmap(lambda state: module.train_chunk(system, state))
-    total_flops, _ = flops(jax.make_jaxpr(train_chunk)(shapes))
+    of_package: Any = algorithm  # whose systems all have a `rollout`, beyond the contract
+    rollout = jax.jit(jax.vmap(lambda state: of_package.rollout(setup, env, state)))
+    shaped: Any = jax.ShapeDtypeStruct  # without shardings: FLOPs are counted on one device
+    one_device = jax.tree.map(lambda x: shaped(x.shape, x.dtype), state)
+    train_chunk = jax.vmap(lambda state: algorithm.train_chunk(setup, env, state))
+    total_flops, _ = flops(jax.make_jaxpr(train_chunk)(one_device))
     peak_rate = matmul_rate()
-    figures = {
+    measured = {
         "import_s": IMPORTED - STARTED,
         "compile_s": compile_s,
         "first_update_s": first_update_s,
@@ -184,12 +187,12 @@ def measure(module: ModuleType, config: RunConfig) -> dict[str, float]:
         "share_of_matmul_rate": total_flops / median_update_s / peak_rate,
         "peak_memory_gb": peak / 1e9,
     }
-    figures |= {"peak_device_memory_gb": device / 1e9} if device else {}
-    return figures | shares(compiled.train_chunk, lambda: compiled.train_chunk(state))
+    measured |= {"peak_device_memory_gb": device / 1e9} if device else {}
+    return measured | shares(compiled.train_chunk, lambda: compiled.train_chunk(state))
 
 
 def overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
-    """What checkpoints and logs take of a run's time."""
+    """Return the share of a run's time that checkpoints and logs take."""
     spent: dict[str, float] = defaultdict(float)
     attempt = loggers.Writer._try
 
@@ -199,7 +202,7 @@ def overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
         spent["checkpoint" if name == "checkpoint" else "logging"] += time.perf_counter() - start
 
     with mock.patch.object(loggers.Writer, "_try", timed), tempfile.TemporaryDirectory() as folder:
-        saving.TIME_SHARE = float("inf")
+        resume.TIME_SHARE = float("inf")
         result = experiment.run(module, replace(config, results_dir=folder))
         (written,) = Path(result.folder, "checkpoints").glob("*")
         size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
@@ -222,7 +225,7 @@ def main() -> None:
     parser.add_argument("system", help="one of " + ", ".join(configuration.systems()))
     parser.add_argument("overrides", nargs="*", help="env=<suite>/<task> key=value ...")
     parser.add_argument("--overhead", type=int, metavar="CHUNKS", help="of checkpoints and logs")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args()
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -236,19 +239,23 @@ def main() -> None:
         if arguments.overhead:
             short += ["absolute_metric=false", "keep=1"]
         config = configuration.load(arguments.system, [*arguments.overrides, *short])
-        figures = (overhead if arguments.overhead else measure)(module, config)
+        if arguments.overhead:
+            measured = overhead(module, config)
+        else:
+            measured = measure(contract.algorithm(module), config)
 
-    seeds = f", {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
-    table = Table(title=f"{config.system} on {config.env.name}{seeds}", title_justify="left")
-    table.add_column("figure")
+    number, noun = len(config.members), "members" if config.vary else "seeds"
+    members = f", {number} {noun}" if number > 1 else ""
+    table = Table(title=f"{config.system} on {config.env.name}{members}", title_justify="left")
+    table.add_column("measurement")
     table.add_column("value", justify="right")
-    for name, value in figures.items():
+    for name, value in measured.items():
         table.add_row(name, f"{value:,.0f}" if value >= 1000 else f"{value:.3g}")
     Console().print(table)
     if arguments.json:
         about = {"system": config.system, "task": config.env.name}
         about |= {"overrides": arguments.overrides, "device": jax.devices()[0].device_kind}
-        arguments.json.write_text(json.dumps(about | figures, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(about | measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":

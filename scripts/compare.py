@@ -1,4 +1,4 @@
-"""Time the updates of several experiments in turns, so that a machine's moods meet all alike.
+"""Interleave the timings of several experiments, so that machine noise affects all equally.
 
     python scripts/compare.py scripts/results/cost.csv \
         "mappo env=lbf/8x8-2p-2f-coop num_envs=64" "happo env=lbf/8x8-2p-2f-coop num_envs=64"
@@ -18,26 +18,25 @@ from typing import Any
 
 import jax
 
-from magpo import cli, config, experiment, tables
+from magpo import cli, config, contract, experiment, tables
 
 wait: Any = jax.block_until_ready
 
 
 def start(experiment_text: str) -> tuple[Any, Any]:
-    """An experiment's compiled update, and its state after one."""
+    """Return an experiment's update, compiled, and its state after one update."""
     system, *overrides = experiment_text.split()
     settings = config.load(system, overrides)
     short = [f"total_steps={settings.steps_per_update}", "num_evaluations=1"]
     settings = config.load(system, [*overrides, *short])
-    module = import_module(f"magpo.systems.{system}")
+    algorithm = contract.algorithm(import_module(f"magpo.systems.{system}"))
     experiment.set_up_jax(settings)
     env = experiment.make_env(settings)
-    programs = experiment.build_programs(
-        module, module.make(settings.algorithm, env), env, settings
-    )
-    keys, _ = experiment.seed_keys(settings)
+    setup = experiment.make_setup(algorithm, env, settings)
+    programs = experiment.build_programs(algorithm, setup, env, settings)
+    inputs = experiment.member_inputs(settings)
     update = programs.train_chunk
-    return update, wait(update(programs.init(keys)))[0]
+    return update, wait(update(programs.init(inputs.train_keys, inputs.hyper)))[0]
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from magpo import checkpoint, cli, config
 
 # A checkpoint after every chunk, however short: more writing to be killed in.
 CHILD = (
-    "import sys; from importlib import import_module; from magpo import saving; "
-    "saving.TIME_SHARE = float('inf'); "
+    "import sys; from importlib import import_module; from magpo import resume; "
+    "resume.TIME_SHARE = float('inf'); "
     "import_module('magpo.systems.' + sys.argv.pop(1)).main()"
 )
 

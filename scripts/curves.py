@@ -1,10 +1,10 @@
-"""Evaluation curves: from a run's metrics.jsonl to a small CSV, from CSVs to one figure.
+"""Evaluation curves: from a run's metrics.jsonl to a small CSV, from CSVs to one picture.
 
     python scripts/curves.py collect results/magpo/lbf/8x8-2p-2f-coop/<run-id> a.csv
     python scripts/curves.py draw docs/a.png "MAGPO on lbf/8x8-2p-2f-coop" a.csv b.csv
 
-A figure's lines are the means over seeds, each named by its file, in a band from the smallest to
-the largest seed.
+The picture's lines are means over seeds, each named by its file and, in a run that varies
+hyperparameters, by its setting, in a band from the smallest to the largest seed.
 """
 
 import argparse
@@ -26,23 +26,25 @@ from magpo import tables
 from magpo.config import UNREADABLE
 
 RETURN = "eval/episode_return"
+SETTING = "system."  # how the keys of varied hyperparameters begin
 
 
 class CurvesError(Exception):
-    """What is asked cannot be done; the message is one line."""
+    """The request cannot be met; the message is one line."""
 
 
 def collect(run: Path, table: Path, metrics: list[str]) -> None:
-    """Write a run's metrics, a row for each seed and step at which it has one of them."""
+    """Write a run's metrics, a row for each member and step at which it has one of them."""
     file = run / "metrics.jsonl"
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):  # still being written
             continue
         try:
             record = json.loads(line)
             if record["name"] in metrics and record["value"] is not None:  # null: NaN
-                place = {"seed": record["seed"], "env_steps": record["env_steps"]}
+                place = {key: record[key] for key in record if key.startswith(SETTING)}
+                place |= {"seed": record["seed"], "env_steps": record["env_steps"]}
                 row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(metrics, ""))
                 row[record["name"]] = f"{record['value']:.4g}"
         except UNREADABLE:
@@ -52,31 +54,33 @@ def collect(run: Path, table: Path, metrics: list[str]) -> None:
     tables.write(table, list(rows.values()))
 
 
-def read(table: Path) -> dict[int, list[float]]:
-    """A table's evaluation returns, of all seeds, by environment steps."""
-    returns = defaultdict[int, list[float]](list)
+def read(table: Path) -> dict[str, dict[int, list[float]]]:
+    """Read a table's evaluation returns, of all seeds, by setting and environment steps."""
+    curves = defaultdict[str, dict[int, list[float]]](lambda: defaultdict(list))
     try:
         with table.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
+                setting = {key: row[key] or "null" for key in row if key.startswith(SETTING)}
+                name = " ".join(f"{key.removeprefix(SETTING)}={setting[key]}" for key in setting)
                 if row[RETURN]:
-                    returns[int(row["env_steps"])].append(float(row[RETURN]))
-    except (ValueError, TypeError, KeyError, csv.Error):
+                    curves[name][int(row["env_steps"])].append(float(row[RETURN]))
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error):
         raise CurvesError(f"{table}: is no table of {RETURN}") from None
-    if not returns:
+    if not curves:
         raise CurvesError(f"{table}: has no value of {RETURN}")
-    if len(set(map(len, returns.values()))) > 1:
+    if any(len(set(map(len, returns.values()))) > 1 for returns in curves.values()):
         raise CurvesError(f"{table}: its seeds were not evaluated at the same steps")
-    return returns
+    return curves
 
 
 def draw(picture: Path, title: str, files: list[Path]) -> None:
-    """One line for each table, of the evaluation returns."""
+    """Draw the evaluation returns, one line for each table and setting."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for table in files:
-        returns = read(table)
+    curves = [(table, *found) for table in files for found in read(table).items()]
+    for table, setting, returns in curves:
         steps = sorted(returns)
         values = np.array([returns[step] for step in steps])  # (evaluations, S)
-        name = table.stem.replace("_", " ")
+        name = f"{table.stem.replace('_', ' ')} {setting}".strip()
         (line,) = axes.plot(steps, values.mean(1), linewidth=2, label=name)
         axes.fill_between(
             steps, values.min(1), values.max(1), color=line.get_color(), alpha=0.15, linewidth=0

@@ -7,13 +7,14 @@ reads every run under the folders, finished or not, and writes
     out/<suite>_<task>.png                         evaluation curves: mean over seeds, and its band
     out/iqm_<suite>.png                            interquartile mean over tasks and seeds
     out/probability_of_improvement_<suite>.png     P(X > Y) for each pair of systems
-    out/summary.csv                                final figures of each system and task
+    out/summary.csv                                final metrics of each system and task
 
 Runs of one system and task that differ only in their seeds are pooled; a seed given twice counts
-once, the newest run's. Where settings differ, each has its own line, named after what differs. The
-final evaluation is the last one that all pooled seeds have; the papers' figures are absolute
-metrics. The aggregates are rliable's (Agarwal et al., 2021): `pip install -e '.[plot]'`.
-Their intervals are percentiles of a stratified bootstrap: seeds are drawn anew within each task.
+once, the newest run's. Where settings differ, between runs or within a run that varies them, each
+has its own line, named after the differences. The final evaluation is the last one that all pooled
+seeds have; the papers report absolute metrics. The aggregates are rliable's (Agarwal et al., 2021):
+`pip install -e '.[plot]'`. Their intervals are percentiles of a stratified bootstrap: seeds are
+drawn anew within each task.
 """
 
 import argparse
@@ -39,10 +40,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from magpo import plotting
+from magpo import curve
 from magpo.config import UNREADABLE
 
-GPAE = plotting.PUBLISHED.with_name("gpae_table2.csv")
+GPAE = curve.PUBLISHED.with_name("gpae_table2.csv")
 WIN_RATE_SUITES = {"smax", "connector"}
 # What says who ran it, how long it was looked at and where to, not what was learned.
 NO_SETTINGS = {
@@ -57,7 +58,7 @@ COLUMNS = (
     *("published_mean", "published_std", "published_in"),
 )
 COLOURS = (
-    *(plotting.BLUE, plotting.ORANGE, "#2b8a3e", "#8e44ad", "#c2185b", "#00868b", "#8a6d1d"),
+    *(curve.BLUE, curve.ORANGE, "#2b8a3e", "#8e44ad", "#c2185b", "#00868b", "#8a6d1d"),
     *("#3d3d3d", "#6c8ebf", "#e08e79"),
 )
 
@@ -78,7 +79,7 @@ class Run(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A published figure, in the unit of the runs."""
+    """A published value, in the unit of the runs."""
 
     mean: float
     std: float
@@ -120,9 +121,12 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def read(folder: Path) -> Run | None:
-    """A run's evaluations; None where it has none yet."""
-    where, values = None, defaultdict[int, dict[int, float]](dict)
+def read(folder: Path) -> list[Run]:
+    """Return a run's evaluations, a Run for each setting that it varies; none without any."""
+    settings = settings_of(folder)
+    varied = [key.removeprefix("vary.") for key in settings if key.startswith("vary.")]
+    shared = {k: v for k, v in settings.items() if k.partition(".")[0] != "vary"}
+    where, runs = None, dict[tuple[Any, ...], Run]()
     with (folder / "metrics.jsonl").open("rb") as file:
         for number, data in enumerate(file, 1):
             try:
@@ -134,18 +138,20 @@ def read(folder: Path) -> Run | None:
                 if not all(isinstance(word, str) for word in where):
                     raise TypeError
                 wanted = record["name"] == f"eval/{headline(record['env'])}"
-                if wanted and record["value"] is not None:  # null: what JSON has no number for
-                    curve = values[index(record["seed"])]
-                    curve[index(record["env_steps"])] = record["value"] + 0.0
+                if not wanted or record["value"] is None:  # null: what JSON has no number for
+                    continue
+                setting = {key: record[key] for key in varied}
+                run = Run(*where, settings=shared | setting, values={})
+                run = runs.setdefault(tuple(setting.values()), run)
+                of_seed = run.values.setdefault(index(record["seed"]), {})
+                of_seed[index(record["env_steps"])] = record["value"] + 0.0
             except UNREADABLE:
                 raise PlotError(f"{folder}/metrics.jsonl: line {number} is no record") from None
-    if where is None or not values:
-        return None
-    return Run(*where, settings=settings_of(folder), values=dict(values))
+    return list(runs.values())
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """What of a run's config.yaml decides what is learned."""
+    """Return the settings in a run's config.yaml that decide what is learned."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -164,7 +170,7 @@ def find(folders: list[Path]) -> list[Run]:
     names = ", ".join(map(str, folders))
     if not found:
         raise PlotError(f"no runs (metrics.jsonl) under {names}")
-    runs = [run for folder in sorted(found) if (run := read(folder))]
+    runs = [run for folder in sorted(found) for run in read(folder)]
     if not runs:
         raise PlotError(f"no run under {names} has an evaluation yet")
     return runs
@@ -213,9 +219,9 @@ def written(value: Any) -> str:
 
 
 def published(run: Run) -> Reference | None:
-    """The papers' figure for a run's system and task; MAGPO's table goes before GPAE's."""
-    if figure := plotting.published(run.system, run.suite, run.task):
-        return Reference(*figure, "MAGPO, Table 1")
+    """Return the published value for a run's system and task; MAGPO's table precedes GPAE's."""
+    if value := curve.published(run.system, run.suite, run.task):
+        return Reference(*value, "MAGPO, Table 1")
     system: str | None = run.system
     if run.system == "gpae_mappo":
         system = gpae_variant(run.settings)
@@ -247,7 +253,7 @@ def draw_task(path: Path, lines: list[Line], colours: dict[str, str]) -> None:
     figure, axes = canvas(7.0, 4.6 + 0.12 * len(lines))
     meanings = {}
     for line in lines:
-        low, high, meaning = plotting.band(line.values)
+        low, high, meaning = curve.band(line.values)
         num_seeds, colour = line.values.shape[1], colours[line.label]
         if meaning:
             meanings[meaning] = "5 seeds and more" if num_seeds >= 5 else "fewer than 5 seeds"
@@ -260,7 +266,7 @@ def draw_task(path: Path, lines: list[Line], colours: dict[str, str]) -> None:
     handles: list[Artist] = axes.get_legend_handles_labels()[0]
     for meaning, which in meanings.items():
         text = f"{meaning} ({which})" if len(meanings) > 1 else meaning
-        handles.append(Patch(color=plotting.GREY, alpha=0.3, linewidth=0, label=text))
+        handles.append(Patch(color=curve.GREY, alpha=0.3, linewidth=0, label=text))
     name_axes(axes, lines[0])
     legend(figure, handles + references(axes, lines, colours))
     figure.savefig(path, dpi=200)
@@ -287,18 +293,18 @@ def legend(figure: Figure, handles: list[Artist]) -> None:
 
 
 def references(axes: Axes, lines: list[Line], colours: dict[str, str]) -> list[Artist]:
-    """Dash each published figure; return what the legend says of them, a handle for each paper."""
-    figures: dict[tuple[str, Reference], str] = {}  # settings of one system share theirs
+    """Dash a line for each published value; return the legend's handles, one for each paper."""
+    values: dict[tuple[str, Reference], str] = {}  # settings of one system share theirs
     for line in lines:
         if line.reference:
             system = line.label.partition(" (")[0]
-            figures.setdefault((system, line.reference), colours[line.label])
-    for i, ((_, reference), colour) in enumerate(figures.items()):
-        dashes = (5 * (i % 2), (5, 5))  # of two equal figures each fills the other's gaps
+            values.setdefault((system, line.reference), colours[line.label])
+    for i, ((_, reference), colour) in enumerate(values.items()):
+        dashes = (5 * (i % 2), (5, 5))  # of two equal values each fills the other's gaps
         axes.axhline(reference.mean, color=colour, linestyle=dashes, linewidth=1.3, zorder=1.5)
-    sources = dict.fromkeys(reference.source for _, reference in figures)
+    sources = dict.fromkeys(reference.source for _, reference in values)
     return [
-        Line2D([], [], color=plotting.GREY, linestyle="--", label=f"published ({source})")
+        Line2D([], [], color=curve.GREY, linestyle="--", label=f"published ({source})")
         for source in sources
     ]
 
@@ -321,7 +327,7 @@ def counted(number: int, noun: str) -> str:
 def normalised(lines: list[Line]) -> dict[str, dict[str, np.ndarray]]:
     """One suite's final evaluations, (S,) by label and task: 0 and 1 are a task's extremes.
 
-    Over all systems and seeds, and the published figures drawn with them.
+    Over all systems and seeds, and the published values drawn with them.
     """
     extremes = defaultdict[str, list[float]](list)
     for line in lines:
@@ -396,7 +402,7 @@ def improvement(scores: dict[str, dict[str, np.ndarray]], reps: int) -> list[Row
                 metric, [matrix(scores[x], tasks), matrix(scores[y], tasks)], reps, beats
             )
             gap = "  >  " if len(x + y) < 40 else "  >\n"  # long ones take two lines
-            rows.append(Row(f"{x}{gap}{y}", plotting.BLUE, *found))
+            rows.append(Row(f"{x}{gap}{y}", curve.BLUE, *found))
     return rows
 
 
@@ -411,7 +417,7 @@ def draw_rows(path: Path, rows: list[Row], title: str, xlabel: str, even: float 
         axes.plot(row.point, place, "D", color=row.colour, markersize=6, clip_on=False)
     axes.set_yticks(places, [row.label for row in rows])
     if even is not None:
-        axes.axvline(even, color=plotting.GREY, linestyle=(0, (5, 3)), linewidth=1.2, zorder=0.5)
+        axes.axvline(even, color=curve.GREY, linestyle=(0, (5, 3)), linewidth=1.2, zorder=0.5)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axes.set_title(title, loc="left", fontsize=12)
@@ -423,12 +429,12 @@ def draw_rows(path: Path, rows: list[Row], title: str, xlabel: str, even: float 
 
 
 def write_summary(path: Path, lines: list[Line]) -> None:
-    """A row for each system and task: its final evaluation beside the published figure."""
+    """A row for each system and task: its final evaluation beside the published value."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for line in lines:
-            low, high, meaning = plotting.band(line.values[-1:])
+            low, high, meaning = curve.band(line.values[-1:])
             row = {
                 "system": line.label,
                 "suite": line.suite,
@@ -495,7 +501,9 @@ def plot(folders: list[Path], out: Path, reps: int) -> None:
     lines = pool(find(folders))
     out.mkdir(parents=True, exist_ok=True)
     labels = sorted({line.label for line in lines})
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    colours = dict(zip(labels, COLOURS, strict=False))
+    if len(labels) > len(COLOURS):
+        colours = {label: curve.shade(i, len(labels))[0] for i, label in enumerate(labels)}
     write_summary(out / "summary.csv", lines)
     for suite, task in sorted({(line.suite, line.task) for line in lines}):
         same = [line for line in lines if (line.suite, line.task) == (suite, task)]

@@ -20,13 +20,13 @@ BENCHMARK = str(Path(__file__).with_name("benchmark.py"))
 
 
 def benchmark(system: str, overrides: list[str]) -> dict[str, Any]:
-    """The figures of one program, measured in a process of its own."""
+    """Return the measurements of one program, made in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "figures.json")
+        file = Path(folder, "measured.json")
         command = [sys.executable, BENCHMARK, system, *overrides, "--json", str(file)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        figures: dict[str, Any] = json.loads(file.read_text())
-    return figures
+        measured: dict[str, Any] = json.loads(file.read_text())
+    return measured
 
 
 def main() -> None:
@@ -48,16 +48,16 @@ def main() -> None:
         size = [*others, f"{key}={value}"]
         alone = benchmark(arguments.system, size)["steps_per_s"]
         for at_once in ([], ["seeds_per_batch=1"]):
-            figures = benchmark(arguments.system, [*size, seeds, *at_once])
+            measured = benchmark(arguments.system, [*size, seeds, *at_once])
             rows.append(
                 {
                     "overrides": " ".join([*size, seeds, *at_once]),
-                    "device": figures["device"],
-                    "steps_per_s": round(figures["steps_per_s"]),
+                    "device": measured["device"],
+                    "steps_per_s": round(measured["steps_per_s"]),
                     "steps_per_s_of_one_seed_alone": round(alone),
-                    "speedup": round(figures["steps_per_s"] / alone, 2),
-                    "start_up_s": round(figures["first_update_s"] - figures["update_s"], 1),
-                    "peak_memory_gb": round(figures["peak_memory_gb"], 2),
+                    "speedup": round(measured["steps_per_s"] / alone, 2),
+                    "start_up_s": round(measured["first_update_s"] - measured["update_s"], 1),
+                    "peak_memory_gb": round(measured["peak_memory_gb"], 2),
                 }
             )
             print(rows[-1], flush=True)

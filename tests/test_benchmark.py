@@ -14,24 +14,24 @@ SHORT = [
 
 
 def measured(folder, *arguments):
-    file = folder / "new" / "figures.json"
+    file = folder / "new" / "measured.json"
     command = [sys.executable, SCRIPT, "magpo", *SHORT, *arguments, "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text())
 
 
-def test_the_benchmark_reports_every_figure(tmp_path):
-    figures = measured(tmp_path)
-    assert figures["task"] == "coordsum/3x10-30"
-    numbers = [value for value in figures.values() if isinstance(value, float)]
+def test_the_benchmark_reports_every_measurement(tmp_path):
+    found = measured(tmp_path)
+    assert found["task"] == "coordsum/3x10-30"
+    numbers = [value for value in found.values() if isinstance(value, float)]
     assert len(numbers) >= 15 and all(math.isfinite(x) and x >= 0 for x in numbers)
-    assert math.isclose(figures["steps_per_s"] * figures["update_s"], 4 * 16)
+    assert math.isclose(found["steps_per_s"] * found["update_s"], 4 * 16)
 
 
 def test_the_cost_of_checkpoints_and_logs_is_measured(tmp_path):
     short = ("total_steps=192", "num_evaluations=3", "eval_episodes=2")
-    figures = measured(tmp_path, *short, "--overhead", "2")
-    assert figures["chunk_s"] * 2 == figures["run_s"] > 0
-    assert figures["checkpoint_s"] > 0 and figures["checkpoint_mb"] > 0
-    assert figures["share_of_checkpoints"] > 0 and figures["share_of_logging"] > 0
+    found = measured(tmp_path, *short, "--overhead", "2")
+    assert found["chunk_s"] * 2 == found["run_s"] > 0
+    assert found["checkpoint_s"] > 0 and found["checkpoint_mb"] > 0
+    assert found["share_of_checkpoints"] > 0 and found["share_of_logging"] > 0

@@ -105,7 +105,7 @@ def test_every_damaged_file_is_found(folder, damage):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"format": 2}, "format 2, this version reads 1"), ({"chunk": 7}, "chunk 7")],
+    [({"format": 1}, "format 1, this version of magpo reads 2"), ({"chunk": 7}, "chunk 7")],
 )
 def test_a_checkpoint_of_another_format_or_name_is_refused(folder, change, message):
     meta = json.loads((folder / "meta.json").read_text())

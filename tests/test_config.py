@@ -13,20 +13,23 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from magpo import cli, config, envs, paths
-from magpo.config import ConfigError, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, load
+from magpo import cli, config, contract, envs, paths
+from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, load
+from magpo.errors import ConfigError
 
 TINY = "env=rware/tiny-4ag"
 TUNED = sorted((paths.configs() / "tuned").rglob("*.yaml"))
 
 
-@dataclasses.dataclass(frozen=True)
-class SystemConfig:
+@contract.hyperparameters
+class Hyper:
     lr: PositiveFloat
     num_minibatches: PositiveInt
     ent_coef: NonNegativeFloat
     gamma: Fraction
     kind: Literal["left", "right"]
+    bound: PositiveFloat | None
+    share: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +48,18 @@ class Config:
     num_envs: PositiveInt
     rollout_length: PositiveInt
     updates_per_chunk: PositiveInt
-    system: SystemConfig
+    hyper: Hyper
     network: NetworkConfig
+    needs_global_state = False
 
     def __post_init__(self):
-        if self.num_envs % self.system.num_minibatches:
+        if self.num_envs % self.hyper.num_minibatches:
             raise ValueError(
                 f"system.num_minibatches must divide num_envs={self.num_envs}, "
-                f"not {self.system.num_minibatches}"
+                f"not {self.hyper.num_minibatches}"
             )
+        if self.hyper.lr > 99:
+            raise ValueError("system.lr above 99 never learns")
 
 
 YAML = """
@@ -66,7 +72,7 @@ defaults:
   - optional tuned: mine/${env}
 rollout_length: 128
 num_envs: 3  # the budget's wins
-system: {lr: 0.1, num_minibatches: 2, ent_coef: 0, gamma: 0.9, kind: left}
+system: {lr: 0.1, num_minibatches: 2, ent_coef: 0, gamma: 0.9, kind: left, bound: 2, share: true}
 network:
   learner: {width: 7}
   relu: true
@@ -84,6 +90,8 @@ def mine(tmp_path) -> types.ModuleType:
     module = types.ModuleType("mine")
     module.__file__ = str(tmp_path / "mine.py")
     module.Config = Config
+    for name in ("CARD", "make", "init", "train_chunk", "policy_params", "initial_carry", "act"):
+        setattr(module, name, None)
     (tmp_path / "mine.yaml").write_text(YAML)
     (tmp_path / "tuned/mine/rware").mkdir(parents=True)
     (tmp_path / "tuned/mine/rware/tiny-4ag.yaml").write_text(TUNED_YAML)
@@ -103,9 +111,9 @@ def command_line(monkeypatch, system: Any, *arguments: str) -> list[config.RunCo
 def test_later_wins(mine):
     run = load(mine, [TINY, "system.gamma=0.7"])
     assert run.num_envs == 32  # tuned, over 128 of the budget, over 3 of the system
-    assert run.algorithm.system.lr == 0.5  # tuned, over the system's
-    assert run.algorithm.system.gamma == 0.7  # the command line, over tuned
-    assert run.algorithm.system.kind == "left"  # the system's
+    assert run.algorithm.hyper.lr == 0.5  # tuned, over the system's
+    assert run.algorithm.hyper.gamma == 0.7  # the command line, over tuned
+    assert run.algorithm.hyper.kind == "left"  # the system's
     assert run.eval_episodes == 32  # experiment.yaml's
 
 
@@ -115,14 +123,14 @@ def test_tuned_values_can_be_turned_off(mine):
     assert load(mine, [TINY, "+tuned=false"]) == load(mine, [TINY, "tuned=false"])
     run = load(mine, [TINY, "tuned=false"])
     assert not run.tuned
-    assert run.algorithm.system.lr == 0.1
+    assert run.algorithm.hyper.lr == 0.1
     assert run.num_envs == 128
 
 
 def test_task_without_tuned_values(mine):
     run = load(mine, ["env=rware/tiny-2ag"])
     assert not run.tuned
-    assert run.algorithm.system.lr == 0.1
+    assert run.algorithm.hyper.lr == 0.1
 
 
 @pytest.mark.parametrize("task", envs.tasks())
@@ -184,6 +192,38 @@ def test_no_dataclass_here_has_a_value():
             assert field.default is field.default_factory is dataclasses.MISSING, field.name
 
 
+def test_varied_values_are_members(mine):
+    run = load(mine, [TINY, "vary.system.lr=[1,0.25]", "vary.system.bound=[null,3]", "seeds=[4,2]"])
+    assert run.vary == {"system.lr": (1.0, 0.25), "system.bound": (None, 3.0)}
+    assert len(run.settings) == 4 and len(run.members) == 8
+    assert run.members[2] == (4, {"system.lr": 1.0, "system.bound": 3.0})
+    assert all(type(member.setting["system.lr"]) is float for member in run.members)
+    assert run.algorithm_of(run.settings[1]).hyper.bound == 3.0
+    assert config.dump(run)["vary"] == {"system": {"lr": [1.0, 0.25], "bound": [None, 3.0]}}
+    for spelling in ("+vary.", "++vary.", "vary."):
+        assert load(mine, [TINY, f"{spelling}system.lr=[1,2]"]).vary == {"system.lr": (1.0, 2.0)}
+    whole = load(mine, [TINY, "vary={system: {lr: [1,2]}}"])
+    assert whole.vary == {"system.lr": (1.0, 2.0)}
+    assert load(mine, [TINY]).vary == {}
+
+
+def test_varied_values_may_be_chosen_by_a_file(mine, tmp_path):
+    (tmp_path / "budget").mkdir()
+    text = (paths.configs() / "budget/quick.yaml").read_text()
+    (tmp_path / "budget/wide.yaml").write_text(f"{text}\nvary: {{system: {{lr: [1, 2]}}}}\n")
+    run = load(mine, [TINY, "budget=wide", "vary.system.gamma=[0.5]"])
+    assert run.vary == {"system.lr": (1.0, 2.0), "system.gamma": (0.5,)}
+
+
+def test_a_module_that_is_no_system_is_one_line(mine, monkeypatch, capsys):
+    del mine.act
+    with pytest.raises(SystemExit) as stop:
+        command_line(monkeypatch, mine, TINY)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith("error: mine is not a system: it lacks act;") and err.count("\n") == 1
+
+
 # The library's own files
 
 
@@ -217,7 +257,7 @@ def test_tuned_values_are_legal(path):
     assert leaves(tuned).keys() <= known
     values = [f"{key[1:]}={value}" for key, value in leaves(tuned).items()]
     run = load(name, ["env=coordsum/3x10-30", "tuned=false", *values])
-    used = leaves(dataclasses.asdict(run.algorithm))
+    used = leaves(config.dump(run))
     assert {key: used[key] for key in leaves(tuned)} == leaves(tuned)
 
 
@@ -296,6 +336,32 @@ BAD = {
     "above_one": ([TINY, "system.gamma=1.01"], "less than or equal to 1"),
     "nan": ([TINY, "system.lr=nan"], "finite"),
     "infinite": ([TINY, "system.lr=inf"], "finite"),
+    "misspelt_varied_key": ([TINY, "vary.system.gama=[0.5]"], "'vary.system.gamma'"),
+    "varied_without_its_group": ([TINY, "vary.gamma=[0.5]"], "'vary.system.gamma'"),
+    "varied_count": (
+        [TINY, "vary.system.num_minibatches=[1,2]"],
+        "system.num_minibatches is a count: only floats can vary: system.lr, system.ent_coef, "
+        "system.gamma, system.bound",
+    ),
+    "varied_choice": ([TINY, "vary.system.kind=[left,right]"], "system.kind is a choice: only"),
+    "varied_bool": ([TINY, "vary.system.share=[true,false]"], "system.share is a choice: only"),
+    "varied_size": ([TINY, "vary.network.learner.width=[1,2]"], "is outside system.*: only floats"),
+    "varied_seeds": ([TINY, "vary.seeds=[1,2]"], "seeds is outside system.*"),
+    "varied_group": ([TINY, "vary.system=[1,2]"], "unknown key 'vary.system'"),
+    "varied_no_list": ([TINY, "vary.system.lr=0.5"], "vary.system.lr must be a list, not 0.5"),
+    "varied_nothing": ([TINY, "vary.system.lr=[]"], "vary.system.lr must be one or more different"),
+    "varied_twice": ([TINY, "vary.system.lr=[1,2,1.0]"], "different values, not [1.0, 2.0, 1.0]"),
+    "varied_null": ([TINY, "vary.system.lr=[1,null]"], "vary.system.lr must be a valid number"),
+    "varied_word": ([TINY, "vary.system.lr=[1,a]"], "vary.system.lr.1 must be a valid number"),
+    "varied_range": (
+        [TINY, "vary.system.gamma=[0.9,1.01]"],
+        "error: vary.system.gamma must be less than or equal to 1, not 1.01",
+    ),
+    "varied_nan": ([TINY, "vary.system.lr=[nan]"], "vary.system.lr must be a finite number"),
+    "varied_check": ([TINY, "vary.system.lr=[1,100]"], "error: vary.system.lr above 99 never"),
+    "vary_is_no_group": ([TINY, "vary=3"], "vary"),
+    "varied_sweep": ([TINY, "vary.system.lr=1,2"], "--multirun"),
+    "removed_varied_key": ([TINY, "~vary.system.lr"], "vary.system.lr"),
     "does_not_divide": ([TINY, "num_envs=9"], "must divide num_envs=9, not 2"),
     "one_seed_without_brackets": ([TINY, "seeds=3"], "seeds must be a list"),
     "no_seed": ([TINY, "seeds=[]"], "seeds must be one or more"),
@@ -343,6 +409,11 @@ def test_bad_input(mine, name, monkeypatch, capsys):
     [
         ("system.gamma.x=3", "did you mean 'system.gamma'"),
         ("run=3", "unknown key 'run'"),
+        ("vary.system.gama=[1]", "did you mean 'vary.system.gamma'"),
+        ("vary.system.gamma=[2]", "vary.system.gamma must be less than or equal to 1, not 2"),
+        ("vary.system.kind=[left]", "system.kind is a choice"),
+        ("vary.system.gamma.x=[1]", "did you mean 'vary.system.gamma'"),
+        ("~vary.system.gamma", "unknown key 'vary.system.gamma'"),
         ("run.system=mappo", "unknown key 'run.system'"),
         ("--multirun", "resume=auto"),
     ],
@@ -425,6 +496,13 @@ def test_cfg_prints_the_composed_configuration(mine, monkeypatch, capsys):
     assert printed.env == envs.options("rware/tiny-4ag")
 
 
+def test_multirun_sweeps_over_lists_of_varied_values(mine, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    runs = command_line(monkeypatch, mine, "-m", TINY, "vary.system.lr=[1,2],[3]", "seeds=[0],[1]")
+    found = [(run.vary["system.lr"], run.seeds) for run in runs]
+    assert found == [((1, 2), (0,)), ((1, 2), (1,)), ((3,), (0,)), ((3,), (1,))]
+
+
 def test_multirun(mine, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     arguments = [
@@ -434,7 +512,7 @@ def test_multirun(mine, monkeypatch, tmp_path):
         "tuned=false",
     ]
     runs = command_line(monkeypatch, mine, *arguments)
-    assert [(run.env.name.split("/")[0], run.algorithm.system.gamma) for run in runs] == [
+    assert [(run.env.name.split("/")[0], run.algorithm.hyper.gamma) for run in runs] == [
         ("rware", 0.1),
         ("rware", 0.2),
         ("lbf", 0.1),
@@ -449,6 +527,8 @@ def test_multirun(mine, monkeypatch, tmp_path):
     [
         (["--multirun", TINY, "system.gamma=0.1,1.2"], "less than or equal to 1, not 1.2"),
         (["--multirun", TINY, "system.gama=0.1,0.2"], "'system.gamma'"),
+        (["--multirun", TINY, "vary.system.gamma=[0.1],[2]"], "vary.system.gamma must be less"),
+        (["--cfg", "job", TINY, "vary.system.gama=[0.1]"], "'vary.system.gamma'"),
         (["--multirun", TINY, "system.gamma=interval(0,1)"], "sweep"),
         (["--multirun", TINY, "tuned=true,false"], "true or false"),
         (["--cfg", "job", "env=rware/tiny4ag"], "rware/tiny-4ag"),
@@ -470,9 +550,11 @@ def test_bad_input_with_flags(mine, arguments, expected, monkeypatch, capsys, tm
 SCRIPT = """
 import sys
 from dataclasses import dataclass
-from magpo import cli, config
+from magpo import cli, config, contract
 
-@dataclass(frozen=True)
+CARD = make = init = train_chunk = policy_params = initial_carry = act = None
+
+@contract.hyperparameters
 class Part:
     {fields}
 
@@ -481,11 +563,12 @@ class Config:
     num_envs: config.PositiveInt
     rollout_length: config.PositiveInt
     updates_per_chunk: config.PositiveInt
-    system: Part
+    hyper: Part
     network: Part
+    needs_global_state = False
 
 def report(module, run):
-    print(run.system, run.algorithm.system.a)
+    print(run.system, run.algorithm.hyper.a)
 
 if __name__ == "__main__":
     cli.hydra_main(sys.modules["__main__"], report)

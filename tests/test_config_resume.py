@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from magpo import config
-from magpo.config import ConfigError
+from magpo.errors import ConfigError
 
 SMALL = ("env=coordsum/3x10-30", "num_envs=8", "env.time_limit=7", "system.delta=1.2")
 
@@ -34,7 +34,7 @@ def test_resume_takes_the_configuration_of_the_run(saved):
     changed = config.load(
         "magpo", [f"resume={folder}", "system.delta=1.3", "allow_changes=[system.delta]"]
     )
-    assert changed.algorithm.system.delta == 1.3 and changed.allow_changes == ("system.delta",)
+    assert changed.algorithm.hyper.delta == 1.3 and changed.allow_changes == ("system.delta",)
     assert config.differences(config.dump(run), config.dump(changed)) == {
         "system.delta": "1.2, now 1.3"
     }
@@ -56,7 +56,7 @@ def test_resume_may_log_elsewhere(saved):
         ("env.time=3", "unknown key 'env.time'"),
         ("seeds.x=1", "unknown key 'seeds.x'"),
         ("num_envs=3", "num_minibatches must divide num_envs = 3"),
-        ("system.delta=0.5", "above 1"),
+        ("system.delta=0.5", "system.delta must be greater than 1, not 0.5"),
         ("env=lbf/8x8-2p-2f-coop", "is a run on coordsum/3x10-30, not on lbf/8x8-2p-2f-coop"),
         ("+system.new=1", "unknown key 'system.new'"),
     ],

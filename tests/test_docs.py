@@ -31,9 +31,10 @@ def test_the_readme_explains_every_metric(name):
     task = "smax/3m" if stops else "coordsum/3x10-30"
     more = ["system.anomaly_probability=0.1"] if stops else []
     settings = config.load(name, [f"env={task}", *more])
-    system = module.make(settings.algorithm, experiment.make_env(settings))
-    state = jax.eval_shape(lambda key: module.init(system, key), jax.random.key(0))
-    _, metrics = jax.eval_shape(lambda state: module.train_chunk(system, state), state)
+    env = experiment.make_env(settings)
+    setup = experiment.make_setup(module, env, settings)
+    state = jax.eval_shape(lambda key: module.init(setup, env, key), jax.random.key(0))
+    _, metrics = jax.eval_shape(lambda state: module.train_chunk(setup, env, state), state)
     own = section(f"### {TITLES.get(name, name.upper())}")
     explained = re.findall(r"`((?:loss|policy|gpae)/\w+)`", own)
     explained += re.findall(r"`(rollout/\w+)`", section("## Systems"))

@@ -44,22 +44,22 @@ class RandomEnds:
         return Observation(view, jnp.ones((N, 4), bool), state["t"])
 
 
-def _act(system, params, carry, observation, key, greedy):
-    """Depends on parameters, memory, observation, key and `greedy`."""
+def _act(setup, params, carry, observation, key, greedy):
+    """Depends on parameters, carry, observation, key and `greedy`."""
     noise = jnp.zeros_like(carry) if greedy else jax.random.randint(key, carry.shape, 0, 3)
     seen = observation.agents_view[:, :, 0].astype(jnp.int32)
     return params + carry + noise + 2 * seen, carry + 1
 
 
 SYSTEM = SimpleNamespace(
-    initial_carry=lambda system, batch_shape: jnp.zeros((*batch_shape, N), jnp.int32), act=_act
+    initial_carry=lambda setup, batch_shape: jnp.zeros((*batch_shape, N), jnp.int32), act=_act
 )
 
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_equals_a_python_loop(greedy):
     env, params, key = RandomEnds(), jnp.int32(2), jax.random.key(3)
-    figures = evaluate(SYSTEM, None, env, params, key, B, greedy)
+    metrics = evaluate(SYSTEM, None, env, params, key, B, greedy)
 
     reset_key, act_key = jax.random.split(key)
     lengths = []
@@ -74,12 +74,12 @@ def test_equals_a_python_loop(greedy):
             action, carry = _act(None, params, carry, view, step_key, greedy)
             state, timestep = env.step(state, action[b])
             total, length = total + np.mean(timestep.reward), length + 1
-        np.testing.assert_allclose(figures["episode_return"][b], total, rtol=1e-5)
-        assert figures["episode_length"][b] == length
-        assert figures["win_rate"][b] == float(timestep.metrics["win_rate"])
+        np.testing.assert_allclose(metrics["episode_return"][b], total, rtol=1e-5)
+        assert metrics["episode_length"][b] == length
+        assert metrics["win_rate"][b] == float(timestep.metrics["win_rate"])
         lengths.append(length)
     assert len(set(lengths)) > 2  # else the test would not see where an episode ends
-    assert all(value.shape == (B,) and value.dtype == jnp.float32 for value in figures.values())
+    assert all(value.shape == (B,) and value.dtype == jnp.float32 for value in metrics.values())
 
 
 def test_stops_at_the_time_limit_of_an_endless_environment():
@@ -88,8 +88,8 @@ def test_stops_at_the_time_limit_of_an_endless_environment():
             state, timestep = super().reset(key)
             return state | {"length": jnp.int32(10**6)}, timestep
 
-    figures = evaluate(SYSTEM, None, Endless(), jnp.int32(1), jax.random.key(0), B)
-    np.testing.assert_array_equal(figures["episode_length"], LIMIT)
+    metrics = evaluate(SYSTEM, None, Endless(), jnp.int32(1), jax.random.key(0), B)
+    np.testing.assert_array_equal(metrics["episode_length"], LIMIT)
 
 
 def test_keys_decide():

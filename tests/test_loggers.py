@@ -1,16 +1,17 @@
-"""The writer thread, the files it writes, the console's figures and the learning curve."""
+"""The writer thread, the files it writes, the console and the learning curve."""
 
 import csv
 import json
 import shutil
 import threading
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from magpo import console as console_module
-from magpo import plotting
+from magpo import curve, members
 from magpo.config import DistributedConfig, EnvConfig, LoggerConfig, RunConfig
 from magpo.console import Console, short, spread
 from magpo.loggers import (
@@ -25,15 +26,16 @@ from magpo.loggers import (
 )
 
 
-def make_run(folder, seeds=(5, 2), headline="episode_return"):
-    return Run(folder, "magpo", "lbf", "8x8-2p-2f-coop", tuple(seeds), headline, 64)
+def make_run(folder, seeds=(5, 2), headline="episode_return", vary=None):
+    trained = members.members(tuple(seeds), members.settings(vary or {}))
+    return Run(folder, "magpo", "lbf", "8x8-2p-2f-coop", trained, headline, 64)
 
 
-def measure(chunk, num_seeds=2, **metrics):
-    """A measurement with these metrics, (S,) each, the same in two episodes."""
-    metrics = metrics or {"episode_return": np.arange(num_seeds) + (chunk or 0)}
+def measure(chunk, num_members=2, **metrics):
+    """A measurement with these metrics, (M,) each, the same in two episodes."""
+    metrics = metrics or {"episode_return": np.arange(num_members) + (chunk or 0)}
     evaluation = {k: np.float32([[x, x] for x in v]) for k, v in metrics.items()}
-    steps = (128 * (chunk or 0),) * num_seeds
+    steps = (128 * (chunk or 0),) * num_members
     return Measurement(chunk, steps, 1.5, evaluation, {}, {"evaluation_s": 1.0, "training_s": 4.0})
 
 
@@ -230,24 +232,27 @@ def test_marl_eval_keeps_absolute_metrics_apart(tmp_path):
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3, 6])
-def test_learning_curve_is_drawn_for_any_number_of_seeds(tmp_path, num_seeds):
-    run = make_run(tmp_path, range(num_seeds), "win_rate")
+@pytest.mark.parametrize("num_settings", [1, 2, 13])
+def test_learning_curve_is_drawn_for_any_number_of_members(tmp_path, num_seeds, num_settings):
+    vary = {"system.delta": tuple(1.0 + i for i in range(num_settings))}
+    run = make_run(tmp_path, range(num_seeds), "win_rate", vary if num_settings > 1 else {})
+    number = num_seeds * num_settings
     sink = LearningCurve(run)
     sink.save()  # nothing measured yet: no picture
     assert not list(tmp_path.iterdir())
     for chunk in (0, 1, 2, None):
-        figures = np.arange(num_seeds) + (chunk or 0)
-        sink.write(measure(chunk, num_seeds, episode_return=figures, win_rate=figures))
+        scores = np.arange(number) + (chunk or 0)
+        sink.write(measure(chunk, number, episode_return=scores, win_rate=scores))
         sink.save()
         assert [path.name for path in tmp_path.iterdir()] == ["learning_curve.png"]
 
 
 def test_band_of_few_seeds_is_their_range_of_many_an_interval():
     few = np.array([[1.0, 3.0, 2.0]])
-    low, high, _ = plotting.band(few)
+    low, high, _ = curve.band(few)
     assert (low[0], high[0]) == (1, 3)
     many = np.linspace(0, 1, 10)[None]
-    low, high, label = plotting.band(many)
+    low, high, label = curve.band(many)
     error = many.std() / np.sqrt(10)
     np.testing.assert_allclose([low[0], high[0]], 0.5 + np.array([-1.96, 1.96]) * error, atol=0.03)
     assert "95 %" in label
@@ -255,23 +260,24 @@ def test_band_of_few_seeds_is_their_range_of_many_an_interval():
 
 def test_published_result_is_looked_up(tmp_path, monkeypatch):
     table = tmp_path / "table.csv"
-    monkeypatch.setattr(plotting, "PUBLISHED", table)
-    assert plotting.published("magpo", "lbf", "a") is None
+    monkeypatch.setattr(curve, "PUBLISHED", table)
+    assert curve.published("magpo", "lbf", "a") is None
     with table.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["suite", "task", "system", "mean", "std"])
         writer.writerow(["lbf", "a", "mappo", "0.5", "0.1"])
         writer.writerow(["lbf", "a", "magpo", "0.9", "0.2"])
-    assert plotting.published("magpo", "lbf", "a") == (0.9, 0.2)
-    assert plotting.published("magpo", "lbf", "b") is None
+    assert curve.published("magpo", "lbf", "a") == (0.9, 0.2)
+    assert curve.published("magpo", "lbf", "b") is None
 
 
-def make_console(folder, suite="lbf", budget="quick", headline="episode_return"):
+def make_console(folder, suite="lbf", budget="quick", headline="episode_return", vary=None):
     config = RunConfig(
         system="magpo",
         env=EnvConfig(f"{suite}/task", {}),
         algorithm=None,
         seeds=(5, 2),
+        vary=vary or {},
         seeds_per_batch=None,
         total_steps=1024,
         num_envs=8,
@@ -290,7 +296,8 @@ def make_console(folder, suite="lbf", budget="quick", headline="episode_return")
         allow_changes=(),
         distributed=DistributedConfig(None, None, None),
     )
-    return Console(make_run(folder, headline=headline)._replace(suite=suite), config, 10)
+    run = make_run(folder, headline=headline, vary=vary)._replace(suite=suite)
+    return Console(run, config, 10)
 
 
 def test_time_left_counts_chunks_evaluations_and_the_absolute_metric(tmp_path, monkeypatch):
@@ -322,6 +329,14 @@ def test_console_line_has_pace_and_spread(tmp_path, capsys):
         assert part in line
 
 
+def test_console_line_is_of_the_best_setting(tmp_path, capsys):
+    console = make_console(tmp_path, vary={"system.delta": (1.5, 2.0, None)})
+    console.update(measure(2, 6, episode_return=[1, 3, 5, 9, np.nan, 9]))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "delta=2 (best of 3 settings): return 7.00 ± 2.00, best return 7.00 ± 2.00" in line
+    assert "192 steps/s over 6 members" in line  # 6 x 128 steps in 4 s
+
+
 @pytest.mark.parametrize(
     ("number", "text"), [(950, "950"), (1024, "1.02k"), (999_960, "1.00M"), (19_988_480, "20.0M")]
 )
@@ -348,6 +363,16 @@ def test_header_counts_parameters_and_hints_where_little_will_move(
     assert "1,240 in the policy, 2,480 in training" in out
     assert "tuned for this task" in out
     assert ("make demo" in out) == hint
+
+
+def test_colours_of_settings_are_ordered_and_neighbours_differ():
+    for number in (2, 6, 7, 20):
+        shades = [curve.shade(place, number) for place in range(number)]
+        assert len(set(shades)) == number
+        brightness = [sum(colour[:3]) for colour, _ in shades]
+        assert brightness == sorted(brightness)
+    many = [dashes for _, dashes in shades]
+    assert all(a != b for a, b in pairwise(many))
 
 
 def test_final_table_has_every_seed_and_their_mean(tmp_path, capsys):

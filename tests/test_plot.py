@@ -1,4 +1,4 @@
-"""Runs on disk to figures: what is pooled, what is computed, what is written."""
+"""Runs on disk to pictures: the pooling, the statistics and the files written."""
 
 import csv
 import importlib.util
@@ -165,7 +165,7 @@ def test_scores_span_everything_plotted_and_published(tmp_path):
     np.testing.assert_allclose(scores["OTHER"]["same"], [1, 1])
 
 
-def test_published_figures_are_in_the_runs_units(tmp_path):
+def test_published_values_are_in_the_runs_units(tmp_path):
     def run(system, suite, task, **settings):
         dotted = {f"system.{key}": value for key, value in settings.items()}
         return plot.published(plot.Run(system, suite, task, "a", dotted, {}))
@@ -202,7 +202,7 @@ def test_summary(tmp_path):
     assert [one[key] for key in empty] == [""] * 6
 
 
-def test_figures_are_written(tmp_path):
+def test_pictures_are_written(tmp_path):
     write(tmp_path, "magpo", {0: 0.4, 1: 0.5})
     write(tmp_path, "mappo", {0: 0.4})
     write(tmp_path, "magpo", {0: 0.5}, suite="connector", task="con-5x5x3a")

@@ -13,7 +13,7 @@ import pytest
 
 import magpo
 from magpo import config, evaluate, experiment, export, policy
-from magpo.config import ConfigError
+from magpo.errors import ConfigError
 from magpo.types import Observation
 
 TASK = "coordsum/3x10-30"
@@ -66,15 +66,15 @@ def test_a_loaded_policy_is_the_systems_with_the_best_parameters(folder, observa
     loaded = magpo.load_policy(folder, seed=2)
     trained = policy.read(folder)
     params = jax.tree.map(lambda x: x[1], trained.params)
-    system, key = loaded.system, jax.random.key(0)
-    carry = trained.module.initial_carry(system, (B,)) + 0.3
+    setup, key = loaded.setup, jax.random.key(0)
+    carry = trained.algorithm.initial_carry(setup, (B,)) + 0.3
     for greedy in (True, False):
-        expected = trained.module.act(system, params, carry, observation, key, greedy)
-        action, memory = loaded.act(carry, observation, key, greedy)
+        expected = trained.algorithm.act(setup, params, carry, observation, key, greedy)
+        action, after = loaded.act(carry, observation, key, greedy)
         np.testing.assert_array_equal(action, expected[0])
-        np.testing.assert_allclose(memory, expected[1], atol=1e-6)
+        np.testing.assert_allclose(after, expected[1], atol=1e-6)
     best = magpo.load_policy(folder).params
-    at = trained.seed_index(None)
+    at = trained.best(trained.places())
     assert trained.score[at] == trained.score.max()
     jax.tree.map(np.testing.assert_array_equal, best, jax.tree.map(lambda x: x[at], trained.params))
 
@@ -84,10 +84,10 @@ def test_one_agent_acts_as_it_does_among_all(folder, observation):
     actions, carry = together.act(together.initial_carry((B,)), observation, key, greedy=True)
     for agent in range(N):
         alone = magpo.load_policy(folder, agent=agent)
-        memory = alone.initial_carry((B,))
-        action, memory = alone.act(memory, of_agent(observation, agent), key, greedy=True)
+        before = alone.initial_carry((B,))
+        action, after = alone.act(before, of_agent(observation, agent), key, greedy=True)
         np.testing.assert_array_equal(action, actions[:, agent])
-        np.testing.assert_allclose(memory, carry[:, agent], atol=1e-6)
+        np.testing.assert_allclose(after, carry[:, agent], atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_shape", [(), (2, 2)])
@@ -124,8 +124,8 @@ def test_an_exported_policy_runs_with_jax_alone(folder, observation, tmp_path):
     data, description = export.export(loaded)
     (tmp_path / "policy.stablehlo").write_bytes(data)
     given = of_agent(observation, 0)
-    memory = loaded.initial_carry((B,)) + 0.3
-    np.savez(tmp_path / "inputs", memory=memory, view=given.agents_view, mask=given.action_mask)
+    carry = loaded.initial_carry((B,)) + 0.3
+    np.savez(tmp_path / "inputs", carry=carry, view=given.agents_view, mask=given.action_mask)
     code = """if 1:
         import sys
         for name in ("magpo", "flax", "jumanji"):
@@ -137,10 +137,10 @@ def test_an_exported_policy_runs_with_jax_alone(folder, observation, tmp_path):
         out = {}
         for size in (1, 4):
             for greedy in (True, False):
-                action, memory = policy.call(
-                    x["memory"][:size], x["view"][:size], x["mask"][:size],
+                action, carry = policy.call(
+                    x["carry"][:size], x["view"][:size], x["mask"][:size],
                     np.zeros(size, np.int32), np.array([1, 2], np.uint32), np.bool_(greedy))
-                out[f"{size} {greedy}"] = action.tolist(), memory.tolist()
+                out[f"{size} {greedy}"] = action.tolist(), carry.tolist()
         print(json.dumps(out))
     """
     out = json.loads(run_python(code, tmp_path))
@@ -148,12 +148,12 @@ def test_an_exported_policy_runs_with_jax_alone(folder, observation, tmp_path):
     for size in (1, B):
         part = jax.tree.map(lambda x: x[:size], given)  # noqa: B023
         for greedy in (True, False):
-            action, after = loaded.act(memory[:size], part, key, greedy)
+            action, after = loaded.act(carry[:size], part, key, greedy)
             assert out[f"{size} {greedy}"][0] == action.tolist()
             np.testing.assert_allclose(out[f"{size} {greedy}"][1], after, atol=1e-6)
     names = [entry["name"] for entry in description["inputs"]]
     assert names == [
-        "memory_0",
+        "carry_0",
         "agents_view",
         "action_mask",
         "step_count",

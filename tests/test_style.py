@@ -13,7 +13,10 @@ SEVEN = {"make", "init", "train_chunk", "policy_params", "initial_carry", "act",
 IMPORTS = {
     "networks": {"networks", "types"},
     "envs": {"envs", "paths", "tables", "types"},
-    "systems": {"config", "envs", "experiment", "networks", "tables", "types"},
+    "systems": {
+        *("config", "contract", "envs", "errors", "experiment", "metrics", "networks"),
+        *("optimiser", "tables", "types"),
+    },
 }
 
 

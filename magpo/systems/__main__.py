@@ -2,15 +2,16 @@
 
 from importlib import import_module
 
-from magpo import config, tables
+from magpo import config, contract, tables
 
-COLUMNS = ("system", "centralised", "deployed", "memory", "parameters", "actions")
+COLUMNS = ("system", "centralised", "deployed", "carry", "parameters", "actions")
 
 
 def row(name: str) -> list[str]:
-    """A system's cells."""
-    card = import_module(f"magpo.systems.{name}").CARD
-    return [name, *card, "discrete, continuous"]
+    """Return a system's cells."""
+    card = contract.algorithm(import_module(f"magpo.systems.{name}")).CARD
+    words = [card.centralised, card.deployed.value, card.carry, card.parameters.value]
+    return [name, *words, "discrete, continuous"]
 
 
 def main() -> None:

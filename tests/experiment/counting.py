@@ -2,28 +2,44 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
-from typing import NamedTuple
+import sys
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pydantic import Field
 
 from magpo import experiment
-from magpo.config import DistributedConfig, EnvConfig, LoggerConfig, RunConfig
+from magpo.config import (
+    DistributedConfig,
+    EnvConfig,
+    LoggerConfig,
+    NonNegativeFloat,
+    PositiveInt,
+    RunConfig,
+)
+from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
+from magpo.envs import registry
+from magpo.errors import ConfigError
 from magpo.types import Observation, StepType, TimeStep, restart
 
 N, LENGTH, U, K = 3, 2, 2, 5  # agents, steps of an episode, updates per chunk, evaluations
 SEEDS = (3, 11, 4)
+CARD = Card("nothing", Deployed.EACH_AGENT, "the steps acted", Parameters.SHARED, ("walked",))
+SYSTEM = sys.modules[__name__]
 
 
 class Count:
-    """The reward is the action: what is returned tells which parameters acted."""
+    """The reward is the action: the return tells which parameters acted."""
 
     name, num_agents, action_dim, action_kind = "test/count", N, 4, "discrete"
     time_limit, truncates, headline = LENGTH, False, "episode_return"
     observation_spec = Observation(jax.ShapeDtypeStruct((N, 1), jnp.float32), None, None)
+
+    def __init__(self, name="test/count", global_state=False, walls=2):
+        self.name = name
 
     def reset(self, key):
         return jnp.int32(0), restart(N, self._observe(0), {})
@@ -37,45 +53,70 @@ class Count:
         return Observation(jnp.zeros((N, 1)), jnp.ones((N, 4), bool), jnp.int32(state))
 
 
+@hyperparameters
+class Hyper:
+    shift: NonNegativeFloat  # later peaks
+    bound: Annotated[float, Field(gt=1)] | None  # no action is below minus this
+    repeats: PositiveInt
+    nan: Literal["", "loss/policy", "parameters"]  # becomes NaN at the update that a peak names
+
+
 @dataclasses.dataclass(frozen=True)
-class Algorithm:
-    nan: str = ""  # what becomes NaN at the update that a seed's peak names
+class Config:
+    num_envs: int
+    hyper: Hyper
+    needs_global_state = False
+
+
+HYPER = Hyper(shift=0.0, bound=None, repeats=1, nan="")
 
 
 class State(NamedTuple):
     params: dict  # updates: how many were made; peak: the count with the highest return
+    hyper: Hyper
+    walked: Any  # (E,) steps
 
 
-def init(system, key):
+def make(config, spec):
+    if config.hyper.shift == 13:
+        raise ConfigError(f"system.shift must not be 13 on {spec.name}")
+    return config
+
+
+def init(setup, env, key):
     peak = jax.random.randint(key, (), 1, U * K).astype(jnp.float32)
-    return State({"updates": jnp.float32(0), "peak": peak})
+    learned = {"shift": jnp.float32(0), "bound": jnp.float32(1e9)}
+    params = {"updates": jnp.float32(0), "peak": peak, **learned}
+    return State(params, as_data(setup.hyper), jnp.zeros(setup.num_envs))
 
 
-def train_chunk(system, state):
+def train_chunk(setup, env, state):
     number = state.params["updates"] + 1 + jnp.arange(U)
-    bad = jnp.where(number == state.params["peak"], jnp.nan, 0.0)
-    updates = state.params["updates"] + U + (bad.sum() if system.nan == "parameters" else 0)
+    bad = jnp.where(number == state.params["peak"] + state.hyper.shift, jnp.nan, 0.0)
+    kind = state.hyper.nan
+    updates = state.params["updates"] + U + (bad.sum() if kind == "parameters" else 0)
     metrics = {
-        "loss/policy": number + (bad if system.nan == "loss/policy" else 0),
+        "loss/policy": number + (bad if kind == "loss/policy" else 0),
         "rollout/episode_return": jnp.where(number % 2 == 0, number, jnp.nan),
         "rollout/episodes": (number % 2 == 0).astype(jnp.float32),
     }
-    return State(state.params | {"updates": updates}), metrics
+    learned = {"shift": state.hyper.shift, "bound": jnp.minimum(state.hyper.bound, 1e9)}
+    params = state.params | {"updates": updates, **learned}
+    return state._replace(params=params, walked=state.walked + U), metrics
 
 
-def act(system, params, carry, observation, key, greedy):
-    score = -jnp.abs(params["updates"] - params["peak"])
-    return jnp.full((*observation.step_count.shape, N), score, jnp.int32), carry
+def policy_params(state):
+    return state.params  # the very buffers that the next chunk takes
 
 
-SYSTEM = SimpleNamespace(
-    make=lambda config, env: config,
-    init=init,
-    train_chunk=train_chunk,
-    policy_params=lambda state: state.params,  # the very buffers that the next chunk takes
-    initial_carry=lambda system, batch_shape: (),
-    act=act,
-)
+def initial_carry(setup, batch_shape):
+    return jnp.zeros((*batch_shape, N), jnp.int32)
+
+
+def act(setup, params, carry, observation, key, greedy):
+    score = -jnp.abs(params["updates"] - params["peak"] - params["shift"])
+    score = jnp.maximum(score, -params["bound"])
+    return jnp.full((*observation.step_count.shape, N), score, jnp.int32), carry + 1
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +129,7 @@ def _leave_jax_as_it_is(tmp_path, monkeypatch):
     ]
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(registry.registered, "test/count", (Count, {"walls": 2}))
     yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -96,10 +138,11 @@ def _leave_jax_as_it_is(tmp_path, monkeypatch):
 @pytest.fixture
 def config(tmp_path):
     return RunConfig(
-        system="fake",
+        system="counting",
         env=EnvConfig("test/count", {"walls": 2}),
-        algorithm=Algorithm(),
+        algorithm=Config(4, HYPER),
         seeds=SEEDS,
+        vary={},
         seeds_per_batch=None,
         total_steps=U * K * 12 + 7,
         num_envs=4,
@@ -121,7 +164,11 @@ def config(tmp_path):
 
 
 def run(config, **changes):
-    return experiment.run(SYSTEM, dataclasses.replace(config, **changes), Count())
+    config = dataclasses.replace(config, **changes)
+    if "num_envs" in changes:
+        algorithm = dataclasses.replace(config.algorithm, num_envs=config.num_envs)
+        config = dataclasses.replace(config, algorithm=algorithm)
+    return experiment.run(SYSTEM, config, Count())
 
 
 def records(folder):

@@ -14,7 +14,7 @@ import pytest
 from experiment.counting import run
 from magpo import config as configuration
 from magpo import devices, experiment
-from magpo.config import ConfigError
+from magpo.errors import ConfigError
 
 SMALL = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "seeds=[0,1]", "num_envs=8"),
@@ -38,7 +38,7 @@ print("folder", experiment.run(magpo, run).folder)
 """
 
 
-def figures(folder):
+def metrics(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     values = {}
     for record in map(json.loads, lines):
@@ -61,17 +61,17 @@ def alone(tmp_path_factory):
     from magpo.systems import magpo
 
     results = f"results_dir={tmp_path_factory.mktemp('alone')}"
-    return figures(experiment.run(magpo, configuration.load("magpo", [*SMALL, results])).folder)
+    return metrics(experiment.run(magpo, configuration.load("magpo", [*SMALL, results])).folder)
 
 
 @pytest.mark.parametrize(
-    ("number", "mesh"), [(4, "'seed': 2, 'env': 2"), (8, "'seed': 2, 'env': 4")]
+    ("number", "mesh"), [(4, "'member': 2, 'env': 2"), (8, "'member': 2, 'env': 4")]
 )
 def test_spread_over_devices_it_is_the_same_run(alone, tmp_path, number, mesh):
     out = on_devices(number, *SMALL, f"results_dir={tmp_path}")
     assert mesh in out and "communication True" in out
     (folder,) = tmp_path.glob("*/*/*/*")
-    spread = figures(folder)
+    spread = metrics(folder)
     assert spread.keys() == alone.keys()
     names = list(alone)
     np.testing.assert_allclose(
@@ -81,10 +81,10 @@ def test_spread_over_devices_it_is_the_same_run(alone, tmp_path, number, mesh):
 
 def test_seeds_on_devices_of_their_own_do_not_communicate(alone, tmp_path):
     out = on_devices(2, *SMALL, f"results_dir={tmp_path}")
-    assert "'seed': 2, 'env': 1" in out and "communication False" in out
+    assert "'member': 2, 'env': 1" in out and "communication False" in out
     (folder,) = tmp_path.glob("*/*/*/*")
     names = list(alone)
-    spread = figures(folder)
+    spread = metrics(folder)
     np.testing.assert_allclose(
         [spread[name] for name in names], [alone[name] for name in names], rtol=1e-3, atol=1e-4
     )
@@ -95,7 +95,7 @@ def test_seeds_in_batches_are_the_same_run(config):
     apart = run(config, seeds_per_batch=1)
     for name in ("updates", "peak"):
         np.testing.assert_array_equal(together.params[name], apart.params[name])
-    assert figures(together.folder) == figures(apart.folder)
+    assert metrics(together.folder) == metrics(apart.folder)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_seeds_in_batches_are_the_same_run(config):
     [({"seeds": (7,)}, False), ({"seeds_per_batch": 1}, False), ({"seeds_per_batch": 3}, True)],
 )
 def test_a_seed_at_a_time_runs_one_branch_of_a_cond(config, overrides, runs_both):
-    each_seed = devices.layout(replace(config, **overrides)).each_seed
+    each_member = devices.layout(replace(config, **overrides)).each_member
 
     def one(x):
         return jax.lax.cond(x > 0, jnp.sin, jnp.cos, x)
 
-    traced = str(jax.make_jaxpr(each_seed(one))(jnp.zeros(3)))
+    traced = str(jax.make_jaxpr(each_member(one))(jnp.zeros(3)))
     assert ("select_n" in traced) == runs_both
 
 

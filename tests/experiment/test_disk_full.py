@@ -16,8 +16,8 @@ SHORT = [
     *("network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"),
 ]
 TRAIN = (
-    "from magpo import checkpoint, experiment, saving; from magpo.systems import magpo; "
-    "saving.TIME_SHARE = float('inf'); {}experiment.main(magpo)"
+    "from magpo import checkpoint, experiment, resume; from magpo.systems import magpo; "
+    "resume.TIME_SHARE = float('inf'); {}experiment.main(magpo)"
 )
 SCRIPT = """
 mount -t tmpfs -o size=540k tmpfs {disk} || exit 99

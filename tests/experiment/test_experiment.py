@@ -8,7 +8,6 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,23 +15,24 @@ import pytest
 import yaml
 
 from experiment.counting import (
+    HYPER,
     LENGTH,
     SEEDS,
     SYSTEM,
-    Algorithm,
+    Config,
     Count,
     K,
     N,
     U,
-    act,
     expected_returns,
     records,
     run,
 )
 from magpo import config as configuration
 from magpo import envs, experiment, loggers, runs
-from magpo.config import ConfigError, EnvConfig, LoggerConfig
+from magpo.config import EnvConfig, LoggerConfig
 from magpo.console import Console
+from magpo.errors import ConfigError
 
 
 def test_evaluated_parameters_are_those_of_the_logged_step(config):
@@ -64,7 +64,7 @@ def test_best_is_the_latest_highest_score_with_its_parameters(config):
 
 
 def test_a_nan_return_is_never_best(config):
-    programs = experiment.build_programs(SYSTEM, Algorithm(), Count(), config)
+    programs = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
     old = experiment.Best(np.float32([1, 1, 1]), np.int32([4, 4, 4]), np.int32([40, 50, 60]))
     returns = np.float32([[np.nan, 9, 9], [1, 1, 1], [0, 0, 1]])
     best = programs.keep_best(old, np.int32([41, 51, 61]), returns, np.int32(5))
@@ -73,31 +73,19 @@ def test_a_nan_return_is_never_best(config):
 
 
 def test_snapshot_outlives_the_donated_state(config):
-    programs = experiment.build_programs(SYSTEM, Algorithm(), Count(), config)
-    state = programs.init(experiment.seed_keys(config)[0])
+    programs = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
+    inputs = experiment.member_inputs(config)
+    state = programs.init(inputs.train_keys, inputs.hyper)
     params, finite = programs.snapshot(state)
     following, _ = programs.train_chunk(state)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    taken = state.params["updates"], state.params["peak"], state.hyper, state.walked
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(taken))
     np.testing.assert_array_equal(params["updates"], [0, 0, 0])
     np.testing.assert_array_equal(following.params["updates"], [U, U, U])
     assert finite.all()
 
 
-def test_seeds_are_initialised_one_after_the_other(config):
-    """Batches of QR decompositions side by side deadlock XLA's CPU backend (JAX 0.10)."""
-
-    def orthogonal(system, key):
-        return jax.nn.initializers.orthogonal()(key, (4, 3))
-
-    system = SimpleNamespace(**vars(SYSTEM) | {"init": orthogonal})
-    programs = experiment.build_programs(system, None, Count(), config)
-    program = str(jax.make_jaxpr(programs.init)(experiment.seed_keys(config)[0]))
-    decompositions = [line for line in program.splitlines() if " = qr[" in line]
-    assert len(decompositions) == 1
-    assert "f32[4,3]" in decompositions[0]
-
-
-def test_next_chunk_is_dispatched_before_figures_are_read(config, monkeypatch):
+def test_next_chunk_is_dispatched_before_metrics_are_read(config, monkeypatch):
     events = []
     compile_programs, record = experiment.compile_programs, experiment._Recorder.record
 
@@ -130,11 +118,11 @@ def test_a_seed_alone_is_the_same_run(config):
 
 
 def test_evaluation_is_traced_once_for_the_absolute_metric_too(config, monkeypatch):
-    calls = []
+    calls, unpatched = [], SYSTEM.act
 
     def counted(*args):
         calls.append(1)
-        return act(*args)
+        return unpatched(*args)
 
     monkeypatch.setattr(SYSTEM, "act", counted)
     run(config, absolute_metric=False)
@@ -144,7 +132,7 @@ def test_evaluation_is_traced_once_for_the_absolute_metric_too(config, monkeypat
 
 
 def test_every_evaluation_has_keys_of_its_own(config, monkeypatch):
-    def random(system, params, carry, observation, key, greedy):
+    def random(setup, params, carry, observation, key, greedy):
         return jax.random.randint(key, (*observation.step_count.shape, N), 0, 1000), carry
 
     monkeypatch.setattr(SYSTEM, "act", random)
@@ -160,7 +148,7 @@ def test_metrics_are_complete_and_in_order(config):
     lines = records(result.folder)
     first = lines[0]
     assert first["run"] == result.folder.name
-    assert (first["system"], first["env"], first["task"]) == ("fake", "test", "count")
+    assert (first["system"], first["env"], first["task"]) == ("counting", "test", "count")
     logged = [line for line in lines if not line["name"].startswith("absolute/")]
     steps = [line["env_steps"] for line in logged]
     assert steps == sorted(steps)
@@ -181,7 +169,7 @@ def test_metrics_are_complete_and_in_order(config):
 def test_marl_eval_has_every_episode(config):
     result = run(config)
     data = json.loads((result.folder / "marl_eval.json").read_text())
-    seeds = data["test"]["count"]["fake"]
+    seeds = data["test"]["count"]["counting"]
     assert list(seeds) == [f"seed_{seed}" for seed in SEEDS]
     for s, seed in enumerate(seeds.values()):
         assert list(seed) == [f"step_{i}" for i in range(K + 1)] + ["absolute_metrics"]
@@ -200,13 +188,13 @@ def test_config_is_saved_whole_and_plain(config):
     saved = yaml.safe_load((result.folder / "config.yaml").read_text())
     assert saved == configuration.dump(config)
     assert saved["run"] == {
-        "system": "fake",
+        "system": "counting",
         "env": "test/count",
         "budget": "paper",
         "tuned": False,
     }
     assert saved["env"] == {"walls": 2} and saved["seeds"] == list(SEEDS)
-    assert result.folder.parent == result.folder.parents[3] / "fake" / "test" / "count"
+    assert result.folder.parent == result.folder.parents[3] / "counting" / "test" / "count"
 
 
 def test_runs_of_one_second_get_folders_of_their_own(config):
@@ -218,17 +206,17 @@ def test_runs_of_one_second_get_folders_of_their_own(config):
 def test_first_nan_is_the_one_named(config):
     recorder = experiment._Recorder(config, None, None)
     nan = np.nan
-    figures = {
+    metrics = {
         "loss/a": np.array([[1, nan], [nan, nan], [1, nan]]),
         "loss/b": np.array([[1, nan], [1, nan], [1, 1]]),
         "rollout/episode_return": np.array([[nan, 1], [1, 1], [1, 1]]),
         "rollout/episodes": np.array([[0, 1], [1, 1], [1, 1]]),
     }
     with pytest.raises(experiment.DivergenceError, match=r"update 5 of 10, seed 11: loss/a not"):
-        recorder._check(3, np.ones(3, bool), figures)
-    figures["loss/a"][1, 0] = 1
+        recorder._check(3, np.ones(3, bool), metrics)
+    metrics["loss/a"][1, 0] = 1
     with pytest.raises(experiment.DivergenceError, match=r"update 6 .*, seed 3: loss/a, loss/b "):
-        recorder._check(3, np.ones(3, bool), figures)
+        recorder._check(3, np.ones(3, bool), metrics)
 
 
 @pytest.mark.parametrize("what", ["loss/policy", "parameters"])
@@ -240,7 +228,7 @@ def test_nan_stops_the_run_and_is_named(config, what, capsys):
     else:
         seed, update = SEEDS[peaks.argmin()], peaks.min()
     with pytest.raises(experiment.DivergenceError) as error:
-        run(config, algorithm=Algorithm(nan=what))
+        run(config, algorithm=Config(4, dataclasses.replace(HYPER, nan=what)))
     assert f"update {update} of {U * K}, seed {seed}: {what} " in str(error.value)
     lines = records(Path(capsys.readouterr().out.rsplit("here is in ", 1)[1].strip()))
     assert max(line["env_steps"] for line in lines) == chunks.min() * config.steps_per_chunk
@@ -264,7 +252,7 @@ def test_interruption_leaves_complete_files(config, monkeypatch, capsys):
     folder = Path(capsys.readouterr().out.rsplit("here is in ", 1)[1].strip())
     assert max(line["env_steps"] for line in records(folder)) == 2 * config.steps_per_chunk
     data = json.loads((folder / "marl_eval.json").read_text())
-    assert list(data["test"]["count"]["fake"]["seed_3"]) == ["step_0", "step_1", "step_2"]
+    assert list(data["test"]["count"]["counting"]["seed_3"]) == ["step_0", "step_1", "step_2"]
     png = (folder / "learning_curve.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert png.endswith(b"IEND\xaeB`\x82")

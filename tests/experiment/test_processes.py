@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from experiment.test_devices import figures
+from experiment.test_devices import metrics
 from experiment.test_resume import arrays, same_logs
 
 SHORT = [
@@ -59,7 +59,7 @@ def test_one_seed_over_two_tasks_of_a_slurm_step_is_the_same_run(tmp_path):
     first, second = ends([begin(both, step | {"SLURM_PROCID": str(i)}) for i in range(2)], 0)
     assert "2 x cpu" in first[0] and "in 2 processes" in first[0]
     assert "steps" not in second[0]
-    alone, together = (figures(only_run(tmp_path / name)) for name in ("one", "two"))
+    alone, together = (metrics(only_run(tmp_path / name)) for name in ("one", "two"))
     assert alone.keys() == together.keys()
     np.testing.assert_allclose(
         list(together.values()), [alone[name] for name in together], rtol=1e-3, atol=1e-4
@@ -91,11 +91,11 @@ def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
 # What SIGTERM does to a process after it offers chunk 3 for saving, to the other one before.
 ONE_CHUNK_APART = """
 import os, signal, sys
-from magpo import saving
+from magpo import resume
 from magpo.experiment import main
 from magpo.systems import magpo
 
-ahead, offer = sys.argv.pop(1), saving.Saver.offer
+ahead, offer = sys.argv.pop(1), resume.Saver.offer
 
 def stopped(saver, chunk, *rest):
     if chunk < 3 or f"distributed.process_id={ahead}" in sys.argv:
@@ -103,7 +103,7 @@ def stopped(saver, chunk, *rest):
     if chunk == 3:
         os.kill(os.getpid(), signal.SIGTERM)
 
-saving.Saver.offer = stopped
+resume.Saver.offer = stopped
 main(magpo)
 """
 

@@ -24,8 +24,8 @@ def test_a_run_is_listed_with_its_end_and_how_to_resume_it(config, listed):
     result = run(config)
     folder = result.folder
     (summary,) = runs.summaries(folder.parents[3])
-    assert (summary.folder, summary.system, summary.task) == (folder, "fake", "test/count")
-    assert (summary.num_seeds, summary.status) == (len(SEEDS), "finished")
+    assert (summary.folder, summary.system, summary.task) == (folder, "counting", "test/count")
+    assert (summary.num_members, summary.varied, summary.status) == (len(SEEDS), (), "finished")
     assert summary.steps == summary.total_steps == config.trained_steps
     last = result.measurements[-1].evaluation["episode_return"].mean()
     assert summary.last_return == pytest.approx(last)
@@ -33,7 +33,7 @@ def test_a_run_is_listed_with_its_end_and_how_to_resume_it(config, listed):
     assert "finished" in listed(folder.parents[3])
 
     runs._set_status(folder, "interrupted")
-    assert f"python fake.py resume={folder}" in listed(folder.parents[3])
+    assert f"python counting.py resume={folder}" in listed(folder.parents[3])
     with runs.working(folder):
         assert "running" in listed(folder.parents[3])
         assert "resume=" not in listed(folder.parents[3])
@@ -70,7 +70,7 @@ RECORD = '{"name": "eval/episode_return", "env_steps": 5, "value": 2}\n'
         ("config.yaml", "run:", "run: [", "unknown"),
         ("config.yaml", "run:", "run: !!int ''\nwas:", "unknown"),
         ("config.yaml", "run:", "run: " + "[" * 3000, "unknown"),
-        ("config.yaml", "system: fake", "system: 3", "stopped"),
+        ("config.yaml", "system: counting", "system: 3", "stopped"),
         ("run.json", '"running"', '"[/x]"', "[/x]"),
         ("run.json", '"running"', '"\\ud800\\u001b[2J"', "??[2J"),
         ("run.json", '"running"', "[" * 100_000, "unknown"),

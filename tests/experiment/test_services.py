@@ -8,8 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiment.counting import SEEDS, K, U, records, run
-from magpo import experiment, loggers, saving
-from magpo.config import ConfigError
+from magpo import experiment, loggers, resume
+from magpo.errors import ConfigError
 
 
 def test_tensorboard_has_what_the_log_has(config):
@@ -29,14 +29,14 @@ def test_tensorboard_has_what_the_log_has(config):
 
 def test_tensorboard_hides_what_a_resumed_run_does_again(config, monkeypatch):
     logger = dataclasses.replace(config.logger, tensorboard=True)
-    offer = saving.Saver.offer
+    offer = resume.Saver.offer
 
     def never_the_last(self, chunk, *args):
         if chunk == 2:
             self.next = 0.0
             offer(self, chunk, *args)
 
-    monkeypatch.setattr(saving.Saver, "offer", never_the_last)
+    monkeypatch.setattr(resume.Saver, "offer", never_the_last)
     folder = run(config, logger=logger).folder
     run(config, logger=logger, resume=str(folder))
     events = EventAccumulator(str(folder / "tensorboard" / f"seed_{SEEDS[0]}"))

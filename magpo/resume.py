@@ -1,4 +1,4 @@
-"""What a run saves of itself while it trains, and how it goes on from there."""
+"""Save a run while it trains, and continue it from there."""
 
 import threading
 import time
@@ -14,29 +14,31 @@ import numpy as np
 from magpo import __version__, checkpoint, processes, runs
 from magpo import config as configuration
 from magpo.checkpoint import CheckpointError
-from magpo.config import ConfigError, RunConfig
+from magpo.config import RunConfig
+from magpo.errors import ConfigError
 from magpo.loggers import JsonLines, Measurement, Writer
 from magpo.types import EnvSpec
 
-TIME_SHARE = 0.02  # of a run's time, at most, goes into writing checkpoints
+TIME_SHARE = 0.02  # the largest share of a run's time that writing checkpoints may take
+MEMBERS = ("seeds", "vary")  # the keys that say which members a run has
 
 
 class Start(NamedTuple):
-    """Where an earlier process left a run, after a chunk was trained and evaluated."""
+    """The place where an earlier process left a run: a chunk was trained and evaluated."""
 
     chunk: int
-    state: Any  # (S, ...)
-    best: Any  # (S, ...)
-    measurements: list[Measurement]  # all so far, training metrics left out
-    log_bytes: int  # of metrics.jsonl, written by then
+    state: Any  # (M, ...)
+    best: Any  # (M, ...)
+    measurements: list[Measurement]  # all so far, without training metrics
+    log_bytes: int  # the length of metrics.jsonl by then
 
 
 def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | None:
-    """What the run's newest usable checkpoint holds, in trees like `state` and `best`, whose leaves
-    have shape, dtype and sharding; None where the run has no checkpoint yet.
+    """Load the run's newest usable checkpoint, or return None if the run has none yet.
 
-    Raises ConfigError where it has some and none is usable, where the configuration changed, or
-    where a finished run has none.
+    The leaves of `state` and `best` have the shapes, dtypes and shardings to load. Raises
+    ConfigError if none of the run's checkpoints is usable, if the configuration changed, or if a
+    finished run has no checkpoint.
     """
     found = processes.agreed(lambda: runs.newest_checkpoint(folder))
     if found is None:
@@ -55,17 +57,17 @@ def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | Non
 
 
 def _begin_again(folder: Path, config: RunConfig) -> None:
-    """Make ready a run that ended before its first checkpoint."""
+    """Prepare a run that ended before its first checkpoint to start again."""
     runs.identity(folder)
     if runs.last_status(folder) == "finished":
-        raise ConfigError(f"resume={folder}: finished, and has no checkpoint to go on from")
+        raise ConfigError(f"resume={folder}: finished, and has no checkpoint to continue from")
     old = configuration.plain_values(folder / runs.CONFIG)
     _check_changes(folder, old, configuration.dump(config), config)
     runs.write_config(folder, config)
 
 
 def _check_same(folder: Path, meta: dict[str, Any], config: RunConfig) -> None:
-    """Raise ConfigError where a run cannot, or may not, go on under a configuration."""
+    """Raise ConfigError if the run cannot, or may not, continue with this configuration."""
     new = configuration.dump(config) | {"with": _with()}
     _check_changes(folder, meta["config"] | {"with": meta["with"]}, new, config)
     if meta["steps_per_chunk"] != config.steps_per_chunk:
@@ -83,18 +85,22 @@ def _check_same(folder: Path, meta: dict[str, Any], config: RunConfig) -> None:
 def _check_changes(
     folder: Path, old: dict[str, Any], new: dict[str, Any], config: RunConfig
 ) -> None:
-    """Raise ConfigError where something differs that may not."""
+    """Raise ConfigError if a value differs that may not."""
     changed = configuration.differences(old, new)
+    fixed = [key for key in changed if key.partition(".")[0] in MEMBERS]
+    if fixed:
+        listed = "; ".join(f"{key}: {changed[key]}" for key in fixed)
+        raise ConfigError(f"resume={folder}: the members of a run cannot change: {listed}")
     if refused := {k: text for k, text in changed.items() if k not in config.allow_changes}:
         listed = "; ".join(f"{key}: {text}" for key, text in refused.items())
         raise ConfigError(
-            f"resume={folder}: not as it was: {listed}. To go on all the same: "
+            f"resume={folder}: not as it was: {listed}. To continue all the same: "
             f"allow_changes=[{','.join(changed)}]"
         )
 
 
 def _with() -> dict[str, str]:
-    """What besides the configuration decides every bit of a run."""
+    """Return the versions and devices that must match for a bitwise-identical resume."""
     present = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     if jax.process_count() > 1:
         present += f" in {jax.process_count()} processes"
@@ -102,9 +108,9 @@ def _with() -> dict[str, str]:
 
 
 def _load(path: Path, meta: dict[str, Any], config: RunConfig, state: Any, best: Any) -> Start:
-    num_seeds, chunk = len(config.seeds), meta["chunk"]
+    num_members, chunk = len(config.members), meta["chunk"]
     names = [name.removeprefix("history.") for name in meta["arrays"].get("record", ())]
-    shape = chunk + 1, num_seeds, config.eval_episodes
+    shape = chunk + 1, num_members, config.eval_episodes
     history: dict[str, Any] = {n: np.zeros(shape, np.float32) for n in names if "." not in n}
     history["wall_s"] = np.zeros(shape[:1])
     state = checkpoint.load(path, meta, "state", state)
@@ -114,7 +120,7 @@ def _load(path: Path, meta: dict[str, Any], config: RunConfig, state: Any, best:
     measurements = [
         Measurement(
             chunk=index,
-            env_steps=(index * config.steps_per_chunk,) * num_seeds,
+            env_steps=(index * config.steps_per_chunk,) * num_members,
             wall_s=float(wall_s[index]),
             evaluation={name: values[index] for name, values in history.items()},
             training={},
@@ -126,7 +132,7 @@ def _load(path: Path, meta: dict[str, Any], config: RunConfig, state: Any, best:
 
 
 class Saver:
-    """Has the writer thread save the run, as often as TIME_SHARE of the time allows.
+    """Lets the writer thread save the run, as often as TIME_SHARE allows.
 
     Several processes have clocks of their own: they save after every chunk, and wait for it.
     """
@@ -141,11 +147,11 @@ class Saver:
         self.next = 0.0
         self.idle = threading.Event()
         self.idle.set()
-        self.latest: Callable[[], None] | None = None  # what could be saved, and was not yet
-        self.offered = 0  # the chunk of it, or of what was saved last
+        self.latest: Callable[[], None] | None = None  # saves the offered state; None: it is saved
+        self.offered = 0  # the chunk of the state offered last
 
     def offer(self, chunk: int, state: Any, best: Any, measurements: Sequence[Measurement]) -> None:
-        """A copy of the state after a chunk; the last chunk's is saved whatever it costs."""
+        """Take a copy of the state after a chunk; the last chunk's is saved whatever it costs."""
         self.offered = chunk
         self.latest = partial(self._save, chunk, state, best, list(measurements))
         if jax.process_count() > 1:
@@ -157,17 +163,17 @@ class Saver:
             self.save_latest()
 
     def save_latest(self) -> None:
-        """Save what was offered last, if it is not saved."""
+        """Save the state that was offered last, unless it is saved."""
         if self.latest is not None and self.config.keep:
             self.idle.clear()
             self.writer.put(self.latest)
         self.latest = None
 
     def stop(self) -> None:
-        """Save what can be, before an early end.
+        """Save the latest state before an early end.
 
-        Several processes may be stopped one chunk apart: nobody then waits for a checkpoint that
-        the others have no part in, and the one before it stays the newest.
+        Several processes may be stopped one chunk apart: then they do not wait for a checkpoint
+        that only some of them write, and the one before it stays the newest.
         """
         self.save_latest()
         if not processes.meet(f"stops after chunk {self.offered}", timeout_s=10):
@@ -199,7 +205,8 @@ class Saver:
             self.idle.set()
 
     def _save_log(self, chunk: int) -> int:
-        """Bring metrics.jsonl up to date; where its chunk ends. A removed folder is made again."""
+        """Bring metrics.jsonl up to date and return where its chunk ends. Restore a removed
+        folder."""
         assert self.log is not None
         if runs.mend(self.folder, self.config, self.run_id):
             self.writer.warn(f"{self.folder} was removed: made again")

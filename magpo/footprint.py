@@ -1,7 +1,7 @@
-"""How much memory training will take on a device, told from its trace before it is compiled.
+"""Estimate the memory that training will take on a device from its trace, before it is compiled.
 
-An estimate: XLA reuses what is counted here and copies what is not; tests/test_memory.py holds the
-two within a factor of two.
+XLA reuses some of what is counted here and copies some of what is not; tests/test_footprint.py
+holds the two within a factor of two.
 """
 
 import os
@@ -12,21 +12,21 @@ import jax
 
 
 def estimate(train_chunk: Any, state: Any, mesh: jax.sharding.Mesh) -> int:
-    """Bytes on each device: the traced chunk's own, the state, and its copy for a checkpoint."""
-    along_seeds, along_envs = mesh.axis_sizes
-    held = 2 * sum(_size(leaf) for leaf in jax.tree.leaves(state)) // along_seeds
+    """Return the bytes that the traced chunk, the state and its saved copy take on each device."""
+    along_members, along_envs = mesh.axis_sizes
+    held = 2 * sum(_size(leaf) for leaf in jax.tree.leaves(state)) // along_members
     return held + peak_bytes(train_chunk.jaxpr.jaxpr) // along_envs
 
 
 def available() -> int:
-    """Bytes that a device of this process has."""
+    """Return the bytes that a device of this process has."""
     stats = jax.local_devices()[0].memory_stats() or {}
     of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(stats.get("bytes_limit", of_machine // jax.local_device_count()))
 
 
 def peak_bytes(jaxpr: Any) -> int:
-    """The most that is alive at once of what a jaxpr makes.
+    """Return the most bytes that are alive at once of the values a jaxpr makes.
 
     A value lives from the operation that makes it to the last that uses it; a loop's body, a branch
     or a called function has its own peak meanwhile.
@@ -57,7 +57,7 @@ def _bodies(equation: Any) -> Iterator[Any]:
 
 
 def _variables(atoms: Iterable[Any]) -> list[Any]:
-    """Those that are no literals."""
+    """Return the variables among `atoms`, without the literals."""
     return [atom for atom in atoms if not hasattr(atom, "val")]
 
 

@@ -1,11 +1,11 @@
-"""The memory estimate: exact where that can be counted by hand, near XLA's for a real system."""
+"""The estimate of a run's memory: exact if counted by hand, near XLA's for a real system."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 from experiment.test_devices import SMALL
 
-from magpo import config, devices, envs, experiment, memory
+from magpo import config, contract, devices, envs, experiment, footprint
 from magpo.console import Console
 from magpo.loggers import Run
 from magpo.systems import magpo as system_module
@@ -15,7 +15,7 @@ ROW = 4 * 1000  # bytes
 
 def peak(function, *shapes):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return memory.peak_bytes(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return footprint.peak_bytes(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def test_a_value_lives_until_its_last_use():
@@ -39,12 +39,13 @@ def test_a_called_functions_results_are_counted_once():
 def programs():
     def build(*overrides):
         run = config.load("magpo", [*SMALL, *overrides])
+        algorithm = contract.algorithm(system_module)
         env = envs.make(run.env.name, **run.env.options)
-        system = system_module.make(run.algorithm, env)
-        built = experiment.build_programs(system_module, system, env, run)
-        shapes = experiment.shapes_of(built, run)
+        setup = experiment.make_setup(algorithm, env, run)
+        built = experiment.build_programs(algorithm, setup, env, run)
+        shapes = experiment.shapes_of(algorithm, built, run)
         traced = built.train_chunk.trace(shapes.state)
-        return traced, memory.estimate(traced, shapes.state, devices.layout(run).mesh)
+        return traced, footprint.estimate(traced, shapes.state, devices.layout(run).mesh)
 
     return build
 
@@ -64,11 +65,11 @@ def test_seeds_in_batches_and_fewer_environments_need_less(programs):
 
 def test_too_much_is_said(tmp_path, capsys):
     run = config.load("magpo", SMALL)
-    info = Run(tmp_path, "magpo", "a", "b", run.seeds, "episode_return", 1)
-    Console(info, run, 0).memory(needed=3_000_000_000, available=2_000_000_000)
+    info = Run(tmp_path, "magpo", "a", "b", run.members, "episode_return", 1)
+    Console(info, run, 0).footprint(needed=3_000_000_000, available=2_000_000_000)
     printed = capsys.readouterr().out
     assert printed.startswith(
         "memory: about 3.00G of 2.00G bytes on each device\nwarning: that is too"
     )
-    Console(info, run, 0).memory(needed=1, available=2)
+    Console(info, run, 0).footprint(needed=1, available=2)
     assert "warning" not in capsys.readouterr().out

@@ -1,0 +1,44 @@
+"""The members of a run: each is a seed with one setting of the varied hyperparameters."""
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import NamedTuple
+
+Setting = dict[str, float | None]  # by dotted key: {"system.delta": 1.2}
+
+
+class Member(NamedTuple):
+    """One of the trainings that a run does side by side."""
+
+    seed: int
+    setting: Setting  # empty if nothing varies
+
+    @property
+    def name(self) -> str:
+        """The member in words: "seed 0" or "seed 0 delta=1.2"."""
+        return f"seed {self.seed} {label(self.setting)}".strip()
+
+
+def settings(vary: Mapping[str, Sequence[float | None]]) -> tuple[Setting, ...]:
+    """Return all combinations of the varied values, the last key's changing fastest."""
+    return tuple(dict(zip(vary, values, strict=True)) for values in product(*vary.values()))
+
+
+def members(seeds: Sequence[int], settings: Sequence[Setting]) -> tuple[Member, ...]:
+    """Return all members, seeds changing fastest."""
+    return tuple(Member(seed, setting) for setting in settings for seed in seeds)
+
+
+def short_key(key: str) -> str:
+    """Return the last part of a dotted key."""
+    return key.rpartition(".")[2]
+
+
+def text(value: float | None) -> str:
+    """Return a value as the command line would have it."""
+    return "null" if value is None else f"{value:.15g}"
+
+
+def label(setting: Setting, separator: str = " ") -> str:
+    """Return a setting's name: "delta=1.2 actor_lr=0.0001"."""
+    return separator.join(f"{short_key(key)}={text(value)}" for key, value in setting.items())
