@@ -571,9 +571,9 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """The line that says so. `known` are dotted names; one with the same last part is nearest."""
     leaf = key.rpartition(".")[2]
-    near = [name for name in known if name.rpartition(".")[2] == leaf]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    nearest = [name for name in known if name.rpartition(".")[2] == leaf]
+    nearest = nearest or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return f"unknown key {key!r}: {hint}--help lists all"
 
 

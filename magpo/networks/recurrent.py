@@ -8,6 +8,7 @@ sequence, K sequences that a critic reads of each environment, H features of a h
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -115,6 +116,8 @@ def _unroll(
     outputs (B, C, K, ...). Inside, time is first and each of the B * K sequences is a row.
     """
     batch, length, number = inputs[0].shape[:3]
+    chex.assert_equal_shape_prefix((reset_before, *inputs), 2)
+    chex.assert_tree_shape_prefix(carry, (batch, number))
 
     def rows(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(length, batch * number, *x.shape[3:])
@@ -310,12 +313,13 @@ class PerAgentCritic(nn.Module):
         if self.sees_actions:
             num_inputs += self.num_agents * (self.action_dim + 1)
         kernel = self.param("kernel", init, (num_inputs, self.hidden_dim))
-        of_state, of_others = kernel[: self.hidden_dim], kernel[self.hidden_dim :]
-        mixed = hiddens @ of_state + self.param("bias", zeros_init(), (self.hidden_dim,))
+        state_kernel, id_kernel, action_kernel = jnp.split(
+            kernel, (self.hidden_dim, self.hidden_dim + self.num_agents * self.sees_actions)
+        )
+        mixed = hiddens @ state_kernel + self.param("bias", zeros_init(), (self.hidden_dim,))
         mixed = mixed[..., None, :]  # (C, B, 1, H)
         if self.sees_actions:
-            of_id, of_actions = of_others[: self.num_agents], of_others[self.num_agents :]
-            mixed = mixed + sum_of_others(self._embed_actions(of_actions, action)) + of_id
+            mixed = mixed + sum_of_others(self._embed_actions(action_kernel, action)) + id_kernel
         value = Dense(1, kernel_init=orthogonal(1.0), name="head")(nn.relu(mixed))[..., 0]
         return hiddens, jnp.broadcast_to(value, (*hiddens.shape[:-1], self.num_agents))
 
@@ -361,6 +365,7 @@ class ActionCritic:
     ) -> tuple[Array, Array]:
         """carry (B, H), state (B, C, G), raw action (B, C, N[, A]), reset_before (B, C) to the
         carries (B, C, H) after every step and values (B, C, N)."""
+        chex.assert_equal_shape_prefix((state, action, reset_before), 2)
         inputs = (x.swapaxes(0, 1) for x in (state, action, reset_before))
         carries, value = self.network.apply(params, carry, *inputs)
         return carries.swapaxes(0, 1), value.swapaxes(0, 1)

@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -197,12 +198,9 @@ def make(config: Config, spec: EnvSpec) -> Setup:
     if config.hyper.anomaly_probability and spec.stop_action is None:
         raise ConfigError(f"system.anomaly_probability is for smax/..., not {spec.name}")
     actor, critic = config.network.actor, config.network.critic
-    return Setup(
-        config=config,
-        spec=spec,
-        actor=Actors(spec, actor.hidden_dim, recurrent=actor.memory),
-        critic=ActionCritic(spec, critic.hidden_dim, config.hyper.advantage == "gpae"),
-    )
+    actors = Actors(spec, actor.hidden_dim, recurrent=actor.memory)
+    sees_actions = config.hyper.advantage == "gpae"
+    return Setup(config, spec, actors, ActionCritic(spec, critic.hidden_dim, sees_actions))
 
 
 def traces(hyper: Hyper, log_ratio: Array) -> Array:
@@ -383,6 +381,7 @@ def losses(
     _, policy = setup.actor.unroll(params.actor, carry.actor, steps.observation, steps.reset_before)
     states_actions_resets = global_state(steps.observation), steps.action, steps.reset_before
     _, value = setup.critic.unroll(params.critic, carry.critic, *states_actions_resets)
+    chex.assert_equal_shape((value, batch.ratio, batch.advantage, batch.target))
     loss_actor, metrics_actor = actor_loss(hyper, policy, batch, key)
     loss_critic, metrics_critic = critic_loss(hyper, value, batch)
     return loss_actor + loss_critic, metrics_actor | metrics_critic

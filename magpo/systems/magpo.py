@@ -22,6 +22,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from pydantic import Field
@@ -223,6 +224,7 @@ def guider_loss(
         learner.log_prob(batch.steps.action),
     )
     log_ratio, log_distance = log_guider - batch.steps.log_prob, log_guider - log_learner
+    chex.assert_equal_shape((log_ratio, log_distance, batch.advantage, value, batch.target))
     ratio, log_delta = jnp.exp(log_ratio), jnp.log(jnp.asarray(hyper.delta))
     within_delta = jnp.clip(log_distance, -log_delta, log_delta)
     clipped = jnp.exp(within_delta + log_learner - batch.steps.log_prob)

@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -198,6 +199,7 @@ def actor_loss(
 ) -> tuple[Array, Metrics]:
     """Return PPO's clipped surrogate loss, with an entropy bonus."""
     log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
+    chex.assert_equal_shape((log_ratio, batch.advantage))
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
     policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
@@ -213,6 +215,7 @@ def actor_loss(
 
 def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metrics]:
     """Return the clipped value loss: the larger of the clipped and unclipped squared errors."""
+    chex.assert_equal_shape((value, batch.steps.value, batch.target))
     value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
     errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
     value_loss = 0.5 * jnp.maximum(*errors).mean()

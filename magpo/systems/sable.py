@@ -19,6 +19,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -189,6 +190,7 @@ def ppo_loss(
 ) -> tuple[Array, Metrics]:
     """Return PPO's clipped surrogate loss, with an entropy bonus and the clipped value loss."""
     log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
+    chex.assert_equal_shape((log_ratio, batch.advantage, value, batch.target))
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
     policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()

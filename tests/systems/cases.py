@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from magpo import config, envs
 from magpo.types import Environment, spec
 
+LBF = "lbf/2s-8x8-2p-2f-coop"
 SHARED = [
     "tuned=false",
     "num_envs=6",
@@ -49,7 +50,7 @@ class Case(NamedTuple):
     env: Environment
 
 
-def build(name: str, task: str = "lbf/2s-8x8-2p-2f-coop", *overrides: str) -> Case:
+def build(name: str, task: str = LBF, *overrides: str) -> Case:
     """A system on episodes that are cut off at 5 steps: a rollout of 8 has ends in it."""
     system, *own = CASES[name]
     options = config.load(system, [f"env={task}", *SHARED, *own, *overrides])
