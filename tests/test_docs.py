@@ -27,19 +27,21 @@ def section(title):
 @pytest.mark.parametrize("name", config.systems())
 def test_the_readme_explains_every_metric(name):
     module = import_module(f"magpo.systems.{name}")
-    stops = name == "gpae_mappo"  # which has a metric only where agents are made to stop
-    task = "smax/3m" if stops else "coordsum/3x10-30"
-    more = ["system.anomaly_probability=0.1"] if stops else []
-    settings = config.load(name, [f"env={task}", *more])
+    task = "smax/3m" if name == "gpae_mappo" else "coordsum/3x10-30"  # where agents can stop
+    settings = config.load(name, [f"env={task}"])
     env = experiment.make_env(settings)
     setup = experiment.make_setup(module, env, settings)
     state = jax.eval_shape(lambda key: module.init(setup, env, key), jax.random.key(0))
     _, metrics = jax.eval_shape(lambda state: module.train_chunk(setup, env, state), state)
-    own = section(f"### {TITLES.get(name, name.upper())}")
-    explained = re.findall(r"`((?:loss|policy|gpae)/\w+)`", own)
-    explained += re.findall(r"`(rollout/\w+)`", section("## Systems"))
-    suite = {"rollout/win_rate"} & set(metrics)
-    assert sorted(explained) == sorted(set(metrics) - suite)
+    system = section(f"### {TITLES.get(name, name.upper())}")
+    explained = re.findall(r"`((?:loss|policy|gpae)/\w+)`", system)
+    shared = section("## Systems").partition("\n### ")[0]
+    explained += re.findall(r"`((?:rollout|policy|value)/\w+)`", shared)
+    named = {metric for metric in metrics if not metric.startswith("grad_norm/")}
+    assert sorted(explained) == sorted(named - {"rollout/win_rate"})
+    assert "`grad_norm/<network>`" in shared
+    networks = {metric.partition("/")[2] for metric in set(metrics) - named}
+    assert networks and all(f"`{network}`" in shared for network in networks)
 
 
 def test_the_readmes_table_of_systems_is_the_codes(capsys, monkeypatch):

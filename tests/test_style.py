@@ -14,8 +14,16 @@ IMPORTS = {
     "networks": {"networks", "types"},
     "envs": {"envs", "paths", "tables", "types"},
     "systems": {
-        *("config", "contract", "envs", "errors", "experiment", "metrics", "networks"),
-        *("optimiser", "tables", "types"),
+        "config",
+        "contract",
+        "envs",
+        "errors",
+        "experiment",
+        "metrics",
+        "networks",
+        "optimiser",
+        "tables",
+        "types",
     },
 }
 
