@@ -10,7 +10,8 @@ import pytest
 
 import magpo
 from magpo import config, experiment, export, policy
-from magpo.config import ConfigError
+from magpo.contract import Deployed, Parameters
+from magpo.errors import ConfigError
 from magpo.types import Observation
 from systems import cases
 
@@ -29,7 +30,7 @@ def run(request, tmp_path_factory):
     return request.param, module, result.folder
 
 
-def figures(folder):
+def records(folder):
     """All records but the wall-clock ones."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [
@@ -47,7 +48,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
     assert len(checkpoints) == 2
     shutil.rmtree(checkpoints[-1])
     experiment.run(module, config.load(module.__name__.split(".")[-1], [f"resume={copy}"]))
-    assert figures(copy) == figures(folder)
+    assert records(copy) == records(folder)
     before, after = policy.read(folder), policy.read(copy)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
 
@@ -67,7 +68,7 @@ def test_what_is_deployed_is_what_the_card_says(run):
     carry = together.initial_carry((B,))
     for _ in range(2):  # the second step remembers the first
         actions, carry = together.act(carry, observation, key, greedy=True)
-    if module.CARD.deployed == "a joint policy":
+    if module.CARD.deployed is Deployed.JOINT:
         with pytest.raises(ConfigError, match="acts for all agents at once"):
             magpo.load_policy(folder, agent=1)
         return
@@ -77,9 +78,9 @@ def test_what_is_deployed_is_what_the_card_says(run):
             agents_view=observation.agents_view[:, agent],
             action_mask=observation.action_mask[:, agent],
         )
-        memory = alone.initial_carry((B,))
+        carry = alone.initial_carry((B,))
         for _ in range(2):
-            action, memory = alone.act(memory, own, key, greedy=True)
+            action, carry = alone.act(carry, own, key, greedy=True)
         np.testing.assert_array_equal(action, actions[:, agent])
     data, description = export.export(alone)
     assert len(data) > 1000 and description["task"] == TASK
@@ -90,8 +91,8 @@ def test_agents_share_parameters_where_the_card_says_so(run):
     trained = policy.read(folder)
     leaves = jax.tree.leaves(jax.tree.map(lambda x: x[0], trained.params))
     stacked = all(leaf.shape[0] == N for leaf in leaves)
-    assert stacked == (module.CARD.parameters == "each agent's own")
+    assert stacked == (module.CARD.parameters is Parameters.PER_AGENT)
     if not stacked:
         return
     with pytest.raises(ConfigError, match="a policy for each of 2 agents"):
-        policy.check_fits(trained, magpo.envs.make("lbf/15x15-3p-5f"))
+        policy.make_env(trained, "lbf/15x15-3p-5f", {})
