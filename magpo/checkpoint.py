@@ -96,13 +96,13 @@ def set_aside(root: Path, after: int) -> None:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The finished ones, newest first; whether they are whole is not looked at."""
+    """Return the finished checkpoints, newest first, without checking that they are intact."""
     folders = root.iterdir() if root.is_dir() else []
     return sorted((f for f in folders if re.fullmatch(r"\d{8}", f.name)), reverse=True)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The checkpoint's meta.json, if every file is as it was written. Raises CheckpointError."""
+    """Read a checkpoint's meta.json. Raises CheckpointError if a file is not as it was written."""
     try:
         manifest, files = json.loads((folder / MANIFEST).read_bytes()), _files(folder)
         if not isinstance(manifest, dict) or set(manifest) != set(files):
@@ -127,10 +127,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any:
-    """One part of a checkpoint as a pytree like `template`, whose leaves have shape and dtype.
+    """Load one part of a checkpoint as a pytree like `template`, whose leaves have shape and dtype.
 
     A leaf with a sharding comes back as an array with that sharding, any other as a NumPy array.
-    Raises CheckpointError where names, shapes or dtypes differ.
+    Raises CheckpointError if names, shapes or dtypes differ.
     """
     expected = {name: _describe(leaf) for name, leaf in _named(template).items()}
     found = meta["arrays"].get(part, {})
@@ -147,13 +147,13 @@ def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any
 
 
 def load_named(folder: Path, meta: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
-    """One part of a checkpoint as NumPy arrays by name; random keys as their numbers."""
+    """Load one part of a checkpoint as NumPy arrays by name, random keys as their numbers."""
     names = dict.fromkeys(meta["arrays"][part])
     return {name: np.asarray(array) for name, array in _restore(folder / part, names).items()}
 
 
 def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
-    """Arrays by name; `template` says of what shape and sharding, None: as they are."""
+    """Load arrays by name, with the shapes and shardings of `template`; None: as they are."""
 
     def argument(leaf: Any) -> Any:
         sharding = getattr(leaf, "sharding", None)
@@ -176,8 +176,8 @@ def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
 
 
 def _orbax() -> Any:
-    """The library: a second to import, so not while a run starts. What fails is raised to us, and
-    need not be logged with a traceback as well."""
+    """Import Orbax late, because that takes a second, and silence its log: it raises its errors
+    too."""
     import orbax.checkpoint
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -185,7 +185,7 @@ def _orbax() -> Any:
 
 
 def _checkpointer() -> Any:
-    """Orbax's, whose processes wait for each other without their devices: those train meanwhile."""
+    """Make a checkpointer whose processes wait for each other without using their devices."""
     ocp = _orbax()
     together = ocp.options.MultiprocessingOptions(active_processes=processes.everyone())
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together)
@@ -193,7 +193,7 @@ def _checkpointer() -> Any:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, in the tree's order."""
+    """Return leaves by their path, in the tree's order."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -219,7 +219,7 @@ def _unstored(array: Any, leaf: Any) -> Any:
 
 
 def _describe(leaf: Any) -> list[Any]:
-    """[dtype, shape], as JSON gives it back."""
+    """Return [dtype, shape], as JSON reads it back."""
     return [str(leaf.dtype), list(leaf.shape)]
 
 

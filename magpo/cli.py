@@ -38,7 +38,7 @@ def hydra_main(
     run: Callable[[ModuleType, RunConfig], object],
     config_dir: Path | None = None,
 ) -> None:
-    """The command line of a system: its arguments are overrides and a few of Hydra's flags.
+    """Run the command line of a system: its arguments are overrides and a few of Hydra's flags.
 
     Without flags this is `run(module, config.load(system, arguments))`: no Hydra application, no
     outputs/ folder, no change of folder or of logging. --help is ours; --cfg, --info, --multirun
@@ -94,7 +94,7 @@ def within(values: Mapping[str, Any], **bounds: tuple[int, int]) -> None:
 
 
 def command(usage: str, run: Callable[[Sequence[str]], None]) -> None:
-    """A command of key=value arguments; without any, or with --help, its usage is printed."""
+    """Run a command of key=value arguments; print its usage without any, or with --help."""
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
         print(usage)
@@ -127,9 +127,9 @@ def _hydra_app(
     flags, unknown = get_args_parser().parse_known_args()
     if unknown or flags.config_name or flags.config_path or flags.config_dir:
         raise ConfigError(f"unknown flag {(unknown or ['--config-...'])[0]!r}: see --help")
-    asked = ("run", "multirun", "cfg", "info", "shell_completion")
-    if len(given := [f"--{flag}" for flag in asked if getattr(flags, flag)]) > 1:
-        raise ConfigError(f"{' and '.join(given)} do not go together")
+    exclusive = ("run", "multirun", "cfg", "info", "shell_completion")
+    if len(modes := [f"--{flag}" for flag in exclusive if getattr(flags, flag)]) > 1:
+        raise ConfigError(f"{' and '.join(modes)} do not go together")
     overrides = config.hydra_spelling(flags.overrides)
 
     def run_job(composed: DictConfig) -> None:
@@ -139,7 +139,7 @@ def _hydra_app(
 
     others = [argument for argument in sys.argv[1:] if argument not in flags.overrides]
     sys.argv[1:] = [*others, *HYDRA_SETTINGS, config.search_path(folders), *overrides]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing its own account
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     try:
         parsed = [config.parse(text) for text in overrides]
         if not (flags.hydra_help or flags.shell_completion) and all(
@@ -157,7 +157,7 @@ _loaded: dict[str, ModuleType] = {}  # by file, in this process
 
 
 def _import(name: str, source: str | None) -> ModuleType:
-    """A system's module: the package's, or the one in the file `source`."""
+    """Import a system's module: the package's, or the one in the file `source`."""
     if source in _loaded:
         return _loaded[source]
     packaged = import_module(f"magpo.systems.{name}") if name in config.systems() else None
@@ -172,7 +172,7 @@ def _import(name: str, source: str | None) -> ModuleType:
 
 
 def _help(name: str, folders: Sequence[Path]) -> str:
-    """What can be given on the command line, out of the YAML files and their comments."""
+    """Return the help text: the YAML files with their comments."""
     package = "magpo.systems." if name in config.systems() else ""
     text = [f"usage: python -m {package}{name} env=<suite>/<task> [key=value ...] [flags]"]
     text += ["", "tasks:"]

@@ -38,13 +38,13 @@ from magpo.errors import ConfigError
 from magpo.members import Member, Setting
 
 T = TypeVar("T")
-# What reading a damaged file raises.
+# The errors that reading a damaged file raises.
 UNREADABLE = (
     *(OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
     *(RecursionError, yaml.YAMLError),
 )
 GROUPS = ("env", "budget", "logger")  # folders of files to choose from, by env=rware/tiny-4ag
-# What is no part of a run, and so not in its config.yaml.
+# The keys that are no part of a run, and so not in its config.yaml.
 OF_THIS_PROCESS: dict[str, Any] = {
     "resume": None,
     "allow_changes": [],
@@ -210,7 +210,7 @@ class RunConfig:
 
 
 def systems() -> list[str]:
-    """The names of the systems in the package."""
+    """Return the names of the systems in the package."""
     package = import_module("magpo.systems")
     return sorted(m.name for m in iter_modules(package.__path__) if not m.name.startswith("_"))
 
@@ -225,11 +225,11 @@ def load(
     tuned/ files too. Raises ConfigError.
     """
     name, folders = locate(system, config_dir)
-    given = [o for o in map(parse, overrides) if o.key_or_group == "resume" and not o.is_delete()]
-    folder = given[-1].value() if given else None
+    resumes = [o for o in map(parse, overrides) if o.key_or_group == "resume" and not o.is_delete()]
+    folder = resumes[-1].value() if resumes else None
     if folder not in (None, "auto"):
         if not isinstance(folder, str):
-            raise ConfigError(f"{given[-1].input_line!r}: resume must be a run's folder or auto")
+            raise ConfigError(f"{resumes[-1].input_line!r}: resume must be a run's folder or auto")
         return _resumed(system, name, folders, Path(folder), overrides)
     return build(system, name, folders, *_compose(name, overrides, folders))
 
@@ -255,12 +255,12 @@ def dump_setting(config: RunConfig, setting: Setting) -> dict[str, Any]:
 
 
 def read(system: str | ModuleType, file: Path) -> RunConfig:
-    """A run's config.yaml, checked like a new one. Raises ConfigError."""
+    """Read a run's config.yaml and check it like a new one. Raises ConfigError."""
     return from_values(system, plain_values(file), file)
 
 
 def plain_values(file: Path) -> dict[str, Any]:
-    """What is in a run's config.yaml, not checked. Raises ConfigError."""
+    """Read the values in a run's config.yaml without checking them. Raises ConfigError."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except UNREADABLE as error:
@@ -271,7 +271,7 @@ def plain_values(file: Path) -> dict[str, Any]:
 
 
 def from_values(system: str | ModuleType, values: Any, source: Path) -> RunConfig:
-    """A run's configuration from plain values, those of `dump`. Raises ConfigError."""
+    """Make a run's configuration of the plain values of `dump`. Raises ConfigError."""
     name, _ = locate(system, None)
     try:
         if values["run"]["system"] != name:
@@ -284,7 +284,7 @@ def from_values(system: str | ModuleType, values: Any, source: Path) -> RunConfi
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """What differs between two dumps, by key, as "old value, now new value".
+    """Return the differences between two dumps, by key, as "old value, now new value".
 
     Where results go and how they are shown makes no difference.
     """
@@ -325,7 +325,7 @@ def _resumed(
     folder: Path,
     overrides: Sequence[str],
 ) -> RunConfig:
-    """The configuration of the run in `folder`, with the overrides applied to it."""
+    """Read the configuration of the run in `folder` and apply the overrides to it."""
     try:
         found = (folder / "config.yaml").is_file()
     except OSError as error:
@@ -360,7 +360,7 @@ def _resumed(
 
 
 def locate(system: str | ModuleType, config_dir: Path | None) -> tuple[str, list[Path]]:
-    """The system's name and the folders with YAML files, the one with the system's own first."""
+    """Return the system's name and the folders with YAML files, first the one with its own."""
     if isinstance(system, ModuleType):
         source = Path(str(system.__file__))
         name, config_dir = source.stem, config_dir or source.parent
@@ -376,7 +376,7 @@ def locate(system: str | ModuleType, config_dir: Path | None) -> tuple[str, list
 
 
 def option_names(folders: Sequence[Path], group: str) -> list[str]:
-    """The names that `group=` can take: its YAML files."""
+    """Return the names that `group=` can take: its YAML files."""
     roots = [folder / group for folder in folders]
     files = [file.relative_to(root) for root in roots for file in root.rglob("*.yaml")]
     return sorted({file.with_suffix("").as_posix() for file in files})
@@ -459,7 +459,7 @@ def _check_setting(setting: Setting, schema: type, parts: Mapping[str, Any]) -> 
 def _compose(
     name: str, overrides: Sequence[str], folders: Sequence[Path]
 ) -> tuple[DictConfig, dict[str, str]]:
-    """The composed configuration and each group's choice."""
+    """Return the composed configuration and each group's choice."""
     overrides = _checked(overrides, folders)
     try:
         return _hydra_compose(name, overrides, folders)
@@ -480,12 +480,13 @@ def _hydra_compose(
 
 
 def search_path(folders: Sequence[Path]) -> str:
-    """The override that lets Hydra look beyond the first folder."""
+    """Return the override that lets Hydra look beyond the first folder."""
     return f"hydra.searchpath={json.dumps([folder.as_uri() for folder in folders[1:]])}"
 
 
 def _checked(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """The overrides as Hydra takes them, if each can be read and chooses from what there is."""
+    """Return the overrides as Hydra takes them. Raises ConfigError if one cannot be read or chooses
+    a file that does not exist."""
     known = {group: option_names(folders, group) for group in GROUPS} | {"env": registry.tasks()}
     overrides = hydra_spelling(overrides)
     for text in overrides:
@@ -495,7 +496,7 @@ def _checked(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
             raise ConfigError(f"{text!r}: a list is written [0,1], a sweep needs --multirun")
         if override.package is not None:
             raise ConfigError(f"{text!r}: write {key}=<value>, without @{override.package}")
-        if key.partition(".")[0] == "run":  # what `dump` says of a run, not to be given
+        if key.partition(".")[0] == "run":  # `dump` adds this group; nobody sets it
             raise ConfigError(unknown_key(key, []))
         if override.is_delete():
             continue
@@ -525,7 +526,7 @@ def hydra_spelling(overrides: Sequence[str]) -> list[str]:
 
 
 def parse(text: str) -> Override:
-    """One argument, key=value in Hydra's grammar. Raises ConfigError."""
+    """Parse one argument, key=value in Hydra's grammar. Raises ConfigError."""
     try:
         return OverridesParser.create().parse_override(text)
     except (HydraException, ValueError) as error:
@@ -536,7 +537,7 @@ def parse(text: str) -> Override:
 
 
 def _explain(error: Exception, name: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:
-    """One line for an error of Hydra's: those have several, and no nearest match."""
+    """Return one line with the nearest match for an error of Hydra's, which has several without."""
     parsed = [(text, parse(text)) for text in overrides]
     if not any(o.key_or_group == "env" and not o.is_delete() for _, o in parsed):
         return f"no task chosen: write env=<suite>/<task>, of {', '.join(registry.suites())}"
@@ -555,13 +556,13 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], folders: Seq
 
 
 def _systems_with(key: str, folders: Sequence[Path]) -> list[str]:
-    """The package's systems whose YAML has this key."""
+    """Return the package's systems whose YAML has this key."""
     files = (folder / f"{system}.yaml" for folder in folders for system in systems())
     return [f.stem for f in files if f.is_file() and key in set(_keys(OmegaConf.load(f)))]
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all values and groups of values."""
+    """Yield the dotted names of all values and groups of values."""
     for key in node:
         yield f"{prefix}{key}"
         if isinstance(node[key], Mapping):
@@ -569,7 +570,8 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """The line that says so. `known` are dotted names; one with the same last part is nearest."""
+    """Return the error line for an unknown key. Of the dotted names `known`, one with the same last
+    part is nearest."""
     leaf = key.rpartition(".")[2]
     nearest = [name for name in known if name.rpartition(".")[2] == leaf]
     nearest = nearest or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -589,7 +591,7 @@ def _validate(schema: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _line(error: ErrorDetails, schema: type) -> str:
-    """A pydantic error as a sentence."""
+    """Return a pydantic error as a sentence."""
     *parents, last = [str(part) for part in error["loc"]] or [""]
     # The command line's name for an algorithm's `hyper` is `system`.
     shown = ["system" if parent == "hyper" else parent for parent in parents]

@@ -95,7 +95,7 @@ def _measure(timestep: TimeStep, episode_return: Array, episode_length: Array) -
 
 
 def main() -> None:
-    """`python -m magpo.evaluate run=<folder> [key=value ...]`"""
+    """Run `python -m magpo.evaluate run=<folder> [key=value ...]`."""
     from magpo import cli
 
     cli.command(USAGE, _main)
@@ -118,17 +118,17 @@ def _main(arguments: Sequence[str]) -> None:
     from magpo.errors import ConfigError
 
     keys = {"run": str, "episodes": int, "greedy": bool, "seed": int, "env": str}
-    given = cli.key_values(arguments, keys, open_groups=("env", "vary"))
-    cli.within(given, episodes=(1, 2**31 - 1), seed=(0, 2**32 - 1))
-    if "run" not in given:
+    values = cli.key_values(arguments, keys, open_groups=("env", "vary"))
+    cli.within(values, episodes=(1, 2**31 - 1), seed=(0, 2**32 - 1))
+    if "run" not in values:
         raise ConfigError("run=<folder> is missing")
-    trained = policy.read(given["run"])
-    places = trained.places(setting=cli.group(given, "vary"))
-    env = policy.make_env(trained, given.get("env"), cli.group(given, "env"))
-    episodes, greedy = given.get("episodes", 320), given.get("greedy", False)
+    trained = policy.read(values["run"])
+    places = trained.places(setting=cli.group(values, "vary"))
+    env = policy.make_env(trained, values.get("env"), cli.group(values, "env"))
+    episodes, greedy = values.get("episodes", 320), values.get("greedy", False)
 
     algorithm, setup = trained.algorithm, policy.make_setup(trained, env)
-    member_keys = jax.random.split(jax.random.key(given.get("seed", 0)), len(trained.score))
+    member_keys = jax.random.split(jax.random.key(values.get("seed", 0)), len(trained.score))
     play = jax.jit(jax.vmap(lambda p, k: evaluate(algorithm, setup, env, p, k, episodes, greedy)))
     chosen = jnp.array(places)
     params = jax.tree.map(lambda x: x[chosen], trained.params)

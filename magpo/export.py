@@ -28,11 +28,11 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 USAGE = """\
 usage: python -m magpo.export run=<folder> [key=value ...]
 
-  run=<folder>    a run's results folder
-  out=<folder>    where policy.stablehlo and policy.json go (default: <run>/policy)
-  seed=<seed>     only this seed's policies (default: the one with the best score)
-  vary.<key>=<value>  only policies with this value, of a run that varied it
-  agent=0         whose policy, if the agents' differ"""
+  run=<folder>         a run's results folder; its policy with the best score is exported
+  out=<folder>         where policy.stablehlo and policy.json go (default: <run>/policy)
+  seed=<seed>          only this seed's policies
+  vary.<key>=<value>   only policies with this value, of a run that varied it
+  agent=0              whose policy, if the agents' differ"""
 
 
 def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
@@ -88,19 +88,19 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """`python -m magpo.export run=<folder>`"""
+    """Run `python -m magpo.export run=<folder>`."""
     cli.command(USAGE, _main)
 
 
 def _main(arguments: Sequence[str]) -> None:
     keys = {"run": str, "out": str, "seed": int, "agent": int}
-    given = cli.key_values(arguments, keys, open_groups=("vary",))
-    if "run" not in given:
+    values = cli.key_values(arguments, keys, open_groups=("vary",))
+    if "run" not in values:
         raise ConfigError("run=<folder> is missing")
-    setting = cli.group(given, "vary")
-    policy = load_policy(given["run"], given.get("seed"), setting, given.get("agent", 0))
+    setting = cli.group(values, "vary")
+    policy = load_policy(values["run"], values.get("seed"), setting, values.get("agent", 0))
     data, description = export(policy)
-    out = Path(given.get("out") or Path(given["run"]) / "policy")
+    out = Path(values.get("out") or Path(values["run"]) / "policy")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "policy.stablehlo").write_bytes(data)

@@ -151,7 +151,7 @@ class JsonLines:
             self._append()
 
     def _append(self) -> None:
-        """Also what an earlier attempt, on a full disk, left unwritten."""
+        """Write the lines of this attempt and those that an earlier one, on a full disk, left."""
         removed = not self.path.exists()
         if not (removed or self.unwritten):
             return  # what a resumed run will write anew stays until then

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def configs() -> Path:
-    """The folder `configs`: inside the package in a wheel, beside it in a checkout."""
+    """Return the folder `configs`: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent
     shipped = package / "configs"
     return shipped if shipped.is_dir() else package.parent / "configs"

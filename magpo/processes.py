@@ -23,9 +23,9 @@ from magpo.errors import ConfigError
 
 
 def join(config: DistributedConfig) -> None:
-    """Meet the other processes, where there are some; before JAX computes anything.
+    """Join the other processes, if there are any, before JAX computes anything.
 
-    They are those that `config` says, or else the tasks of this SLURM job step. Raises ConfigError.
+    `config` names them; otherwise they are the tasks of this SLURM job step. Raises ConfigError.
     """
     in_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
     if jax.distributed.is_initialized() or not (config.coordinator or in_slurm):
@@ -57,20 +57,20 @@ def _killable() -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that shows, logs and decides."""
+    """Return whether this is the process that shows, logs and decides."""
     return bool(jax.process_index() == 0)
 
 
 def everyone() -> set[int]:
-    """The numbers of all processes."""
+    """Return the numbers of all processes."""
     return set(range(jax.process_count()))
 
 
 def agreed(decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on the first process, or the ConfigError it raises there.
+    """Return what `decide` returns on the first process, or raise the ConfigError it raises there.
 
-    To be called by all of them, from the thread that starts their computations. It goes through
-    JSON: a path arrives as a string.
+    All processes have to call this from the thread that starts their computations. The value goes
+    through JSON: a path arrives as a string.
     """
     if jax.process_count() == 1:
         return decide()
@@ -90,7 +90,7 @@ def agreed(decide: Callable[[], Any]) -> Any:
 
 
 def meet(where: str, timeout_s: int) -> bool:
-    """Wait until all processes are at the point of this name; whether they came in time."""
+    """Wait until all processes reach the point of this name; return whether they came in time."""
     untyped: Any = jax.distributed
     if not untyped.is_initialized():
         return True
@@ -104,11 +104,7 @@ def meet(where: str, timeout_s: int) -> bool:
 
 
 def leave() -> None:
-    """Before an abrupt exit: wait, a little, until all are at this point.
-
-    When one is gone, JAX aborts those that are still at work, so they part in order: a process that
-    the system runs late would else miss the first one.
-    """
+    """Synchronise before exiting: JAX aborts the remaining processes once one has gone."""
     untyped: Any = jax.distributed
     if untyped.is_initialized() and meet("leaves", timeout_s=20):
         with contextlib.suppress(jax.errors.JaxRuntimeError):

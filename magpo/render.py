@@ -100,7 +100,7 @@ def write_html(path: Path, env: Any, episode: Episode) -> None:
 
 
 def main() -> None:
-    """`python -m magpo.render`"""
+    """Run `python -m magpo.render`."""
     cli.command(USAGE, _main)
 
 
@@ -115,25 +115,25 @@ def _of_run(
 
 def _main(arguments: Sequence[str]) -> None:
     keys = {"run": str, "env": str, "out": str, "steps": int, "greedy": bool, "seed": int}
-    given = cli.key_values(arguments, keys, open_groups=("env", "vary"))
-    if ("run" in given) == ("env" in given):
+    values = cli.key_values(arguments, keys, open_groups=("env", "vary"))
+    if ("run" in values) == ("env" in values):
         raise ConfigError("give env=<suite>/<task> or run=<folder>, one of them")
-    cli.within(given, steps=(1, 2**31 - 1), seed=(0, 2**32 - 1))
-    steps, seed = given.get("steps", 500), given.get("seed", 0)
-    options, setting = cli.group(given, "env"), cli.group(given, "vary")
-    if setting and "run" not in given:
+    cli.within(values, steps=(1, 2**31 - 1), seed=(0, 2**32 - 1))
+    steps, seed = values.get("steps", 500), values.get("seed", 0)
+    options, setting = cli.group(values, "env"), cli.group(values, "vary")
+    if setting and "run" not in values:
         raise ConfigError("vary.<key>=<value> chooses a policy: it needs run=<folder>")
-    env, acting = _of_run(given["run"], options, setting) if "run" in given else (None, None)
+    env, acting = _of_run(values["run"], options, setting) if "run" in values else (None, None)
     try:
-        env = env or envs.make(given["env"], **options)
+        env = env or envs.make(values["env"], **options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     as_html = env.name.startswith("mabrax/")
     suffix = ".html" if as_html else ".gif"
-    out = Path(given.get("out") or env.name.replace("/", "_") + suffix)
+    out = Path(values.get("out") or env.name.replace("/", "_") + suffix)
     if out.suffix.lower() != suffix:
         raise ConfigError(f"out={out}: must be a file's name that ends in {suffix}")
-    episode = play(env, acting, steps, seed, given.get("greedy", False))
+    episode = play(env, acting, steps, seed, values.get("greedy", False))
     try:
         (write_html if as_html else write_gif)(out, env, episode)
     except OSError as error:

@@ -140,7 +140,7 @@ class Saver:
     def __init__(
         self, config: RunConfig, folder: Path, writer: Writer, log: JsonLines | None, env: EnvSpec
     ) -> None:
-        """`log` is the first process's, None on the others."""
+        """Take `log` on the first process, None on the others."""
         self.config, self.writer, self.log, self.env = config, writer, log, env
         self.folder = folder
         self.run_id = runs.identity(folder)
@@ -205,8 +205,8 @@ class Saver:
             self.idle.set()
 
     def _save_log(self, chunk: int) -> int:
-        """Bring metrics.jsonl up to date and return where its chunk ends. Restore a removed
-        folder."""
+        """Bring metrics.jsonl up to date, in a restored folder if it was removed; return where its
+        chunk ends."""
         assert self.log is not None
         if runs.mend(self.folder, self.config, self.run_id):
             self.writer.warn(f"{self.folder} was removed: made again")

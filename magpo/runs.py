@@ -84,7 +84,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def identity(folder: Path) -> str:
-    """The id that the run's checkpoints carry. Raises ConfigError."""
+    """Return the id that the run's checkpoints carry. Raises ConfigError."""
     try:
         return str(_read_status(folder)["id"])
     except UNREADABLE as error:
@@ -92,7 +92,7 @@ def identity(folder: Path) -> str:
 
 
 def mend(folder: Path, config: RunConfig, run_id: str) -> bool:
-    """Write config.yaml and run.json again where the folder was removed; whether it was."""
+    """Restore config.yaml and run.json if the folder was removed; return whether it was."""
     if (folder / STATUS).exists():
         return False
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def status(folder: Path) -> str:
-    """running, finished, stopped, or what stopped it: interrupted, terminated, failed."""
+    """Return running, finished, stopped, or the reason: interrupted, failed."""
     with _try_lock(folder) as free:
         if not free:
             return "running"
@@ -133,7 +133,7 @@ def status(folder: Path) -> str:
 
 
 def last_status(folder: Path) -> str:
-    """What run.json says, whoever works there; unknown where it cannot be read."""
+    """Return the status in run.json, whoever works there; "unknown" if it cannot be read."""
     try:
         return str(_read_status(folder)["status"])
     except UNREADABLE:
@@ -155,7 +155,7 @@ def working(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
-    """Note in run.json that the run goes on, and how that ended."""
+    """Record in run.json that the run continues, and how it ended."""
     _set_status(folder, "running")
     try:
         yield
@@ -168,7 +168,7 @@ def recorded(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _try_lock(folder: Path, attempts: int = 1) -> Iterator[bool]:
-    """Whether the folder's lock is ours within this context; for a moment, `status` holds it."""
+    """Yield whether this process has the folder's lock; `status` holds it only for a moment."""
     try:
         file: IO[bytes] = (folder / LOCK).open("ab")
     except OSError:
@@ -199,7 +199,7 @@ def _write_status(folder: Path, about: dict[str, Any]) -> None:
 
 
 def _set_status(folder: Path, word: str) -> None:
-    """Best effort: a full disk must not hide what happened to the run."""
+    """Write the status if possible: a full disk must not hide what happened to the run."""
     try:
         _write_status(folder, _read_status(folder) | {"status": word})
     except (OSError, ValueError, TypeError):
@@ -230,9 +230,9 @@ class Summary(NamedTuple):
 
 
 def summaries(root: Path) -> list[Summary]:
-    """The runs anywhere under a folder, in the order in which they began.
+    """Return the runs anywhere under a folder, in the order in which they began.
 
-    Damaged ones, and another version's, as far as they can be read.
+    Damaged runs and those of other versions are summarised as far as they can be read.
     """
     files = sorted(root.rglob(STATUS), key=lambda file: file.parent.name)
     return [_summary(file.parent) for file in files if (file.parent / CONFIG).exists()]
@@ -279,7 +279,7 @@ def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """`python -m magpo.runs [results]`"""
+    """Run `python -m magpo.runs [results]`."""
     parser = argparse.ArgumentParser(
         prog="python -m magpo.runs",
         description="List runs, the newest last, and how to resume those that ended early.",

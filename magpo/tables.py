@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def show(module: str, what: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """What `python -m <module> [--markdown]` prints; the first column has names."""
+    """Print the table of `python -m <module> [--markdown]`; the first column has names."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=f"List all {what}.")
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
     if parser.parse_args().markdown:
@@ -31,7 +31,7 @@ def show(module: str, what: str, columns: Sequence[str], rows: Sequence[Sequence
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A CSV whose columns are the first row's keys."""
+    """Write a CSV whose columns are the first row's keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
