@@ -204,15 +204,16 @@ def guider_loss(
     hyper: Hyper, guider: Distribution, value: Array, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
     """Return PPO's clipped surrogate loss, with an entropy bonus and the clipped value loss."""
-    log_ratio = guider.log_prob(batch.steps.action) - batch.steps.log_prob
+    steps = batch.steps
+    log_ratio = guider.log_prob(steps.action) - steps.log_prob
     chex.assert_equal_shape((log_ratio, batch.advantage, value, batch.target))
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
     policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
     entropy = guider.entropy(key).mean()
 
-    value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
-    errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
+    value_change = jnp.clip(value - steps.value, -hyper.clip_eps, hyper.clip_eps)
+    errors = (value - batch.target) ** 2, (steps.value + value_change - batch.target) ** 2
     value_loss = 0.5 * jnp.maximum(*errors).mean()
 
     loss = policy_loss - hyper.ent_coef * entropy + hyper.vf_coef * value_loss
@@ -248,9 +249,7 @@ def learner_loss(
 def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
     """Act with the guider for T steps, and step the learners along."""
     config, params = setup.config, state.params.guider
-    envs = AutoReset(env, config.num_envs)
-
-    no_reset = jnp.zeros(config.num_envs, bool)
+    envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
 
     def value(carry: Any, observation: Observation, reset_before: Array) -> Array:
         return setup.guider.apply(params, carry, observation, reset_before, method="value")
@@ -289,7 +288,10 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
         state.params.learner, start.learner, *split_time(inputs, config.rollout_length)
     )
     state = state._replace(carry=state.carry._replace(learner=learner))
-    return state, Rollout(transitions, start, last_value, jax.tree.map(jnp.sum, episodes))
+    episodes = jax.tree.map(jnp.sum, episodes)
+    return state, Rollout(
+        transitions=transitions, carry=start, last_value=last_value, episodes=episodes
+    )
 
 
 def sequences(hyper: Hyper, collected: Rollout) -> Batch:

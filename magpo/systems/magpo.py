@@ -218,16 +218,13 @@ def guider_loss(
     key: Array,
 ) -> tuple[Array, Metrics]:
     """Eq. 9 and 10: PPO, doubly clipped, with a KL to the learner where the ratio left delta."""
-    learner = jax.lax.stop_gradient(learner)
-    log_guider, log_learner = (
-        guider.log_prob(batch.steps.action),
-        learner.log_prob(batch.steps.action),
-    )
-    log_ratio, log_distance = log_guider - batch.steps.log_prob, log_guider - log_learner
+    steps, learner = batch.steps, jax.lax.stop_gradient(learner)
+    log_guider, log_learner = guider.log_prob(steps.action), learner.log_prob(steps.action)
+    log_ratio, log_distance = log_guider - steps.log_prob, log_guider - log_learner
     chex.assert_equal_shape((log_ratio, log_distance, batch.advantage, value, batch.target))
-    ratio, log_delta = jnp.exp(log_ratio), jnp.log(jnp.asarray(hyper.delta))
+    ratio, log_delta = jnp.exp(log_ratio), jnp.log(jnp.asarray(hyper.delta))  # null: infinity
     within_delta = jnp.clip(log_distance, -log_delta, log_delta)
-    clipped = jnp.exp(within_delta + log_learner - batch.steps.log_prob)
+    clipped = jnp.exp(within_delta + log_learner - steps.log_prob)
     clipped = jnp.clip(clipped, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
     surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
     outside = jnp.abs(log_distance) > log_delta
@@ -235,8 +232,8 @@ def guider_loss(
     policy_loss = (outside * kl - surrogate).mean()
     entropy = guider.entropy(key).mean()
 
-    value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
-    errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
+    value_change = jnp.clip(value - steps.value, -hyper.clip_eps, hyper.clip_eps)
+    errors = (value - batch.target) ** 2, (steps.value + value_change - batch.target) ** 2
     value_loss = 0.5 * jnp.maximum(*errors).mean()
 
     loss = policy_loss - hyper.ent_coef * entropy + hyper.vf_coef * value_loss
@@ -273,9 +270,7 @@ def learner_loss(
 def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
     """Act with the guider for T steps, and step the learners along."""
     config, params = setup.config, state.params.guider
-    envs = AutoReset(env, config.num_envs)
-
-    no_reset = jnp.zeros(config.num_envs, bool)
+    envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
 
     def value(carry: Any, observation: Observation, reset_before: Array) -> Array:
         return setup.guider.apply(params, carry, observation, reset_before, method="value")
@@ -314,7 +309,10 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
         state.params.learner, start.learner, *split_time(inputs, config.rollout_length)
     )
     state = state._replace(carry=state.carry._replace(learner=learner))
-    return state, Rollout(transitions, start, last_value, jax.tree.map(jnp.sum, episodes))
+    episodes = jax.tree.map(jnp.sum, episodes)
+    return state, Rollout(
+        transitions=transitions, carry=start, last_value=last_value, episodes=episodes
+    )
 
 
 def sequences(hyper: Hyper, collected: Rollout) -> Batch:

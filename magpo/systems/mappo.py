@@ -265,7 +265,10 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
     transitions = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), transitions)  # (T, E, ...)
     last = state.timestep
     _, last_value = value(state.carry.critic, last.observation, last.last())
-    return state, Rollout(transitions, carry, last_value, jax.tree.map(jnp.sum, episodes))
+    episodes = jax.tree.map(jnp.sum, episodes)
+    return state, Rollout(
+        transitions=transitions, carry=carry, last_value=last_value, episodes=episodes
+    )
 
 
 def sequences(hyper: Hyper, collected: Rollout) -> Batch:

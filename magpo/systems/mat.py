@@ -169,15 +169,16 @@ def ppo_loss(
     hyper: Hyper, policy: Distribution, value: Array, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
     """Return PPO's clipped surrogate loss, with an entropy bonus and the clipped value loss."""
-    log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
+    steps = batch.steps
+    log_ratio = policy.log_prob(steps.action) - steps.log_prob
     chex.assert_equal_shape((log_ratio, batch.advantage, value, batch.target))
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
     policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
     entropy = policy.entropy(key).mean()
 
-    value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
-    errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
+    value_change = jnp.clip(value - steps.value, -hyper.clip_eps, hyper.clip_eps)
+    errors = (value - batch.target) ** 2, (steps.value + value_change - batch.target) ** 2
     value_loss = 0.5 * jnp.maximum(*errors).mean()
 
     return policy_loss - hyper.ent_coef * entropy + hyper.vf_coef * value_loss, {

@@ -189,15 +189,16 @@ def ppo_loss(
     hyper: Hyper, policy: Distribution, value: Array, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
     """Return PPO's clipped surrogate loss, with an entropy bonus and the clipped value loss."""
-    log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
+    steps = batch.steps
+    log_ratio = policy.log_prob(steps.action) - steps.log_prob
     chex.assert_equal_shape((log_ratio, batch.advantage, value, batch.target))
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
     policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
     entropy = policy.entropy(key).mean()
 
-    value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
-    errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
+    value_change = jnp.clip(value - steps.value, -hyper.clip_eps, hyper.clip_eps)
+    errors = (value - batch.target) ** 2, (steps.value + value_change - batch.target) ** 2
     value_loss = 0.5 * jnp.maximum(*errors).mean()
 
     return policy_loss - hyper.ent_coef * entropy + hyper.vf_coef * value_loss, {
@@ -213,9 +214,7 @@ def ppo_loss(
 def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
     """Act for T steps, one agent after the other."""
     config, params = setup.config, state.params
-    envs = AutoReset(env, config.num_envs)
-
-    no_reset = jnp.zeros(config.num_envs, bool)
+    envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
 
     def value(carry: Any, observation: Observation, reset_before: Array) -> Array:
         return setup.network.apply(params, carry, observation, reset_before, method="value")
@@ -248,7 +247,10 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
     state, (transitions, episodes) = jax.lax.scan(step, state._replace(key=key), keys)
     last = state.timestep
     last_value = value(state.carry, last.observation, last.last())
-    return state, Rollout(transitions, start, last_value, jax.tree.map(jnp.sum, episodes))
+    episodes = jax.tree.map(jnp.sum, episodes)
+    return state, Rollout(
+        transitions=transitions, carry=start, last_value=last_value, episodes=episodes
+    )
 
 
 def sequences(setup: Setup, hyper: Hyper, collected: Rollout) -> Batch:
