@@ -275,9 +275,9 @@ def rollout(
     def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
         key_action, key_stop, key_terminal = jax.random.split(key, 3)
         observation, reset_before = inputs = state.timestep.observation, state.timestep.last()
-        actor, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
+        actor_carry, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
         action, forced = stop(setup, hyper, observation, policy.sample(key_action), key_stop)
-        critic, _ = setup.critic.step(
+        critic_carry, _ = setup.critic.step(
             params.critic, state.carry.critic, global_state(observation), action, reset_before
         )
         executed = executed_action(action, setup.spec.action_kind)
@@ -291,9 +291,9 @@ def rollout(
             reward=timestep.reward,
             discount=timestep.discount,
             ended=timestep.last(),
-            terminal=terminal(setup, params.actor, actor, timestep, action, key_terminal),
+            terminal=terminal(setup, params.actor, actor_carry, timestep, action, key_terminal),
         )
-        carry = Carry(actor, critic)
+        carry = Carry(actor_carry, critic_carry)
         state = state._replace(env_state=env_state, timestep=timestep, carry=carry)
         return state, (transition, episode_sums(timestep))
 

@@ -226,32 +226,32 @@ def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metric
 
 def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
     """Act for T steps, and keep the carry at the start of each chunk."""
-    config, params = setup.config, state.params
+    config = setup.config
     envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
-
-    def value(carry: Array, observation: Observation, reset_before: Array) -> tuple[Array, Array]:
-        return setup.critic.step(params.critic, carry, observation, reset_before)
+    actor = partial(setup.actor.step, state.params.actor)
+    critic = partial(setup.critic.step, state.params.critic)
 
     def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
-        inputs = state.timestep.observation, state.timestep.last()
-        actor, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
-        critic, values = value(state.carry.critic, *inputs)
+        observation, reset_before = state.timestep.observation, state.timestep.last()
+        actor_carry, policy = actor(state.carry.actor, observation, reset_before)
+        critic_carry, value = critic(state.carry.critic, observation, reset_before)
         action = policy.sample(key)
         executed = executed_action(action, setup.spec.action_kind)
         env_state, timestep = envs.step(state.env_state, executed)
         transition = Transition(
-            *inputs,
+            observation=observation,
+            reset_before=reset_before,
             action=action,
             log_prob=policy.log_prob(action),
-            value=values,
+            value=value,
             reward=timestep.reward,
             discount=timestep.discount,
             ended=timestep.last(),
             terminal_value=terminal_value(
-                timestep, lambda terminal: value(critic, terminal, no_reset)[1]
+                timestep, lambda terminal: critic(critic_carry, terminal, no_reset)[1]
             ),
         )
-        carry = Carry(actor, critic)
+        carry = Carry(actor_carry, critic_carry)
         state = state._replace(env_state=env_state, timestep=timestep, carry=carry)
         return state, (transition, episode_sums(timestep))
 
@@ -266,7 +266,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
     transitions, episodes = collected
     transitions = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), transitions)  # (T, E, ...)
     last = state.timestep
-    _, last_value = value(state.carry.critic, last.observation, last.last())
+    _, last_value = critic(state.carry.critic, last.observation, last.last())
     episodes = jax.tree.map(jnp.sum, episodes)
     return state, Rollout(
         transitions=transitions, carry=carry, last_value=last_value, episodes=episodes
