@@ -7,6 +7,7 @@ experiment loop maps them over members.
 
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from pathlib import Path
 from types import ModuleType
 from typing import (
     Any,
@@ -111,8 +112,9 @@ def algorithm(module: ModuleType) -> Algorithm:
     names = [*Algorithm.__annotations__, *functions]
     missing = [name for name in names if not hasattr(module, name)]
     if missing:
+        name = Path(module.__file__ or module.__name__).name
         raise ConfigError(
-            f"{module.__name__} is not a system: it lacks {', '.join(missing)}; "
+            f"{name} is not a system: it lacks {', '.join(missing)}; "
             f"a system has {', '.join(names)} (magpo.contract)"
         )
     return cast(Algorithm, module)

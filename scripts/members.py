@@ -1,0 +1,81 @@
+"""Settings of one hyperparameter in one program against a run for each.
+
+    python scripts/members.py scripts/results/members.csv mappo env=lbf/8x8-2p-2f-coop num_envs=16 \
+        vary.system.actor_lr=[1e-4,2e-4,5e-4,1e-3]
+
+Every row is whole runs from the command line, which start without compiled programs and share what
+they compile: `total_s` is their wall time with start-up, compilation and evaluations, `cpu_s` their
+CPU time, `steps_per_s` the rate of training alone.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from magpo import cli, config, tables
+from magpo.members import text
+
+
+def measure(system: str, runs: list[list[str]], steps: int) -> dict[str, Any]:
+    """Run the system with each of these overrides, one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "xla"))}
+        module = [sys.executable, "-m", f"magpo.systems.{system}", f"results_dir={folder}/results"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start = time.perf_counter()
+        for overrides in runs:
+            command = [*module, "logger.plot=false", "logger.console=false", *overrides]
+            subprocess.run(command, env=environment, check=True)
+        total_s = time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        training_s = sum(map(_training_seconds, Path(folder).rglob("metrics.jsonl")))
+    return {
+        "total_s": round(total_s, 1),
+        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "steps_per_s": round(steps / training_s),
+    }
+
+
+def _training_seconds(file: Path) -> float:
+    """Sum a run's training time, which all of its members share."""
+    records = map(json.loads, file.read_text().splitlines())
+    seconds = {r["env_steps"]: r["value"] for r in records if r["name"] == "time/training_s"}
+    return float(sum(seconds.values()))
+
+
+def main() -> None:
+    """Measure all members at once, one after the other in one program, and in runs of their own."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path)
+    parser.add_argument("system")
+    parser.add_argument("overrides", nargs="+", help="among them vary.<key>=[...] for one key")
+    arguments = parser.parse_args()
+    with cli.exit_on_config_error():
+        run = config.load(arguments.system, arguments.overrides)
+    shared = [o for o in arguments.overrides if not o.startswith("vary.")]
+    own = [[f"{k}={text(v)}" for k, v in setting.items()] for setting in run.settings]
+    ways = {
+        "one program": [arguments.overrides],
+        "one program, seeds_per_batch=1": [[*arguments.overrides, "seeds_per_batch=1"]],
+        "a run for each": [[*shared, *setting] for setting in own],
+    }
+    steps = run.trained_steps * len(run.members)
+    rows = []
+    for name, runs in ways.items():
+        row = {"command": " ".join([arguments.system, *arguments.overrides]), "members": name}
+        rows.append(row | measure(arguments.system, runs, steps))
+        print(rows[-1], flush=True)
+    tables.write(arguments.table, rows)
+
+
+if __name__ == "__main__":
+    main()
