@@ -262,7 +262,10 @@ def actor_loss(
 def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metrics]:
     """Return the squared error of Eq. 10."""
     value_loss = ((value - batch.target) ** 2).mean()
-    return hyper.vf_coef * value_loss, {"loss/value": value_loss}
+    return hyper.vf_coef * value_loss, {
+        "loss/value": value_loss,
+        "value/explained_variance": explained_variance(value, batch.target),
+    }
 
 
 def rollout(
@@ -463,11 +466,8 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
         state._replace(key=key),
         jax.random.split(key_epochs, state.hyper.ppo_epochs),
     )
-    return state, jax.tree.map(jnp.mean, metrics) | {
-        "value/explained_variance": explained_variance(estimates.value, target),
-        **paper_metrics(setup, batch, trace),
-        **episode_means(episodes),
-    }
+    metrics = jax.tree.map(jnp.mean, metrics) | paper_metrics(setup, batch, trace)
+    return state, metrics | episode_means(episodes)
 
 
 def paper_metrics(setup: Setup, batch: Batch, trace: Array) -> Metrics:

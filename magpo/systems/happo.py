@@ -221,7 +221,10 @@ def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metric
     value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
     errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
     value_loss = 0.5 * jnp.maximum(*errors).mean()
-    return hyper.vf_coef * value_loss, {"loss/value": value_loss}
+    return hyper.vf_coef * value_loss, {
+        "loss/value": value_loss,
+        "value/explained_variance": explained_variance(value, batch.target),
+    }
 
 
 def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
@@ -414,10 +417,7 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
         params=Params(actors.params, critic.params),
         opt_state=Params(actors.opt_state, critic.opt_state),
     )
-    return state, metrics | critic_metrics | {
-        "value/explained_variance": explained_variance(batch.steps.value, batch.target),
-        **episode_means(collected.episodes),
-    }
+    return state, metrics | critic_metrics | episode_means(collected.episodes)
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:

@@ -240,6 +240,7 @@ def guider_loss(
     return loss, {
         "loss/guider": policy_loss,
         "loss/value": value_loss,
+        "value/explained_variance": explained_variance(value, batch.target),
         "policy/guider_entropy": entropy,
         "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
         "policy/clipped_share": (jnp.abs(ratio - 1) > hyper.clip_eps).mean(),
@@ -382,10 +383,7 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
         state._replace(key=key),
         jax.random.split(key_epochs, state.hyper.ppo_epochs),
     )
-    return state, jax.tree.map(jnp.mean, metrics) | {
-        "value/explained_variance": explained_variance(batch.steps.value, batch.target),
-        **episode_means(collected.episodes),
-    }
+    return state, jax.tree.map(jnp.mean, metrics) | episode_means(collected.episodes)
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:
