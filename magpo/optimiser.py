@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import optax
 
-from magpo.types import Array
+from magpo.types import Metrics
 
 P = TypeVar("P", bound=tuple[Any, ...])
 
@@ -43,6 +43,6 @@ def descend(optimisers: P, params: P, opt_state: P, grads: P) -> tuple[P, P]:
     return optax.apply_updates(params, updates), opt_state
 
 
-def grad_norms(**grads: Any) -> dict[str, Array]:
+def grad_norms(**grads: Any) -> Metrics:
     """Return each network's metric `grad_norm/<network>`: the global norm before clipping."""
-    return {f"grad_norm/{network}": optax.global_norm(tree) for network, tree in grads.items()}
+    return {f"grad_norm/{network}": optax.tree.norm(tree) for network, tree in grads.items()}
