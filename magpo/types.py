@@ -1,8 +1,8 @@
 """Data that crosses module borders.
 
-Axis letters, used in every shape comment: S seeds, T rollout steps, E environments, N agents,
-L = T * N tokens, O observation features, G global-state features, A actions (a discrete count, or
-the dimensions of a continuous action).
+Axis letters, used in every shape comment: M members, S seeds, T rollout steps, E environments, N
+agents, B sequences, C steps of a sequence, L = T * N tokens, O observation features, G global-state
+features, A actions (a discrete count, or the dimensions of a continuous action).
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class TimeStep(NamedTuple):
     reward: Array  # (N,) float32
     discount: Array  # () float32, 0 only where the episode terminated
     observation: Observation
-    metrics: dict[str, Array]  # () each; a finished episode's figures, meaningful where last()
+    metrics: Metrics  # () each, of a finished episode: meaningful where last()
     terminal_observation: Observation | None = None  # only under auto-reset, where `truncates`
 
     def last(self) -> Array:
@@ -116,7 +116,7 @@ def action_spec(env: Environment | EnvSpec) -> jax.ShapeDtypeStruct:
     return spec
 
 
-def restart(num_agents: int, observation: Observation, metrics: dict[str, Array]) -> TimeStep:
+def restart(num_agents: int, observation: Observation, metrics: Metrics) -> TimeStep:
     """The first timestep of an episode."""
     return TimeStep(
         step_type=jnp.int8(StepType.FIRST),
