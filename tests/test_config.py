@@ -221,7 +221,7 @@ def test_a_module_that_is_no_system_is_one_line(mine, monkeypatch, capsys):
         command_line(monkeypatch, mine, TINY)
     err = capsys.readouterr().err
     assert stop.value.code == 2
-    assert err.startswith("error: mine is not a system: it lacks act;") and err.count("\n") == 1
+    assert err.startswith("error: mine.py is not a system: it lacks act;") and err.count("\n") == 1
 
 
 # The library's own files
