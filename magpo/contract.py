@@ -30,14 +30,14 @@ H = TypeVar("H")
 
 
 class Deployed(Enum):
-    """What acts outside training."""
+    """The policy that acts outside training."""
 
     EACH_AGENT = "each agent's policy"
     JOINT = "a joint policy"
 
 
 class Parameters(Enum):
-    """Whose the deployed policy's parameters are."""
+    """The owner of the deployed policy's parameters."""
 
     SHARED = "shared"
     PER_AGENT = "each agent's own"

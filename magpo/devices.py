@@ -1,4 +1,4 @@
-"""How a run's members and environments lie on the devices.
+"""The layout of a run's members and environments on devices.
 
 The mesh has two axes. *member*: each device trains members of its own and none talks to another, so
 as many devices as divide the members go there. *env*: the rest share the environments of a member;

@@ -24,7 +24,7 @@ class StepType:
 
 
 class Observation(NamedTuple):
-    """What the agents see; agents are an array axis."""
+    """All agents' observations; agents are an array axis."""
 
     agents_view: Array  # (N, O) float32, the one-hot agent id first
     action_mask: Array  # (N, A) bool, true where legal

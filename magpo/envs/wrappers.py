@@ -1,4 +1,4 @@
-"""What every suite shares: agent ids, the global state, automatic restarts."""
+"""Code that all suites share: agent ids, the global state, automatic restarts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class AutoResetState(NamedTuple):
 
 
 class _Restarts(NamedTuple):
-    """What is at hand when episodes have ended, and after they began again."""
+    """Running episodes and spare starts, before and after ended episodes are restarted."""
 
     due: Array  # () bool
     running: tuple[Any, Observation]  # (E, ...)

@@ -341,7 +341,7 @@ def optimisers(hyper: Hyper) -> Params:
 
 
 class Trained(NamedTuple):
-    """What a gradient step of one network changes."""
+    """One network's parameters and optimiser state."""
 
     params: Any
     opt_state: Any

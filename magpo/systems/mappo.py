@@ -95,7 +95,7 @@ class Config:
 
     @property
     def needs_global_state(self) -> bool:
-        """Whether the critic reads it."""
+        """True if the critic reads the global state."""
         return self.hyper.critic_input == "global_state"
 
 

@@ -85,7 +85,7 @@ class Config:
 
     @property
     def num_timesteps(self) -> int:
-        """What a minibatch is drawn from."""
+        """Timesteps of a rollout, from which minibatches are drawn."""
         return self.num_envs * self.rollout_length
 
 
