@@ -172,7 +172,7 @@ class RunConfig:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """The members trained side by side: every setting with every seed, seeds changing fastest."""
+        """The members to train: every setting with every seed, seeds changing fastest."""
         return members.members(self.seeds, self.settings)
 
     def algorithm_of(self, setting: Setting) -> AlgorithmConfig:
