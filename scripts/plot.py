@@ -286,7 +286,7 @@ def name_axes(axes: Axes, line: Line) -> None:
 def legend(figure: Figure, handles: list[Artist]) -> None:
     """Under the axes, where it covers nothing, in as many columns as there is room for."""
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = 3 if longest < 28 else 2 if longest < 46 else 1
+    columns = 3 if longest < 28 else 2 if longest < 40 else 1
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, fontsize=9.5, frameon=False
     )
