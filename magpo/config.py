@@ -88,7 +88,7 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Which of several processes this one is; all None where SLURM says it, or there is but one."""
+    """This process among several; all None where SLURM says it, or there is but one."""
 
     coordinator: str | None  # host:port of process 0
     num_processes: PositiveInt | None

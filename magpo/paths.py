@@ -1,4 +1,4 @@
-"""Where the YAML files are."""
+"""The location of the YAML files."""
 
 from pathlib import Path
 

@@ -61,7 +61,7 @@ def _in_order(task: str) -> list[str | int]:
 
 
 def suites() -> list[str]:
-    """What `tasks` begin with, "suite/..."."""
+    """Return the suites of all tasks, "suite/..."."""
     return list(dict.fromkeys(task.partition("/")[0] + "/..." for task in tasks()))
 
 
