@@ -14,7 +14,7 @@ SMOKE_RUNS := $(SMOKE_TASKS:%=smoke/%/magpo) \
 SMOKE := budget=quick tuned=false num_envs=4 rollout_length=16 total_steps=256 num_evaluations=2 \
 	eval_episodes=2 env.time_limit=20 results_dir=results/smoke
 
-.PHONY: install train demo test lint smoke benchmark
+.PHONY: install train demo test lint smoke benchmark gpu
 
 install: $(INSTALLED)
 
@@ -50,3 +50,8 @@ smoke/%: install
 
 benchmark: install
 	$(BIN)/python scripts/benchmark.py $(ARGS)
+
+# What there is to measure on a GPU, in nine minutes; a second call goes on where time ran out.
+gpu: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda]'
+	$(BIN)/python scripts/gpu.py results/gpu $(ARGS)

@@ -406,7 +406,8 @@ def compile_programs(
 
     options: dict[str, Any] = {}
     if jax.default_backend() == "cpu":  # half the compiler's memory, and a tenth faster to run
-        options["xla_cpu_use_fusion_emitters"] = False
+        if jax.__version_info__ < (0, 11):  # later ones have no other emitters
+            options["xla_cpu_use_fusion_emitters"] = False
         options["xla_cpu_experimental_ynn_fusion_type"] = ""
     # `init` runs once and is not worth optimising, which takes most of its compilation.
     once = {"init": {"xla_backend_optimization_level": 0}}

@@ -10,6 +10,10 @@ the unoptimised update, each loop's body as often as it runs; the share is of th
 float32 matmul on the same machine. Memory is the process's peak before that matmul. The last shares
 are of the time that XLA's operations of an update took, on all threads together.
 
+On a GPU, `kernels` are those of one update: how many ran, how long they and the pauses between them
+took, and which took longest. With --lock, processes that are started together compile side by side
+and measure one after the other.
+
 With --overhead, that many chunks are trained as they are, with their evaluations, and a checkpoint
 after each, and the writer thread's time is measured. Where it has a core of its own, it costs less.
 """
@@ -19,6 +23,7 @@ import time
 STARTED = time.perf_counter()
 
 import argparse  # noqa: E402
+import fcntl  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
 import resource  # noqa: E402
@@ -27,6 +32,7 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 from collections import Counter, defaultdict  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from importlib import import_module  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -91,8 +97,9 @@ def matmul_rate(size: int = 2048) -> float:
     return 2 * size**3 / median_seconds(lambda: matmul(a, a))
 
 
-def shares(compiled: Any, run: Callable[[], Any]) -> dict[str, float]:
-    """Where a program's time goes: the share of each kind of operation, loops left out."""
+def profile(compiled: Any, run: Callable[[], Any]) -> dict[str, Any]:
+    """Where a program's time goes: the share of each kind of operation, loops left out, and on a
+    GPU its kernels."""
     kinds = {}
     for line in compiled.as_text().splitlines():
         match = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\(", line)
@@ -100,11 +107,17 @@ def shares(compiled: Any, run: Callable[[], Any]) -> dict[str, float]:
             scope = re.search(r'op_name="([^"]*)"', line)
             kinds[match[1]] = match[2], scope[1].rpartition("/")[2] if scope else ""
     spent: Counter[str] = Counter()
+    kernels: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             wait(run())
         (file,) = Path(folder).rglob("*.xplane.pb")
-        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        data = jax.profiler.ProfileData.from_file(str(file))
+        for plane in data.planes:
+            on_gpu = plane.name.startswith("/device:GPU")
+            for line in plane.lines:
+                if on_gpu and line.name.startswith("Stream"):
+                    kernels += line.events
             for event in (event for line in plane.lines for event in line.events):
                 opcode, origin = kinds.get(event.name, ("", ""))
                 if opcode in ("", "while", "call", "conditional"):
@@ -115,14 +128,33 @@ def shares(compiled: Any, run: Callable[[], Any]) -> dict[str, float]:
                     spent["matmuls"] += event.duration_ns
                 else:
                     spent["elementwise"] += event.duration_ns
-    return {f"share_of_{kind}": time_ns / spent.total() for kind, time_ns in spent.items()}
+        found: dict[str, Any] = {
+            f"share_of_{kind}": time_ns / spent.total() for kind, time_ns in spent.items()
+        }
+        return found | ({"kernels": launches(kernels)} if kernels else {})
 
 
-def random_steps_per_s(env: Environment, num_envs: int, length: int) -> float:
-    """The environment alone, restarts included, under random legal actions."""
+def launches(kernels: list[Any]) -> dict[str, Any]:
+    """Return the number of a GPU's kernels, their time, and that of the pauses between them."""
+    start = min(kernel.start_ns for kernel in kernels)
+    end = max(kernel.start_ns + kernel.duration_ns for kernel in kernels)
+    spent: Counter[str] = Counter()
+    for kernel in kernels:
+        spent[kernel.name] += kernel.duration_ns
+    times = Counter(kernel.name for kernel in kernels)
+    longest = {name: [round(ns / 1e6, 2), times[name]] for name, ns in spent.most_common(25)}
+    return {
+        "number": len(kernels),
+        "busy_ms": spent.total() / 1e6,
+        "idle_ms": (end - start - spent.total()) / 1e6,
+        "longest_ms_and_times": longest,
+    }
+
+
+def random_steps(env: Environment, num_envs: int, length: int) -> Callable[[], Any]:
+    """The environment alone, restarts included, under random legal actions, compiled."""
     batch = AutoReset(env, num_envs)
 
-    @jax.jit
     def run(state: Any, timestep: Any, key: Array) -> Any:
         def step(loop: Any, key: Array) -> tuple[Any, Array]:
             state, mask = loop
@@ -136,11 +168,12 @@ def random_steps_per_s(env: Environment, num_envs: int, length: int) -> float:
         loop = state, timestep.observation.action_mask
         return jax.lax.scan(step, loop, jax.random.split(key, length))
 
-    start = jax.jit(batch.reset)(jax.random.key(0))
-    return num_envs * length / median_seconds(lambda: run(*start, jax.random.key(1)))
+    start = *jax.jit(batch.reset)(jax.random.key(0)), jax.random.key(1)
+    compiled = jax.jit(run).lower(*start).compile()
+    return lambda: compiled(*start)
 
 
-def measure(algorithm: Algorithm, config: RunConfig) -> dict[str, float]:
+def measure(algorithm: Algorithm, config: RunConfig, lock: Path | None) -> dict[str, Any]:
     """Return all measurements, by name and unit."""
     experiment.set_up_jax(config)
     env = experiment.make_env(config)
@@ -151,44 +184,64 @@ def measure(algorithm: Algorithm, config: RunConfig) -> dict[str, float]:
     compiled = experiment.compile_programs(programs, shapes, config)
     compile_s = time.perf_counter() - started
     inputs = experiment.member_inputs(config)
-    state, _ = compiled.train_chunk(compiled.init(inputs.train_keys, inputs.hyper))
+    state, _ = wait(compiled.train_chunk(compiled.init(inputs.train_keys, inputs.hyper)))
     first_update_s = time.perf_counter() - STARTED
 
-    update_s = []
-    for _ in range(1 + REPEATS):
-        wait(state)
-        start = time.perf_counter()
-        state, _ = wait(compiled.train_chunk(state))
-        update_s.append(time.perf_counter() - start)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-    steps = config.steps_per_update * len(config.members)
-    median_update_s = statistics.median(update_s[1:])
     of_package: Any = algorithm  # whose systems all have a `rollout`, beyond the contract
-    rollout = jax.jit(jax.vmap(lambda state: of_package.rollout(setup, env, state)))
+    all_rollouts = jax.jit(jax.vmap(lambda state: of_package.rollout(setup, env, state)))
+    rollout = all_rollouts.lower(state).compile()
+    play = random_steps(env, config.num_envs, config.rollout_length)
     shaped: Any = jax.ShapeDtypeStruct  # without shardings: FLOPs are counted on one device
     one_device = jax.tree.map(lambda x: shaped(x.shape, x.dtype), state)
     train_chunk = jax.vmap(lambda state: algorithm.train_chunk(setup, env, state))
     total_flops, _ = flops(jax.make_jaxpr(train_chunk)(one_device))
-    peak_rate = matmul_rate()
+
+    with alone(lock):
+        update_s = []
+        for _ in range(1 + REPEATS):
+            start = time.perf_counter()
+            state, _ = wait(compiled.train_chunk(state))
+            update_s.append(time.perf_counter() - start)
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        rollout_s, play_s = median_seconds(lambda: rollout(state)), median_seconds(play)
+        peak_rate = matmul_rate()
+        profiled = profile(compiled.train_chunk, lambda: compiled.train_chunk(state))
+
+    steps = config.steps_per_update * len(config.members)
+    median_update_s = statistics.median(update_s[1:])
     measured = {
         "import_s": IMPORTED - STARTED,
         "compile_s": compile_s,
         "first_update_s": first_update_s,
         "update_s": median_update_s,
         "steps_per_s": steps / median_update_s,
-        "rollout_steps_per_s": steps / median_seconds(lambda: rollout(state)),
-        "env_steps_per_s": random_steps_per_s(env, config.num_envs, config.rollout_length),
-        "update_gflop": total_flops / 1e9,
-        "update_gflop_per_s": total_flops / median_update_s / 1e9,
+        "rollout_steps_per_s": steps / rollout_s,
+        "env_steps_per_s": config.steps_per_update / play_s,
         "matmul_gflop_per_s": peak_rate / 1e9,
-        "share_of_matmul_rate": total_flops / median_update_s / peak_rate,
         "peak_memory_gb": peak / 1e9,
     }
+    if total_flops:  # XLA counts none for a GPU
+        measured |= {
+            "update_gflop": total_flops / 1e9,
+            "update_gflop_per_s": total_flops / median_update_s / 1e9,
+            "share_of_matmul_rate": total_flops / median_update_s / peak_rate,
+        }
     measured |= {"peak_device_memory_gb": device / 1e9} if device else {}
-    return measured | shares(compiled.train_chunk, lambda: compiled.train_chunk(state))
+    return measured | profiled
+
+
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Say that all is compiled, and hold the lock, if there is one."""
+    if lock is None:
+        yield
+        return
+    print("compiled", flush=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
@@ -225,6 +278,7 @@ def main() -> None:
     parser.add_argument("system", help="one of " + ", ".join(configuration.systems()))
     parser.add_argument("overrides", nargs="*", help="env=<suite>/<task> key=value ...")
     parser.add_argument("--overhead", type=int, metavar="CHUNKS", help="of checkpoints and logs")
+    parser.add_argument("--lock", type=Path, metavar="FILE", help="what processes measure in turns")
     parser.add_argument("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args()
     if arguments.json:
@@ -242,7 +296,7 @@ def main() -> None:
         if arguments.overhead:
             measured = overhead(module, config)
         else:
-            measured = measure(contract.algorithm(module), config)
+            measured = measure(contract.algorithm(module), config, arguments.lock)
 
     number, noun = len(config.members), "members" if config.vary else "seeds"
     members = f", {number} {noun}" if number > 1 else ""
@@ -250,6 +304,8 @@ def main() -> None:
     table.add_column("measurement")
     table.add_column("value", justify="right")
     for name, value in measured.items():
+        if name == "kernels":
+            continue
         table.add_row(name, f"{value:,.0f}" if value >= 1000 else f"{value:.3g}")
     Console().print(table)
     if arguments.json:

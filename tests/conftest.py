@@ -1,10 +1,13 @@
 """JAX on the CPU, with one compilation cache for all tests and the processes they start."""
 
 import os
+from importlib import metadata
 
 import pytest
 
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = "--xla_backend_optimization_level=0"
+if metadata.version("jaxlib") < "0.11":  # later ones have no other emitters
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config: pytest.Config) -> None:
