@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import chex
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -131,6 +132,17 @@ def test_another_value_is_the_same_program(name):
         return jax.jit(lambda state: module.train_chunk(setup, env, state)).lower(state).as_text()
 
     assert program(VALUES[0]) == program(VALUES[1])
+
+
+@pytest.mark.parametrize("name", cases.SEVEN)
+def test_another_value_traces_nothing(name):
+    module, setup, env = with_values(name, *VALUES[0])
+    state = jax.eval_shape(lambda key: module.init(setup, env, key), jax.random.key(0))
+    chex.clear_trace_counter()
+    train_chunk = jax.jit(chex.assert_max_traces(module.train_chunk, n=1), static_argnums=(0, 1))
+    for values in VALUES:
+        hyper = as_data(with_values(name, *values).setup.config.hyper)
+        train_chunk.trace(setup, env, state._replace(hyper=hyper))
 
 
 def test_users_may_map_over_seeds_and_settings_themselves():
