@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from magpo.policy import TrainedPolicy
+    from magpo.runs.policy import TrainedPolicy
 
 __version__ = "0.1.0"
 
 
 def load_policy(folder: Any, **choices: Any) -> "TrainedPolicy":
-    """Load the best policy of a run's results folder; see `magpo.policy.load_policy`."""
-    from magpo.policy import load_policy  # imports JAX: only if it is used
+    """Load the best policy of a run's results folder; see `magpo.runs.policy.load_policy`."""
+    from magpo.runs.policy import load_policy  # imports JAX: only if it is used
 
     return load_policy(folder, **choices)

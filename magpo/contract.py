@@ -5,7 +5,7 @@ member, a seed with one setting of the varied hyperparameters, on no particular 
 experiment loop maps them over members.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,8 @@ from magpo.errors import ConfigError
 from magpo.types import Array, Environment, EnvSpec, Observation
 
 H = TypeVar("H")
+# What a run provides to a system's Config: `system.*`, `network.*` and four numbers.
+PROVIDED = ("hyper", "network", "num_envs", "rollout_length", "updates_per_chunk", "num_updates")
 
 
 class Deployed(Enum):
@@ -56,7 +58,11 @@ class Card(NamedTuple):
 
 
 class AlgorithmConfig(Protocol):
-    """A frozen dataclass. It may also ask for numbers of `RunConfig`, by their names."""
+    """A frozen dataclass with fields of PROVIDED.
+
+    The loop trains all settings with one `setup`, in which the floats of `hyper` are NaN: read them
+    from the state.
+    """
 
     @property
     def hyper(self) -> Any: ...  # `system.*`, a class made by `hyperparameters`
@@ -117,7 +123,23 @@ def algorithm(module: ModuleType) -> Algorithm:
             f"{name} is not a system: it lacks {', '.join(missing)}; "
             f"a system has {', '.join(names)} (magpo.contract)"
         )
+    _check_config(module)
     return cast(Algorithm, module)
+
+
+def _check_config(module: ModuleType) -> None:
+    """Raise ConfigError unless `Config` is a dataclass of the fields that a run provides."""
+    file, schema = Path(module.__file__ or module.__name__).name, module.Config
+    found = [field.name for field in fields(schema)] if is_dataclass(schema) else []
+    strange = [name for name in found if name not in PROVIDED]
+    if strange or "hyper" not in found or not hasattr(schema, "needs_global_state"):
+        raise ConfigError(
+            f"{file}: Config must be a dataclass with `hyper` and `needs_global_state`, and of "
+            f"{', '.join(PROVIDED)} what it needs"
+            + (f"; it has {', '.join(strange)}" if strange else "")
+        )
+    if not hasattr(get_type_hints(schema)["hyper"], "__dataclass_fields__"):
+        raise ConfigError(f"{file}: Config.hyper must be a class made by `hyperparameters`")
 
 
 @dataclass_transform(frozen_default=True)

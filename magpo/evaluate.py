@@ -7,16 +7,18 @@ on another if the shapes allow; env.<option>=<value> changes the task.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from magpo.config.schema import PositiveInt, Seed
 from magpo.contract import Algorithm
 from magpo.types import Array, Environment, TimeStep
 
 if TYPE_CHECKING:
-    from magpo.policy import TrainedRun
+    from magpo.runs.policy import TrainedRun
 
 
 class _Episodes(NamedTuple):
@@ -94,13 +96,6 @@ def _measure(timestep: TimeStep, episode_return: Array, episode_length: Array) -
     return suite | {"episode_return": episode_return, "episode_length": episode_length}
 
 
-def main() -> None:
-    """Run `python -m magpo.evaluate run=<folder> [key=value ...]`."""
-    from magpo import cli
-
-    cli.command(USAGE, _main)
-
-
 USAGE = """\
 usage: python -m magpo.evaluate run=<folder> [key=value ...]
 
@@ -113,31 +108,56 @@ usage: python -m magpo.evaluate run=<folder> [key=value ...]
   env.<option>=<value>   options of the task; by default the run's"""
 
 
-def _main(arguments: Sequence[str]) -> None:
-    from magpo import cli, policy
-    from magpo.errors import ConfigError
+@dataclass(frozen=True)
+class Request:
+    """The command line's values."""
 
-    keys = {"run": str, "episodes": int, "greedy": bool, "seed": int, "env": str}
-    values = cli.key_values(arguments, keys, open_groups=("env", "vary"))
-    cli.within(values, episodes=(1, 2**31 - 1), seed=(0, 2**32 - 1))
-    if "run" not in values:
-        raise ConfigError("run=<folder> is missing")
-    trained = policy.read(values["run"])
-    places = trained.places(setting=cli.group(values, "vary"))
-    env = policy.make_env(trained, values.get("env"), cli.group(values, "env"))
-    episodes, greedy = values.get("episodes", 320), values.get("greedy", False)
+    run: str
+    vary: dict[str, float | None]
+    episodes: PositiveInt
+    greedy: bool
+    seed: Seed
+    env: str | None
+    options: dict[str, Any]
 
+
+def main() -> None:
+    """Run `python -m magpo.evaluate run=<folder> [key=value ...]`."""
+    from magpo.config import cli
+
+    defaults: dict[str, Any] = {
+        "run": ...,
+        "vary": {},
+        "episodes": 320,
+        "greedy": False,
+        "seed": 0,
+        "env": None,
+        "options": {},
+    }
+    cli.command(USAGE, Request, defaults, _main)
+
+
+def _main(request: Request) -> None:
+    from magpo.runs import policy
+
+    trained = policy.read(request.run)
+    places = trained.places(setting=request.vary)
+    env = policy.make_env(trained, request.env, request.options)
     algorithm, setup = trained.algorithm, policy.make_setup(trained, env)
-    member_keys = jax.random.split(jax.random.key(values.get("seed", 0)), len(trained.score))
-    play = jax.jit(jax.vmap(lambda p, k: evaluate(algorithm, setup, env, p, k, episodes, greedy)))
+    member_keys = jax.random.split(jax.random.key(request.seed), len(trained.score))
+
+    @jax.jit
+    @jax.vmap
+    def play(params: Any, key: Array) -> dict[str, Array]:
+        return evaluate(algorithm, setup, env, params, key, request.episodes, request.greedy)
+
     chosen = jnp.array(places)
     params = jax.tree.map(lambda x: x[chosen], trained.params)
     metrics = jax.device_get(play(params, member_keys[chosen]))  # (members, episodes) each
     names = list(dict.fromkeys(["episode_return", env.headline, "episode_length"]))
     means = {name: metrics[name].mean(-1) for name in names}
-    _show(
-        f"{trained.config.system} on {env.name}, {episodes} episodes each", trained, places, means
-    )
+    title = f"{trained.config.system} on {env.name}, {request.episodes} episodes each"
+    _show(title, trained, places, means)
 
 
 def _show(title: str, trained: "TrainedRun", places: Sequence[int], means: dict[str, Any]) -> None:
@@ -145,8 +165,8 @@ def _show(title: str, trained: "TrainedRun", places: Sequence[int], means: dict[
     from rich.console import Console
     from rich.table import Table
 
-    from magpo import members
-    from magpo.console import spread
+    from magpo.config import members
+    from magpo.report.console import spread
 
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title_justify="left")
     table.title = title

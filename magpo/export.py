@@ -11,7 +11,7 @@ size stays free. Without this library:
 """
 
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from magpo import cli
+from magpo.config import cli
+from magpo.config.schema import NonNegativeInt, Seed
 from magpo.errors import ConfigError
-from magpo.policy import TrainedPolicy, load_policy
+from magpo.runs.policy import TrainedPolicy, load_policy
 from magpo.types import Array, Observation
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -87,20 +88,27 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
     return {"name": name, "shape": shape, "dtype": str(leaf.dtype)}
 
 
+@dataclass(frozen=True)
+class Request:
+    """The command line's values."""
+
+    run: str
+    out: str | None
+    seed: Seed | None
+    vary: dict[str, float | None]
+    agent: NonNegativeInt
+
+
 def main() -> None:
     """Run `python -m magpo.export run=<folder>`."""
-    cli.command(USAGE, _main)
+    defaults: dict[str, Any] = {"run": ..., "out": None, "seed": None, "vary": {}, "agent": 0}
+    cli.command(USAGE, Request, defaults, _main)
 
 
-def _main(arguments: Sequence[str]) -> None:
-    keys = {"run": str, "out": str, "seed": int, "agent": int}
-    values = cli.key_values(arguments, keys, open_groups=("vary",))
-    if "run" not in values:
-        raise ConfigError("run=<folder> is missing")
-    setting = cli.group(values, "vary")
-    policy = load_policy(values["run"], values.get("seed"), setting, values.get("agent", 0))
+def _main(request: Request) -> None:
+    policy = load_policy(request.run, request.seed, request.vary, request.agent)
     data, description = export(policy)
-    out = Path(values.get("out") or Path(values["run"]) / "policy")
+    out = Path(request.out or Path(request.run) / "policy")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "policy.stablehlo").write_bytes(data)

@@ -3,7 +3,7 @@
 Writes a GIF, for MABrax brax's HTML: under random legal actions, or of a run's best policy.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magpo import cli, envs, policy
+from magpo import envs
+from magpo.config import cli
+from magpo.config.schema import PositiveInt, Seed
 from magpo.errors import ConfigError
+from magpo.runs import policy
 from magpo.types import Array, Environment
 
 USAGE = """\
@@ -72,7 +75,7 @@ def write_gif(path: Path, env: Environment, episode: Episode) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from magpo.pictures import DRAW
+    from magpo.envs.pictures import DRAW
 
     draw = DRAW[env.name.partition("/")[0]]
     figure = Figure(figsize=(4.8, 5.0), layout="constrained")
@@ -99,9 +102,31 @@ def write_html(path: Path, env: Any, episode: Episode) -> None:
     path.write_text(html.render(brax_env.sys.tree_replace({"opt.timestep": brax_env.dt}), poses))
 
 
+@dataclass(frozen=True)
+class Request:
+    """The command line's values."""
+
+    run: str | None
+    env: str | None
+    options: dict[str, Any]
+    vary: dict[str, float | None]
+    out: str | None
+    steps: PositiveInt
+    greedy: bool
+    seed: Seed
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.env is None):
+            raise ValueError("give env=<suite>/<task> or run=<folder>, one of them")
+        if self.vary and self.run is None:
+            raise ValueError("vary.<key>=<value> chooses a policy: it needs run=<folder>")
+
+
 def main() -> None:
     """Run `python -m magpo.render`."""
-    cli.command(USAGE, _main)
+    defaults: dict[str, Any] = {"run": None, "env": None, "options": {}, "vary": {}, "out": None}
+    defaults |= {"steps": 500, "greedy": False, "seed": 0}
+    cli.command(USAGE, Request, defaults, _main)
 
 
 def _of_run(
@@ -113,27 +138,20 @@ def _of_run(
     return env, policy.build(trained, trained.best(trained.places(setting=setting)), env=env)
 
 
-def _main(arguments: Sequence[str]) -> None:
-    keys = {"run": str, "env": str, "out": str, "steps": int, "greedy": bool, "seed": int}
-    values = cli.key_values(arguments, keys, open_groups=("env", "vary"))
-    if ("run" in values) == ("env" in values):
-        raise ConfigError("give env=<suite>/<task> or run=<folder>, one of them")
-    cli.within(values, steps=(1, 2**31 - 1), seed=(0, 2**32 - 1))
-    steps, seed = values.get("steps", 500), values.get("seed", 0)
-    options, setting = cli.group(values, "env"), cli.group(values, "vary")
-    if setting and "run" not in values:
-        raise ConfigError("vary.<key>=<value> chooses a policy: it needs run=<folder>")
-    env, acting = _of_run(values["run"], options, setting) if "run" in values else (None, None)
+def _main(request: Request) -> None:
+    env, acting = None, None
+    if request.run is not None:
+        env, acting = _of_run(request.run, request.options, request.vary)
     try:
-        env = env or envs.make(values["env"], **options)
+        env = env or envs.make(str(request.env), **request.options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     as_html = env.name.startswith("mabrax/")
     suffix = ".html" if as_html else ".gif"
-    out = Path(values.get("out") or env.name.replace("/", "_") + suffix)
+    out = Path(request.out or env.name.replace("/", "_") + suffix)
     if out.suffix.lower() != suffix:
         raise ConfigError(f"out={out}: must be a file's name that ends in {suffix}")
-    episode = play(env, acting, steps, seed, values.get("greedy", False))
+    episode = play(env, acting, request.steps, request.seed, request.greedy)
     try:
         (write_html if as_html else write_gif)(out, env, episode)
     except OSError as error:

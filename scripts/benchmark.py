@@ -46,11 +46,14 @@ from jax.extend.core import jaxpr_as_fun  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from magpo import cli, contract, experiment, loggers, resume  # noqa: E402
 from magpo import config as configuration  # noqa: E402
-from magpo.config import RunConfig  # noqa: E402
+from magpo import contract, experiment  # noqa: E402
+from magpo.config import cli  # noqa: E402
+from magpo.config.schema import RunConfig  # noqa: E402
 from magpo.contract import Algorithm  # noqa: E402
 from magpo.envs.wrappers import AutoReset  # noqa: E402
+from magpo.report import writer  # noqa: E402
+from magpo.runs import resume  # noqa: E402
 from magpo.types import Array, Environment  # noqa: E402
 
 IMPORTED = time.perf_counter()
@@ -247,14 +250,14 @@ def alone(lock: Path | None) -> Iterator[None]:
 def overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
     """Return the share of a run's time that checkpoints and logs take."""
     spent: dict[str, float] = defaultdict(float)
-    attempt = loggers.Writer._try
+    attempt = writer.Writer._try
 
     def timed(writer: Any, errors: Any, name: str, job: Callable[[], object]) -> None:
         start = time.perf_counter()
         attempt(writer, errors, name, job)
         spent["checkpoint" if name == "checkpoint" else "logging"] += time.perf_counter() - start
 
-    with mock.patch.object(loggers.Writer, "_try", timed), tempfile.TemporaryDirectory() as folder:
+    with mock.patch.object(writer.Writer, "_try", timed), tempfile.TemporaryDirectory() as folder:
         resume.TIME_SHARE = float("inf")
         result = experiment.run(module, replace(config, results_dir=folder))
         (written,) = Path(result.folder, "checkpoints").glob("*")

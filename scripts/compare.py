@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from magpo import cli, config, contract, experiment, tables
+from magpo import config, contract, experiment, tables
+from magpo.config import cli
 
 wait: Any = jax.block_until_ready
 

@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from magpo import checkpoint, cli, config
+from magpo import config
+from magpo.config import cli
+from magpo.runs import checkpoint
 
 # A checkpoint after every chunk, however short: more writing to be killed in.
 CHILD = (
-    "import sys; from importlib import import_module; from magpo import resume; "
+    "import sys; from importlib import import_module; from magpo.runs import resume; "
     "resume.TIME_SHARE = float('inf'); "
     "import_module('magpo.systems.' + sys.argv.pop(1)).main()"
 )

@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from magpo import tables
-from magpo.config import UNREADABLE
+from magpo.files import UNREADABLE
 
 RETURN = "eval/episode_return"
 SETTING = "system."  # how the keys of varied hyperparameters begin

@@ -34,10 +34,10 @@ from typing import Any
 import jax
 
 from magpo import config, contract, experiment, tables
-from magpo.config import RunConfig
+from magpo.config.schema import RunConfig
 from magpo.contract import Algorithm
 from magpo.systems import magpo, mappo, sable
-from magpo.types import Environment
+from magpo.types import Environment, spec
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -83,7 +83,7 @@ def numerics() -> None:
 def updates(algorithm: Algorithm, env: Environment, run: RunConfig) -> list[Any]:
     """Return initial parameters, and those after an update on the CPU and on this device."""
     cpu = jax.devices("cpu")[0]
-    setup = experiment.make_setup(algorithm, env, run)
+    setup = algorithm.make(run.algorithm, spec(env))
     with jax.default_device(cpu):
         state = jax.jit(lambda key: algorithm.init(setup, env, key))(jax.random.key(0))
     update = jax.jit(lambda state: algorithm.train_chunk(setup, env, state)[0])

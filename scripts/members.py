@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from magpo import cli, config, tables
-from magpo.members import text
+from magpo import config, tables
+from magpo.config import cli
+from magpo.config.members import text
 
 
 def measure(system: str, runs: list[list[str]], steps: int) -> dict[str, Any]:

@@ -40,8 +40,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from magpo import curve
-from magpo.config import UNREADABLE
+from magpo.files import UNREADABLE
+from magpo.report import curve
 
 GPAE = curve.PUBLISHED.with_name("gpae_table2.csv")
 WIN_RATE_SUITES = {"smax", "connector"}

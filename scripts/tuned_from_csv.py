@@ -1,4 +1,4 @@
-"""Write configs/tuned/<system>/<suite>/<task>.yaml from a table of tuned values.
+"""Write configs/tuned_values/<system>/<suite>/<task>.yaml from a table of tuned values.
 
     python scripts/tuned_from_csv.py tuned_hyperparameters.csv
 
@@ -12,7 +12,7 @@ import argparse
 import csv
 from pathlib import Path
 
-TUNED = Path(__file__).parents[1] / "configs" / "tuned"
+TUNED = Path(__file__).parents[1] / "configs" / "tuned_values"
 PPO = ("actor_lr", "critic_lr", "ppo_epochs", "num_minibatches", "clip_eps", "ent_coef")
 SYSTEM = (*PPO, "max_grad_norm", "recurrent_chunk_size", "delta", "lambda")
 NETWORK = ("embed_dim", "n_head", "n_block", "decay_scaling_factor")
@@ -25,7 +25,7 @@ def render(system: str, row: dict[str, str]) -> str:
     """One row as the text of a YAML file."""
     own = system == row["system"]
     note = "" if own else f" for {row['system'].upper()}, which shares them"
-    lines = ["# @package _global_", f"# Tuned by the paper's authors{note}.", "system:"]
+    lines = [f"# Tuned by the paper's authors{note}.", "system:"]
     names = [name for name in SYSTEM if own or name not in ("delta", "lambda")]
     lines += [f"  {RENAMED.get(name, name)}: {row[name]}" for name in names if row[name]]
     if any(row[name] for name in NETWORK):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magpo import checkpoint
-from magpo.checkpoint import CheckpointError
+from magpo.runs import checkpoint
+from magpo.runs.checkpoint import CheckpointError
 
 
 class State(NamedTuple):

@@ -104,10 +104,13 @@ def test_keys_decide():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("episodes=0", "episodes must be at least 1 and at most 2147483647, not 0"),
-        ("episodes=99999999999999999999", "episodes must be at least 1 and at most 2147483647"),
-        ("seed=9223372036854775808", "seed must be at least 0 and at most 4294967295"),
-        ("greedy=1", "greedy must be of type bool"),
+        ("episodes=0", "episodes must be greater than 0, not 0"),
+        (
+            "episodes=99999999999999999999",
+            "episodes must be less than 2147483648, not 9999999999999999",
+        ),
+        ("seed=9223372036854775808", "seed must be less than 4294967296"),
+        ("greedy=1", "greedy must be a valid boolean, not 1"),
     ],
 )
 def test_bad_requests_are_one_line(argument, message, monkeypatch, capsys):

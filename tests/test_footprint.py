@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 from experiment.test_devices import SMALL
 
-from magpo import config, contract, devices, envs, experiment, footprint
-from magpo.console import Console
-from magpo.loggers import Run
+from magpo import config, contract, envs, experiment
+from magpo.hardware import devices, footprint
+from magpo.report.console import Console
+from magpo.report.measurements import Run
 from magpo.systems import magpo as system_module
 
 ROW = 4 * 1000  # bytes

@@ -5,7 +5,7 @@ import sys
 
 import yaml
 
-from magpo import runs
+from magpo.runs import listing
 
 SHORT = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
@@ -27,7 +27,7 @@ def test_a_sweep_runs_on_the_launchers_local_executor(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = runs.summaries(tmp_path)
+    found = listing.summaries(tmp_path)
     assert [run.status for run in found] == ["finished"] * 2
     configs = [yaml.safe_load((run.folder / "config.yaml").read_text()) for run in found]
     assert sorted(config["system"]["delta"] for config in configs) == [1.2, 1.4]

@@ -10,20 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from magpo import console as console_module
-from magpo import curve, members
-from magpo.config import DistributedConfig, EnvConfig, LoggerConfig, RunConfig
-from magpo.console import Console, short, spread
-from magpo.loggers import (
-    JsonLines,
-    LearningCurve,
-    LoggingError,
-    MarlEval,
-    Measurement,
-    Run,
-    Writer,
-    write_aside,
-)
+from magpo.config import members
+from magpo.config.schema import DistributedConfig, EnvConfig, LoggerConfig, RunConfig
+from magpo.files import write_aside
+from magpo.report import console as console_module
+from magpo.report import curve
+from magpo.report.console import Console, short, spread
+from magpo.report.measurements import Measurement, Run
+from magpo.report.sinks import JsonLines, LearningCurve, MarlEval
+from magpo.report.writer import LoggingError, Writer
 
 
 def make_run(folder, seeds=(5, 2), headline="episode_return", vary=None):

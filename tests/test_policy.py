@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import magpo
-from magpo import config, evaluate, experiment, export, policy
+from magpo import config, evaluate, experiment, export
 from magpo.errors import ConfigError
+from magpo.runs import policy
 from magpo.types import Observation
 
 TASK = "coordsum/3x10-30"
@@ -196,8 +197,8 @@ def test_evaluate_plays_every_seed(folder, monkeypatch, capsys):
         (["env=coordsum/5x20-80"], "reads 5 features and has 10 discrete actions"),
         (["env=coordsum/3x10-3"], "did you mean 'coordsum/3x10-30'"),
         (["env.time_limt=3"], "did you mean 'time_limit'"),
-        (["episodes=0"], "episodes must be at least 1"),
-        (["episodes=many"], "episodes must be of type int, not 'many'"),
+        (["episodes=0"], "episodes must be greater than 0"),
+        (["episodes=many"], "episodes must be a valid integer, not 'many'"),
         (["episode=3"], "unknown key 'episode': did you mean 'episodes'"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from magpo import paths
+from magpo import files
 from magpo.types import Environment
 
 # The class in each suite's module, imported when first asked for: simulators are slow to import.
@@ -46,7 +46,7 @@ def register(task: str, build: Callable[..., Environment], **options: Any) -> No
 
 def tasks() -> list[str]:
     """Every task's name, "suite/task"."""
-    root = paths.configs() / "env"
+    root = files.configs() / "env"
     published = [
         f"{suite}/{task}"
         for suite in SUITES
@@ -77,7 +77,7 @@ def options(task: str) -> dict[str, Any]:
         raise unknown("task", task, known, siblings or suites())
     if task in registered:
         return dict(registered[task][1])
-    values = OmegaConf.to_container(OmegaConf.load(paths.configs() / "env" / f"{task}.yaml"))
+    values = OmegaConf.to_container(OmegaConf.load(files.configs() / "env" / f"{task}.yaml"))
     assert isinstance(values, dict)
     return {str(option): value for option, value in values.items()}
 

@@ -244,6 +244,12 @@ class Critic:
     hidden_dim: int
     sees: Literal["global_state", "observation"] = "global_state"
 
+    def __post_init__(self) -> None:
+        if self.sees == "global_state" and self.spec.num_state_features is None:
+            raise ValueError(
+                f"the critic reads a global state, and {self.spec.name} was made without"
+            )
+
     @property
     def network(self) -> RecurrentCritic:
         """All agents' values from the global state, or one agent's from its observation."""

@@ -61,7 +61,7 @@ class Hyper:
     max_grad_norm: PositiveFloat
     gamma: Fraction
     gae_lambda: Fraction
-    delta: Annotated[float, Field(gt=1)] | None
+    delta: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None
     rl_coef: NonNegativeFloat
     learner_kl: Literal["guider_to_learner", "learner_to_guider"]
 

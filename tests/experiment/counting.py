@@ -12,7 +12,7 @@ import pytest
 from pydantic import Field
 
 from magpo import experiment
-from magpo.config import (
+from magpo.config.schema import (
     DistributedConfig,
     EnvConfig,
     LoggerConfig,

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from experiment.counting import SEEDS, SYSTEM, Count, K, run
-from magpo import checkpoint, experiment, resume, runs
+from magpo import config as configuration
+from magpo import experiment
 from magpo.errors import ConfigError
+from magpo.runs import checkpoint, listing, resume
 
 
 @pytest.fixture
@@ -147,8 +149,8 @@ def test_nothing_in_a_folder_is_executed(config, folder, tmp_path):
         (newest / file).write_bytes(pickle)
     sign(newest)
     with pytest.raises(ConfigError):
-        experiment.configuration.read("magpo", folder / "config.yaml")
+        configuration.read("magpo", folder / "config.yaml")
     with pytest.raises(ConfigError):
         begin(config, folder)
-    assert [found.system for found in runs.summaries(folder)] == ["?"]
+    assert [found.system for found in listing.summaries(folder)] == ["?"]
     assert not owned.exists()

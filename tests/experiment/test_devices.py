@@ -13,8 +13,9 @@ import pytest
 
 from experiment.counting import run
 from magpo import config as configuration
-from magpo import devices, experiment
+from magpo import experiment
 from magpo.errors import ConfigError
+from magpo.hardware import devices
 
 SMALL = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "seeds=[0,1]", "num_envs=8"),
@@ -23,17 +24,19 @@ SMALL = [
 ]
 CHILD = """
 import sys
-from magpo import config, devices, experiment
+from magpo import config, experiment
+from magpo.experiment import loop
+from magpo.hardware import devices
 from magpo.systems import magpo
 run = config.load("magpo", sys.argv[2:])
 print("mesh", dict(devices.layout(run).mesh.shape))
-compile_programs = experiment.compile_programs
+compile_programs = loop.compile_programs
 def checked(*arguments):
     compiled = compile_programs(*arguments)
     text = compiled.train_chunk.as_text()
     print("communication", any(word in text for word in ("all-reduce", "all-gather", "permute(")))
     return compiled
-experiment.compile_programs = checked
+loop.compile_programs = checked
 print("folder", experiment.run(magpo, run).folder)
 """
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from magpo import checkpoint
+from magpo.runs import checkpoint
 
 SHORT = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
@@ -16,7 +16,8 @@ SHORT = [
     *("network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"),
 ]
 TRAIN = (
-    "from magpo import checkpoint, experiment, resume; from magpo.systems import magpo; "
+    "from magpo import experiment; "
+    "from magpo.runs import checkpoint, resume; from magpo.systems import magpo; "
     "resume.TIME_SHARE = float('inf'); {}experiment.main(magpo)"
 )
 SCRIPT = """

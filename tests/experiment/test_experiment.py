@@ -29,10 +29,14 @@ from experiment.counting import (
     run,
 )
 from magpo import config as configuration
-from magpo import envs, experiment, loggers, runs
-from magpo.config import EnvConfig, LoggerConfig
-from magpo.console import Console
+from magpo import envs, experiment
+from magpo.config.schema import EnvConfig, LoggerConfig
 from magpo.errors import ConfigError
+from magpo.experiment import interrupts, loop, recorder
+from magpo.experiment.programs import Best
+from magpo.report import sinks, writer
+from magpo.report.console import Console
+from magpo.runs import folders
 
 
 def test_evaluated_parameters_are_those_of_the_logged_step(config):
@@ -65,7 +69,7 @@ def test_best_is_the_latest_highest_score_with_its_parameters(config):
 
 def test_a_nan_return_is_never_best(config):
     programs = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
-    old = experiment.Best(np.float32([1, 1, 1]), np.int32([4, 4, 4]), np.int32([40, 50, 60]))
+    old = Best(np.float32([1, 1, 1]), np.int32([4, 4, 4]), np.int32([40, 50, 60]))
     returns = np.float32([[np.nan, 9, 9], [1, 1, 1], [0, 0, 1]])
     best = programs.keep_best(old, np.int32([41, 51, 61]), returns, np.int32(5))
     np.testing.assert_array_equal(best.chunk, [4, 5, 4])
@@ -87,7 +91,7 @@ def test_snapshot_outlives_the_donated_state(config):
 
 def test_next_chunk_is_dispatched_before_metrics_are_read(config, monkeypatch):
     events = []
-    compile_programs, record = experiment.compile_programs, experiment._Recorder.record
+    compile_programs, record = experiment.compile_programs, recorder.Recorder.record
 
     def spy_compile(*args):
         programs = compile_programs(*args)
@@ -102,8 +106,8 @@ def test_next_chunk_is_dispatched_before_metrics_are_read(config, monkeypatch):
         events.append(index)
         record(self, index, *args)
 
-    monkeypatch.setattr(experiment, "compile_programs", spy_compile)
-    monkeypatch.setattr(experiment._Recorder, "record", spy_record)
+    monkeypatch.setattr(loop, "compile_programs", spy_compile)
+    monkeypatch.setattr(recorder.Recorder, "record", spy_record)
     run(config)
     assert events == [event for index in range(K) for event in ("train", index)] + [K]
 
@@ -198,13 +202,13 @@ def test_config_is_saved_whole_and_plain(config):
 
 
 def test_runs_of_one_second_get_folders_of_their_own(config):
-    folders = [runs.create(config) for _ in range(3)]
-    assert len(set(folders)) == 3
-    assert folders == sorted(folders)
+    created = [folders.create(config) for _ in range(3)]
+    assert len(set(created)) == 3
+    assert created == sorted(created)
 
 
 def test_first_nan_is_the_one_named(config):
-    recorder = experiment._Recorder(config, None, None)
+    reading = recorder.Recorder(config, None, None)
     nan = np.nan
     metrics = {
         "loss/a": np.array([[1, nan], [nan, nan], [1, nan]]),
@@ -213,10 +217,10 @@ def test_first_nan_is_the_one_named(config):
         "rollout/episodes": np.array([[0, 1], [1, 1], [1, 1]]),
     }
     with pytest.raises(experiment.DivergenceError, match=r"update 5 of 10, seed 11: loss/a not"):
-        recorder._check(3, np.ones(3, bool), metrics)
+        reading._check(3, np.ones(3, bool), metrics)
     metrics["loss/a"][1, 0] = 1
     with pytest.raises(experiment.DivergenceError, match=r"update 6 .*, seed 3: loss/a, loss/b "):
-        recorder._check(3, np.ones(3, bool), metrics)
+        reading._check(3, np.ones(3, bool), metrics)
 
 
 @pytest.mark.parametrize("what", ["loss/policy", "parameters"])
@@ -256,7 +260,7 @@ def test_interruption_leaves_complete_files(config, monkeypatch, capsys):
     png = (folder / "learning_curve.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert png.endswith(b"IEND\xaeB`\x82")
-    assert runs.status(folder) == "interrupted"
+    assert folders.status(folder) == "interrupted"
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
         "checkpoints",
@@ -269,14 +273,14 @@ def test_interruption_leaves_complete_files(config, monkeypatch, capsys):
 
 
 def test_an_interrupt_lost_in_a_garbage_collection_is_not_lost(config, monkeypatch):
-    monkeypatch.setattr(experiment, "_signals", [])
-    monkeypatch.setattr(experiment.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(interrupts, "received", [])
+    monkeypatch.setattr(loop.signal, "signal", lambda *args: None)
     update = Console.update
 
     def interrupted(self, measurement):
         update(self, measurement)
         with contextlib.suppress(KeyboardInterrupt):
-            experiment._stop(signal.SIGINT, None)
+            interrupts.stop(signal.SIGINT, None)
 
     monkeypatch.setattr(Console, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -287,21 +291,21 @@ def test_a_failing_writer_is_reported_and_does_not_stop_the_run(config, monkeypa
     def full(self, measurement):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loggers.MarlEval, "write", full)
-    with pytest.raises(loggers.LoggingError, match=r"MarlEval: .*No space left on device"):
+    monkeypatch.setattr(sinks.MarlEval, "write", full)
+    with pytest.raises(writer.LoggingError, match=r"MarlEval: .*No space left on device"):
         run(config)
     out = capsys.readouterr().out
     assert out.count("warning: MarlEval") == 1
     (folder,) = Path(config.results_dir).glob("*/*/*/*")
     assert any(line["name"] == "absolute/episode_return" for line in records(folder))
-    assert runs.status(folder) == "failed"
+    assert folders.status(folder) == "failed"
 
 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
         (experiment.DivergenceError("update 3"), 1, "error: update 3\n"),
-        (loggers.LoggingError("disk full"), 1, "error: disk full\n"),
+        (writer.LoggingError("disk full"), 1, "error: disk full\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -309,10 +313,10 @@ def test_exit_codes(config, monkeypatch, capsys, error, code, line):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(experiment, "run", fail)
-    monkeypatch.setattr(experiment.cli, "hydra_main", lambda system, run: run(system, config))
-    monkeypatch.setattr(experiment.os, "_exit", sys.exit)
-    monkeypatch.setattr(experiment.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(loop, "run", fail)
+    monkeypatch.setattr(loop.cli, "main", lambda system, run: run(system, config))
+    monkeypatch.setattr(loop.os, "_exit", sys.exit)
+    monkeypatch.setattr(loop.signal, "signal", lambda *args: None)
     with pytest.raises(SystemExit) as stop:
         experiment.main(SYSTEM)
     assert stop.value.code == code
@@ -320,12 +324,12 @@ def test_exit_codes(config, monkeypatch, capsys, error, code, line):
 
 
 def test_a_launchers_job_ends_with_the_signals_code(monkeypatch):
-    monkeypatch.setattr(experiment, "_signals", [])
-    monkeypatch.setattr(experiment, "run", lambda *args: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(interrupts, "received", [])
+    monkeypatch.setattr(loop, "run", lambda *args: signal.raise_signal(signal.SIGTERM))
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(SystemExit) as stop:
-            experiment._job(None, None)
+            loop._job(None, None)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 143
@@ -333,7 +337,7 @@ def test_a_launchers_job_ends_with_the_signals_code(monkeypatch):
 
 def test_unwritable_results_are_refused_before_compiling(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(experiment, "compile_programs", None)
+    monkeypatch.setattr(loop, "compile_programs", None)
     with pytest.raises(ConfigError, match=r"results_dir=.*: cannot write there: Not a directory"):
         run(config, results_dir=str(tmp_path / "file"))
 

@@ -29,8 +29,11 @@ from experiment.counting import (
 )
 from experiment.test_resume import arrays, same_logs, stop_after
 from magpo import config as configuration
-from magpo import evaluate, experiment, export, members, policy, render, resume, runs
+from magpo import evaluate, experiment, export, render
+from magpo.config import members
 from magpo.errors import ConfigError
+from magpo.report import measurements, sinks
+from magpo.runs import checkpoint, listing, policy, resume
 
 VARY = {"system.shift": (0.0, 3.0), "system.bound": (None, 4.0, 1.5)}
 SETTINGS = [
@@ -96,7 +99,8 @@ def test_members_in_batches_are_the_same_run(vary):
 ON_DEVICES = """
 import sys
 from experiment import counting
-from magpo import config, devices, envs, experiment
+from magpo import config, envs, experiment
+from magpo.hardware import devices
 envs.register("test/count", counting.Count, walls=2)
 run = config.load(counting, sys.argv[1:])
 print(dict(devices.layout(run).mesh.shape))
@@ -215,11 +219,11 @@ def test_neptune_gets_each_members_values(vary, monkeypatch):
     monkeypatch.setattr(neptune, "init_run", init_run)
     monkeypatch.setattr(neptune.utils, "stringify_unsupported", lambda config: config)
     setting = {"system.shift": (0.0, 3.0)}
-    info = experiment.Run(Path("x"), "counting", "a", "b", vary.members, "episode_return", 1)
+    info = measurements.Run(Path("x"), "counting", "a", "b", vary.members, "episode_return", 1)
     varied = dataclasses.replace(vary, vary=setting)
     configs = [configuration.dump_setting(varied, m.setting) for m in varied.members]
-    sink = experiment.Neptune(info._replace(members=varied.members), None, (), configs)
-    sink.write(experiment.Measurement(0, (0,) * 4, 0.0, {}, {}, {}))
+    sink = sinks.Neptune(info._replace(members=varied.members), None, (), configs)
+    sink.write(measurements.Measurement(0, (0,) * 4, 0.0, {}, {}, {}))
     sink.close()
     assert [name for name, _ in written] == [
         "counting a/b seed 3 shift=0",
@@ -317,13 +321,13 @@ def test_auto_takes_the_run_that_varies_the_same(vary, monkeypatch):
 
 def test_the_list_of_runs_has_members_and_varied_keys(vary, monkeypatch, capsys):
     result = run(vary)
-    (summary,) = runs.summaries(result.folder)
+    (summary,) = listing.summaries(result.folder)
     assert (summary.num_members, summary.varied) == (12, ("system.shift", "system.bound"))
     last = result.measurements[-1].evaluation["episode_return"].mean(-1)
     assert summary.last_return == pytest.approx(last.reshape(6, 2).mean(1).max())
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["runs", str(result.folder.parents[3])])
-    runs.main()
+    listing.main()
     header, row = capsys.readouterr().out.splitlines()
     assert "varied" in header and "members" in header
     assert "shift, bound" in row and " 12 " in row
@@ -398,7 +402,7 @@ def test_evaluate_plays_all_members_or_those_of_a_value(trained, monkeypatch, ca
     assert few[2].split() == rows[8].split()
     with pytest.raises(SystemExit):
         printed(monkeypatch, capsys, evaluate, folder, "vary.system.shift=2")
-    assert "vary.system.shift=2: the run has" in capsys.readouterr().err
+    assert "vary.system.shift=2.0: the run has" in capsys.readouterr().err
 
 
 def test_export_and_render_take_a_member(trained, monkeypatch, capsys, tmp_path):
@@ -428,7 +432,7 @@ def test_a_run_that_varies_is_plotted_by_setting(vary, tmp_path):
     lines = {line.label: line for line in plot.pool(plot.find([result.folder]))}
     assert len(lines) == 6 and "COUNTING (shift=3.0, bound=null)" in lines
     finals = result.measurements[-1].evaluation["episode_return"].mean(-1)
-    for setting, places in experiment.Run(
+    for setting, places in measurements.Run(
         result.folder, "", "", "", vary.members, "", 1
     ).by_setting():
         name = f"COUNTING (shift={setting['system.shift']}, bound=%s)"
@@ -437,7 +441,7 @@ def test_a_run_that_varies_is_plotted_by_setting(vary, tmp_path):
 
 
 def test_an_old_checkpoint_is_refused_with_one_line(config, monkeypatch, capsys):
-    monkeypatch.setattr(runs.checkpoint, "FORMAT", 1)
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
     folder = run(config).folder
     monkeypatch.undo()
     saved = yaml.safe_load((folder / "config.yaml").read_text())

@@ -91,7 +91,7 @@ def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
 # What SIGTERM does to a process after it offers chunk 3 for saving, to the other one before.
 ONE_CHUNK_APART = """
 import os, signal, sys
-from magpo import resume
+from magpo.runs import resume
 from magpo.experiment import main
 from magpo.systems import magpo
 
@@ -144,7 +144,8 @@ def test_what_the_first_process_refuses_ends_all(tmp_path):
     ],
 )
 def test_half_said_is_refused(overrides, message):
-    from magpo.config import ConfigError, load
+    from magpo.config.compose import load
+    from magpo.errors import ConfigError
 
     with pytest.raises(ConfigError, match=message):
         load("magpo", [*SHORT, *(f"distributed.{text}" for text in overrides)])

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from experiment.counting import SEEDS, K, records, run
-from magpo import checkpoint, resume, runs
-from magpo.console import Console
 from magpo.errors import ConfigError
+from magpo.report.console import Console
+from magpo.runs import checkpoint, folders, resume
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, monkeypatch, chunk):
     same_logs(folder, whole.folder)
     walls = [measurement.wall_s for measurement in resumed.measurements]
     assert walls == sorted(walls)
-    assert runs.status(folder) == "finished"
+    assert folders.status(folder) == "finished"
     np.testing.assert_array_equal(
         resumed.absolute.evaluation["episode_return"], whole.absolute.evaluation["episode_return"]
     )
@@ -140,7 +140,7 @@ def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
         patch.setattr(Console, "update", remove)
         folder = run(config).folder
     assert f"warning: {folder} was removed: made again" in capsys.readouterr().out
-    assert runs.status(folder) == "finished"
+    assert folders.status(folder) == "finished"
     same_logs(folder, whole.folder)
     run(config, resume=str(folder))
     same_logs(folder, whole.folder)
@@ -218,7 +218,7 @@ def test_a_changed_config_is_refused_with_the_difference(config, change, message
     folder = run(config).folder
     with pytest.raises(ConfigError, match=message):
         run(config, resume=str(folder), **change)
-    assert runs.status(folder) == "finished"
+    assert folders.status(folder) == "finished"
 
 
 def test_another_version_is_refused(config, monkeypatch):
@@ -256,9 +256,9 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_config(config, monkeyp
 
 def test_one_process_at_a_time(config, monkeypatch):
     folder = stop_after(monkeypatch, config, 2)
-    with runs.working(folder):
-        assert runs.status(folder) == "running"
+    with folders.working(folder):
+        assert folders.status(folder) == "running"
         with pytest.raises(ConfigError, match="another process is at work"):
             run(config, resume=str(folder))
         assert run(config, resume="auto").folder != folder
-    assert runs.status(folder) == "interrupted"
+    assert folders.status(folder) == "interrupted"

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from experiment.counting import SEEDS, run
-from magpo import runs
+from magpo.runs import folders, listing
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def listed(monkeypatch, capsys):
     def call(*arguments):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["runs", *map(str, arguments)])
-        runs.main()
+        listing.main()
         return capsys.readouterr().out
 
     return call
@@ -23,7 +23,7 @@ def listed(monkeypatch, capsys):
 def test_a_run_is_listed_with_its_end_and_how_to_resume_it(config, listed):
     result = run(config)
     folder = result.folder
-    (summary,) = runs.summaries(folder.parents[3])
+    (summary,) = listing.summaries(folder.parents[3])
     assert (summary.folder, summary.system, summary.task) == (folder, "counting", "test/count")
     assert (summary.num_members, summary.varied, summary.status) == (len(SEEDS), (), "finished")
     assert summary.steps == summary.total_steps == config.trained_steps
@@ -32,25 +32,25 @@ def test_a_run_is_listed_with_its_end_and_how_to_resume_it(config, listed):
     assert summary.resume is None
     assert "finished" in listed(folder.parents[3])
 
-    runs._set_status(folder, "interrupted")
+    folders._set_status(folder, "interrupted")
     assert f"python counting.py resume={folder}" in listed(folder.parents[3])
-    with runs.working(folder):
+    with folders.working(folder):
         assert "running" in listed(folder.parents[3])
         assert "resume=" not in listed(folder.parents[3])
 
 
 def test_a_killed_run_is_stopped(config):
-    folder = runs.create(config)
+    folder = folders.create(config)
     (folder / "metrics.jsonl").write_text("")
-    (summary,) = runs.summaries(folder)
+    (summary,) = listing.summaries(folder)
     assert (summary.status, summary.steps, summary.last_return) == ("stopped", 0, None)
     with (folder / "metrics.jsonl").open("w") as file:
         file.write('{"name": "eval/episode_return", "env_steps": 5, "value": 2}\n{"half')
-    assert runs.summaries(folder)[0].last_return == 2
+    assert listing.summaries(folder)[0].last_return == 2
 
 
 def test_what_is_no_run_is_left_out(config, tmp_path, listed):
-    folder = runs.create(dataclasses.replace(config, results_dir=str(tmp_path)))
+    folder = folders.create(dataclasses.replace(config, results_dir=str(tmp_path)))
     (folder / "config.yaml").unlink()
     assert listed(tmp_path) == f"no runs under {tmp_path}\n"
     with pytest.raises(SystemExit) as stop:
@@ -84,7 +84,7 @@ def test_a_damaged_run_is_listed_and_so_are_the_others(
     name, old, new, shown, config, tmp_path, listed
 ):
     config = dataclasses.replace(config, results_dir=str(tmp_path))
-    damaged, intact = runs.create(config), runs.create(config)
+    damaged, intact = folders.create(config), folders.create(config)
     for folder in (damaged, intact):
         (folder / "metrics.jsonl").write_text(RECORD)
     text = (damaged / name).read_text()

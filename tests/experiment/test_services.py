@@ -8,8 +8,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiment.counting import SEEDS, K, U, records, run
-from magpo import experiment, loggers, resume
 from magpo.errors import ConfigError
+from magpo.report import sinks, writer
+from magpo.runs import resume
 
 
 def test_tensorboard_has_what_the_log_has(config):
@@ -67,7 +68,7 @@ def test_neptune_without_a_token_writes_to_disk(config, monkeypatch):
 
 
 def test_a_missing_client_is_said_before_anything_is_written(config, monkeypatch):
-    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    monkeypatch.setattr(sinks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"install magpo\[neptune\]"):
         run(config, logger=dataclasses.replace(config.logger, neptune=True))
     assert not Path(config.results_dir).exists()
@@ -79,7 +80,7 @@ def test_a_service_that_fails_does_not_stop_the_run(config, monkeypatch, capsys)
 
     monkeypatch.setattr(neptune, "init_run", refuse)
     folder = None
-    with pytest.raises(experiment.LoggingError, match="Neptune: no route to host"):
+    with pytest.raises(writer.LoggingError, match="Neptune: no route to host"):
         folder = run(config, logger=dataclasses.replace(config.logger, neptune=True))
     assert folder is None
     assert capsys.readouterr().out.count("warning: Neptune: no route to host") == 1

@@ -2,7 +2,8 @@
 
 import pytest
 
-from magpo.config import ConfigError, load
+from magpo.config import load
+from magpo.errors import ConfigError
 
 
 @pytest.mark.parametrize(

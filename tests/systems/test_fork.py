@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import magpo
-from magpo import paths
+from magpo import files
 
 SMALL = [
     "env=lbf/2s-8x8-2p-2f-coop",
@@ -27,7 +27,7 @@ def test_a_copy_outside_the_package_trains(tmp_path):
     source = Path(magpo.__file__).parent / "systems" / "mappo.py"
     fork, settings = tmp_path / "my_mappo.py", tmp_path / "my_mappo.yaml"
     fork.write_text(source.read_text())
-    settings.write_text((paths.configs() / "mappo.yaml").read_text())
+    settings.write_text((files.configs() / "mappo.yaml").read_text())
     command = [sys.executable, str(fork), *SMALL, f"results_dir={tmp_path / 'results'}"]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import magpo
-from magpo import config, experiment, export, policy
+from magpo import config, experiment, export
 from magpo.contract import Deployed, Parameters
 from magpo.errors import ConfigError
+from magpo.runs import policy
 from magpo.types import Observation
 from systems import cases
 

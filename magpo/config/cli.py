@@ -1,0 +1,231 @@
+"""The command lines: a system's own, and what `python -m magpo.evaluate` and others share."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from itertools import groupby, product
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from magpo.config import compose
+from magpo.config.schema import RunConfig, dump, float_keys, nested, unknown_key, validate
+from magpo.envs import registry
+from magpo.errors import ConfigError
+
+T = TypeVar("T")
+Run = Callable[[ModuleType, RunConfig], object]
+
+
+def main(system: str | ModuleType, run: Run, config_dir: Path | None = None) -> None:
+    """Run the command line of a system: its arguments are overrides and a few of Hydra's flags.
+
+    Without flags this is `run(module, config.load(system, arguments))`: no Hydra application, no
+    outputs/ folder, no change of folder or of logging. --help and --cfg job are ours; --multirun,
+    --info and shell completion are Hydra's. All jobs of a --multirun are checked before the first
+    starts; its record and a launcher's files go to <results_dir>/sweeps/. A ConfigError, also one
+    that `run` raises, ends the process with its line on stderr and exit code 2.
+    """
+    arguments = sys.argv[1:]
+    with exit_on_config_error():
+        if {"-h", "--help"} & set(arguments):
+            print(_help(*compose.locate(system, config_dir)))
+        elif any(argument.startswith("-") for argument in arguments):
+            _with_flags(arguments, system, run, config_dir)
+        else:
+            module = system if isinstance(system, ModuleType) else _import(system, None)
+            run(module, compose.load(system, arguments, config_dir))
+
+
+def command(
+    usage: str, schema: type[T], defaults: Mapping[str, Any], run: Callable[[T], None]
+) -> None:
+    """Run a command of key=value arguments, checked by a dataclass; print its usage without any, or
+    with --help. The default `...` asks for a value. Keys below `env` go to the field `options`,
+    those below `vary` to `vary`."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(usage)
+        return
+    with exit_on_config_error():
+        values: dict[str, Any] = deepcopy(dict(defaults))
+        for change in map(compose.parse, arguments):
+            group, _, option = change.key.partition(".")
+            group = {"env": "options", "vary": "vary"}.get(group, "")
+            if option and group in values:
+                values[group][option] = change.value
+            elif change.key not in values:
+                raise ConfigError(unknown_key(change.key, list(values)))
+            else:
+                values[change.key] = change.value
+        if missing := [key for key, value in values.items() if value is ...]:
+            raise ConfigError(f"{missing[0]}=<...> is missing")
+        run(validate(schema, values))
+
+
+@contextmanager
+def exit_on_config_error() -> Iterator[None]:
+    """Turn a ConfigError into one line on stderr and exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Hydra's flags, of which some exclude others."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("overrides", nargs="*")
+        self.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+        for long, short in (("multirun", "m"), ("run", "r"), ("resolve", None)):
+            self.add_argument(f"--{long}", *([f"-{short}"] if short else []), action="store_true")
+        for long, short in (("shell-completion", "sc"), ("hydra-help", "hh")):
+            self.add_argument(f"--{long}", f"-{short}", action="store_true")
+        self.add_argument("--info", "-i", nargs="?", const="all")
+        self.add_argument("--package", "-p")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}: see --help")
+
+
+def _with_flags(
+    arguments: Sequence[str], system: str | ModuleType, run: Run, config_dir: Path | None
+) -> None:
+    """Print the configuration, or hand the arguments to Hydra, all its jobs checked."""
+    flags, unknown = _Parser().parse_known_intermixed_args(arguments)
+    if unknown:
+        raise ConfigError(f"unknown flag {unknown[0]!r}: see --help")
+    exclusive = ("run", "multirun", "cfg", "info", "shell_completion", "hydra_help")
+    if len(modes := [f"--{flag}" for flag in exclusive if getattr(flags, flag)]) > 1:
+        raise ConfigError(f"{' and '.join(modes)} do not go together")
+    if (flags.resolve or flags.package) and not flags.cfg:
+        raise ConfigError("--resolve and --package go with --cfg")
+    jobs = []
+    if not (flags.hydra_help or flags.shell_completion):
+        jobs = [compose.load(system, job, config_dir) for job in _jobs(flags.overrides)]
+    if any(job.resume not in (None, "auto") for job in jobs):
+        raise ConfigError("resume=<folder> goes without flags; a sweep has resume=auto")
+    if flags.cfg == "job":
+        print(yaml.safe_dump(dump(jobs[0]), sort_keys=False), end="")
+    else:
+        _hydra_app(system, run, config_dir)
+
+
+def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Yield each job's overrides as far as they are known: none if another sweeper chooses them."""
+    choices = []
+    for text in overrides:
+        override = compose.parsed(text)
+        if override.key_or_group == "hydra/sweeper":
+            return
+        if override.is_discrete_sweep():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        elif not override.is_hydra_override():
+            choices.append([text])
+    yield from map(list, product(*choices))
+
+
+def _hydra_app(system: str | ModuleType, run: Run, config_dir: Path | None) -> None:
+    """Hand the command line to Hydra, which sweeps, launches and completes; `compose.load` makes
+    each job's configuration.
+
+    For Hydra, the primary configuration has every key with its default, and those below `vary`.
+    """
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+
+    name, folders = compose.locate(system, config_dir)
+    source = str(system.__file__) if isinstance(system, ModuleType) else None
+    if isinstance(system, ModuleType):  # a launcher's jobs may be other processes
+        _loaded[str(source)] = system
+
+    def job(_: Any) -> None:
+        hydra_config = HydraConfig.get()
+        with exit_on_config_error():
+            module = _import(name, source)
+            config = compose.load(
+                system if source is None else module, list(hydra_config.overrides.task), config_dir
+            )
+            if hydra_config.job.chdir:  # results_dir is relative to where the command was given
+                where = Path(hydra_config.runtime.cwd, config.results_dir)
+                config = replace(config, results_dir=str(where))
+            run(module, config)
+
+    store = ConfigStore.instance()
+    for task, (_, options) in registry.registered.items():
+        suite, _, last = task.partition("/")
+        store.store(last, options, f"env/{suite}", "env")
+    store.store(f"magpo_{name}", _primary(_import(name, source), name, folders))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
+    try:
+        hydra.main(config_path=None, config_name=f"magpo_{name}", version_base="1.3")(job)()
+    except HydraException as error:
+        raise ConfigError(str(error).partition("\n")[0]) from error
+
+
+def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the configuration from which Hydra knows the keys, the groups and its own settings."""
+    values = compose.defaults(name, folders)
+    compose.merge(values, compose.read_option(folders, "budget", values["budget"]))
+    chosen = [{group: values.pop(group)} for group in compose.GROUPS]
+    values["vary"] = nested(dict.fromkeys(float_keys(module.Config)))
+    sweeps = "${results_dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
+    return values | {
+        "defaults": ["_self_", {"env": "???"}, *chosen, {"override hydra/job_logging": "none"}],
+        "hydra": {
+            "output_subdir": None,
+            "run": {"dir": "."},
+            "sweep": {"dir": sweeps, "subdir": "."},
+            "searchpath": [folder.as_uri() for folder in folders],
+        },
+    }
+
+
+_loaded: dict[str, ModuleType] = {}  # by file, in this process
+
+
+def _import(name: str, source: str | None) -> ModuleType:
+    """Import a system's module: the package's, or the one in the file `source`."""
+    if source in _loaded:
+        return _loaded[source]
+    packaged = import_module(f"magpo.systems.{name}") if name in compose.systems() else None
+    if packaged and source in (None, packaged.__file__):
+        return packaged
+    # Under a name of its own: a file may have the name of a package.
+    spec = spec_from_file_location(f"_system_{name}", str(source))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _help(name: str, folders: Sequence[Path]) -> str:
+    """Return the help text: the YAML files with their comments."""
+    package = "magpo.systems." if name in compose.systems() else ""
+    text = [f"usage: python -m {package}{name} env=<suite>/<task> [key=value ...] [flags]"]
+    text += ["", "tasks:"]
+    for suite, tasks in groupby(registry.tasks(), lambda task: task.partition("/")[0]):
+        text.append(f"  {suite}/ " + " ".join(task.partition("/")[2] for task in tasks))
+    for group in compose.GROUPS:
+        text.append(f"{group}: " + " | ".join(compose.option_names(folders, group)))
+    text += ["flags: --cfg job (print the configuration), --multirun (a=1,2 sweeps), --help"]
+    budgets = [f"budget/{option}" for option in compose.option_names(folders, "budget")]
+    for file in ("experiment", *budgets, "logger/default", name):
+        path = next(path for folder in folders if (path := folder / f"{file}.yaml").is_file())
+        lines = path.read_text().strip().splitlines()
+        text += ["", f"{file}.yaml", *(f"  {line}".rstrip() for line in lines)]
+    return "\n".join(text)

@@ -1,0 +1,29 @@
+"""One experiment: train, evaluate, log and save a run's members. `run` is for Python, `main` for a
+system's command line."""
+
+from magpo.experiment.loop import ABSOLUTE_EVALUATIONS, Result, main, run
+from magpo.experiment.programs import (
+    build_programs,
+    compile_programs,
+    make_env,
+    make_setup,
+    member_inputs,
+    shapes_of,
+)
+from magpo.experiment.recorder import DivergenceError
+from magpo.hardware.devices import set_up_jax
+
+__all__ = [
+    "ABSOLUTE_EVALUATIONS",
+    "DivergenceError",
+    "Result",
+    "build_programs",
+    "compile_programs",
+    "main",
+    "make_env",
+    "make_setup",
+    "member_inputs",
+    "run",
+    "set_up_jax",
+    "shapes_of",
+]

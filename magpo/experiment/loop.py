@@ -1,0 +1,267 @@
+"""Run one experiment."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from magpo import config as configuration
+from magpo import contract
+from magpo.config import cli
+from magpo.config.schema import RunConfig
+from magpo.errors import ConfigError
+from magpo.experiment import checks, interrupts
+from magpo.experiment.programs import (
+    Best,
+    Programs,
+    Shapes,
+    build_programs,
+    compile_programs,
+    make_env,
+    make_setup,
+    member_inputs,
+    no_best,
+    shapes_of,
+)
+from magpo.experiment.recorder import DivergenceError, Recorder
+from magpo.hardware import devices, footprint, processes
+from magpo.hardware.devices import set_up_jax
+from magpo.report.console import Console
+from magpo.report.measurements import Measurement, Run
+from magpo.report.sinks import (
+    JsonLines,
+    LearningCurve,
+    MarlEval,
+    Neptune,
+    Sink,
+    TensorBoard,
+    require_neptune,
+)
+from magpo.report.writer import LoggingError, Writer
+from magpo.runs import folders, resume
+from magpo.runs.resume import Saver, Start
+from magpo.types import Array, Environment, spec
+
+ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a run. Its folder holds the metrics too."""
+
+    folder: Path
+    measurements: list[Measurement]  # at step 0 and after every chunk, without training metrics
+    absolute: Measurement | None
+    best: Best
+    params: Any  # (M, ...) the policy at the end
+
+
+def main(module: ModuleType) -> None:
+    """Run the command line of a system.
+
+    Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    """
+    signal.signal(signal.SIGINT, interrupts.stop)
+    signal.signal(signal.SIGTERM, interrupts.stop)
+    try:
+        cli.main(module, _job)
+        return
+    except (DivergenceError, LoggingError) as error:
+        print("error:", error, file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 128 + (interrupts.received or [signal.SIGINT])[0]
+    processes.leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an orderly exit would first wait for the chunk that is under way
+
+
+def _job(module: ModuleType, config: RunConfig) -> None:
+    """Run in this process, or in a launcher's, which would ignore SIGTERM."""
+    main_catches = signal.getsignal(signal.SIGTERM) is interrupts.stop
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupts.stop)
+    try:
+        run(module, config)
+    except KeyboardInterrupt:
+        if main_catches or not interrupts.received:
+            raise
+        sys.exit(128 + interrupts.received[0])
+
+
+def run(module: ModuleType, config: RunConfig, env: Environment | None = None) -> Result:
+    """Train, evaluate and log one system on one task, all members side by side.
+
+    `env` takes the place of the environment that `config.env` names. Raises ConfigError before
+    anything is compiled, DivergenceError, LoggingError. Whatever ends the run, its files hold
+    everything measured so far.
+    """
+    algorithm = contract.algorithm(module)
+    set_up_jax(config)
+    if config.logger.neptune:
+        require_neptune()
+    env = env or make_env(config)
+    _check_global_state(env, config)
+    setup = make_setup(algorithm, env, config)
+    programs = build_programs(algorithm, setup, env, config)
+    with _named(module):
+        shapes = shapes_of(algorithm, programs, config)
+        checks.check_act(algorithm, setup, env, shapes.params)
+        traced = programs.train_chunk.trace(shapes.state)
+        checks.check_chunk(traced.out_info, shapes.state, config.updates_per_chunk)
+    needed_bytes = footprint.estimate(traced, shapes.state, devices.layout(config).mesh)
+    with ExitStack() as stack:
+        folder = Path(processes.agreed(lambda: _claimed_folder(config, stack)))
+        start = resume.start(folder, config, shapes.state, shapes.best) if config.resume else None
+        if processes.is_first():
+            stack.enter_context(folders.recorded(folder))
+        return _run(programs, shapes, needed_bytes, env, config, folder, start)
+
+
+@contextmanager
+def _named(module: ModuleType) -> Iterator[None]:
+    """Name the system's file in a ConfigError about what it returns."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{Path(str(module.__file__)).name}: {error}") from error
+
+
+def _check_global_state(env: Environment, config: RunConfig) -> None:
+    """Raise ConfigError if a caller's environment does not provide exactly the global state this
+    system needs."""
+    needed = config.algorithm.needs_global_state
+    if needed != (env.observation_spec.global_state is not None):
+        raise ConfigError(
+            f"{config.system} as configured needs an environment with global_state={needed}: "
+            f"magpo.envs.make(..., global_state={needed})"
+        )
+
+
+def _claimed_folder(config: RunConfig, stack: ExitStack) -> Path:
+    """Create the run's folder, or claim the one being resumed, and lock it."""
+    if config.resume not in (None, "auto"):
+        folder = Path(str(config.resume))
+        stack.enter_context(folders.working(folder))
+        return folder
+    while True:
+        found = folders.newest_unfinished(config) if config.resume else None
+        folder = found or folders.create(config)
+        try:
+            stack.enter_context(folders.working(folder))
+        except ConfigError:
+            if found is None:
+                raise
+            continue  # another job was faster
+        return folder
+
+
+def _run(
+    programs: Programs,
+    shapes: Shapes,
+    needed_bytes: int,
+    env: Environment,
+    config: RunConfig,
+    folder: Path,
+    start: Start | None,
+) -> Result:
+    suite, _, task = env.name.partition("/")
+    info = Run(
+        folder, config.system, suite, task, config.members, env.headline, config.steps_per_update
+    )
+    log = JsonLines(info, start.log_bytes if start else 0) if processes.is_first() else None
+    sinks: list[Sink] = [log, *_other_sinks(info, config, start)] if log else []
+    console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
+    if log and start and log.size < start.log_bytes:
+        console.warn(f"{log.path} is shorter than it was: records are missing")
+    earlier = start.measurements if start else []
+    for measurement in earlier:
+        console.resume(measurement)
+    try:
+        with Writer(sinks, console.warn) as writer:
+            console.header(env, shapes.params, shapes.state.params)
+            console.footprint(needed_bytes, footprint.available())
+            with console.compiling(programs._fields) as done:
+                programs = compile_programs(programs, shapes, config, done.append)
+            recorder = Recorder(config, writer, console, earlier)
+            saver = Saver(config, folder, writer, log, spec(env))
+            try:
+                with console.training():
+                    result = _train(programs, config, recorder, saver, start)
+            except (KeyboardInterrupt, SystemExit):  # the latter a launcher's, out of its handler
+                saver.stop()
+                raise
+    except (KeyboardInterrupt, DivergenceError):
+        console.line(f"stopped; everything up to here is in {folder}", "yellow")
+        raise
+    console.finished(result.measurements[-1], _of_best(result), result.absolute)
+    return result
+
+
+def _other_sinks(info: Run, config: RunConfig, start: Start | None) -> list[Sink]:
+    """Make all sinks but metrics.jsonl, and give them a resumed run's earlier measurements."""
+    sinks: list[Sink] = [MarlEval(info), *([LearningCurve(info)] if config.logger.plot else [])]
+    for measurement in start.measurements if start else ():
+        for sink in sinks:
+            sink.write(measurement)
+    if config.logger.tensorboard:
+        resumed_at = start.measurements[-1].env_steps[0] if start else -1
+        sinks.append(TensorBoard(info, resumed_at if config.resume else None))
+    if config.logger.neptune:
+        configs = [configuration.dump_setting(config, m.setting) for m in config.members]
+        sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, configs))
+    return sinks
+
+
+def _train(
+    programs: Programs, config: RunConfig, recorder: Recorder, saver: Saver, start: Start | None
+) -> Result:
+    """Train, evaluate and save chunk after chunk. `programs` are compiled."""
+    train_keys, evaluation_keys, hyper = member_inputs(config)
+    # A resumed run takes its hyperparameters from its configuration: they may have been changed.
+    state = start.state._replace(hyper=hyper) if start else programs.init(train_keys, hyper)
+    best = start.best if start else None
+    recorded = start.chunk if start else -1
+    training: dict[str, Array] = {}
+    for index in range(max(recorded, 0), config.num_evaluations + 1):
+        params, finite = programs.snapshot(state)
+        if index > recorded:
+            evaluation = programs.evaluate(params, evaluation_keys, np.int32(index))
+            best = best or no_best(config, params)
+            best = programs.keep_best(best, params, evaluation["episode_return"], np.int32(index))
+            measured = (finite, evaluation, training)
+        copy = programs.copy(state) if index > max(recorded, 0) and config.keep else None
+        if index < config.num_evaluations:
+            state, training = programs.train_chunk(state)  # before the host waits for `measured`
+        if index > recorded:
+            recorder.record(index, *measured)
+        if copy is not None and best is not None:
+            saver.offer(index, copy, best, recorder.measurements)
+    assert best is not None
+    absolute = None
+    if config.absolute_metric:
+        indices = range(index + 1, index + 1 + ABSOLUTE_EVALUATIONS)
+        parts = [programs.evaluate(best.params, evaluation_keys, np.int32(i)) for i in indices]
+        absolute = recorder.record_absolute(best, parts)
+    return Result(saver.folder, recorder.measurements, absolute, best, params)
+
+
+def _of_best(result: Result) -> Measurement:
+    """Return the evaluations behind `result.best` as one measurement; its steps differ by
+    member."""
+    chosen = [result.measurements[i] for i in np.asarray(result.best.chunk)]
+    scores = {
+        name: np.stack([m.evaluation[name][place] for place, m in enumerate(chosen)])
+        for name in chosen[0].evaluation
+    }
+    steps = tuple(m.env_steps[place] for place, m in enumerate(chosen))
+    return result.measurements[-1]._replace(env_steps=steps, evaluation=scores)

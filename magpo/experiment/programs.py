@@ -1,0 +1,231 @@
+"""A run's compiled programs, for all of its members at once."""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magpo import contract, envs
+from magpo.config.schema import RunConfig
+from magpo.contract import Algorithm
+from magpo.errors import ConfigError
+from magpo.evaluate import evaluate
+from magpo.experiment import checks, interrupts
+from magpo.hardware import devices
+from magpo.types import Array, Environment, spec
+
+
+class Best(NamedTuple):
+    """Each member's evaluation with the highest mean episode return, the latest of equals."""
+
+    score: Any  # (M,) mean episode return
+    chunk: Any  # (M,) int32, chunks trained when it was evaluated
+    params: Any  # (M, ...) the policy it evaluated
+
+
+class Programs(NamedTuple):
+    """Jitted functions; all arrays have a leading axis of members, except `index`, ()."""
+
+    init: Any  # keys, hyperparameters -> state
+    train_chunk: Any  # state, donated -> state, metrics (M, U)
+    snapshot: Any  # state -> a copy of the policy's parameters, whether all parameters are finite
+    copy: Any  # state -> a copy, for a checkpoint
+    evaluate: Any  # policy parameters, keys, index -> metrics (M, eval_episodes)
+    keep_best: Any  # best, policy parameters, episode returns (M, eval_episodes), index -> best
+
+
+class Inputs(NamedTuple):
+    """The members' values that enter the programs, (M,) each."""
+
+    train_keys: Array
+    evaluation_keys: Array
+    hyper: Any
+
+
+class Shapes(NamedTuple):
+    """The shapes, dtypes and shardings that the programs take and return."""
+
+    keys: Any
+    hyper: Any
+    state: Any
+    params: Any  # of the policy
+    best: Best
+
+
+def make_env(config: RunConfig) -> Environment:
+    """Make the run's environment, with a global state if the system needs it. Raises
+    ConfigError."""
+    needed = config.algorithm.needs_global_state
+    try:
+        return envs.make(config.env.name, global_state=needed, **config.env.options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def make_setup(algorithm: Algorithm, env: Environment, config: RunConfig) -> Any:
+    """Make the setup that all members share; the system checks every setting for the task first.
+    Raises ConfigError."""
+    for setting in config.settings:
+        algorithm.make(config.algorithm_of(setting), spec(env))
+    # A system that read floats here, not in the state, would train all members with one setting's.
+    hyper: Any = config.algorithm.hyper
+    unset = replace(hyper, **dict.fromkeys(contract.float_names(type(hyper)), float("nan")))
+    return algorithm.make(replace(cast(Any, config.algorithm), hyper=unset), spec(env))
+
+
+def build_programs(
+    algorithm: Algorithm, setup: Any, env: Environment, config: RunConfig
+) -> Programs:
+    """Build the run's programs, for all members at once, not yet compiled."""
+
+    def init(key: Array, hyper: Any) -> Any:
+        return algorithm.init(setup, env, key)._replace(hyper=hyper)
+
+    def snapshot(state: Any) -> tuple[Any, Array]:
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
+        # A copy: the state's own buffers are overwritten by the next chunk.
+        return jax.tree.map(jnp.copy, algorithm.policy_params(state)), jnp.stack(finite).all()
+
+    def evaluate_member(params: Any, key: Array, index: Array) -> dict[str, Array]:
+        key = jax.random.fold_in(key, index)
+        return evaluate(algorithm, setup, env, params, key, config.eval_episodes)
+
+    def keep_best(best: Best, params: Any, returns: Array, index: Array) -> Best:
+        new = Best(returns.mean(), index, params)
+        better = new.score >= best.score
+        return Best(*(jax.tree.map(partial(jnp.where, better), new, best)))
+
+    lay = devices.layout(config)
+    init_all = lay.each_member(init)
+    state_shapes = jax.eval_shape(init_all, _key_shapes(config), config.member_hyper())
+    state = lay.of_state(state_shapes, algorithm.CARD.per_environment)
+    members, metrics = lay.of_members(), lay.of_metrics()
+    best = Best(metrics, metrics, members)
+    return Programs(
+        init=jax.jit(init_all, in_shardings=(members, members), out_shardings=state),
+        train_chunk=jax.jit(
+            lay.each_member(partial(algorithm.train_chunk, setup, env)),
+            in_shardings=(state,),
+            out_shardings=(state, metrics),
+            donate_argnums=0,
+        ),
+        snapshot=jax.jit(
+            lay.each_member(snapshot), in_shardings=(state,), out_shardings=(members, metrics)
+        ),
+        copy=jax.jit(partial(jax.tree.map, jnp.copy), in_shardings=(state,), out_shardings=state),
+        evaluate=jax.jit(
+            lay.each_member(evaluate_member, num_shared=1),
+            in_shardings=(members, members, None),
+            out_shardings=metrics,
+        ),
+        keep_best=jax.jit(
+            jax.vmap(keep_best, in_axes=(0, 0, 0, None)),
+            in_shardings=(best, members, metrics, None),
+            out_shardings=best,
+        ),
+    )
+
+
+def shapes_of(algorithm: Algorithm, programs: Programs, config: RunConfig) -> Shapes:
+    """Return the shapes that `programs` take and return."""
+    lay = devices.layout(config)
+    members, metrics = lay.of_members(), lay.of_metrics()
+    keys = devices.laid(_key_shapes(config), members)
+    hyper = devices.laid(config.member_hyper(), members)
+    state = programs.init.eval_shape(keys, hyper)
+    if not hasattr(state, "params"):
+        raise ConfigError("init must return a NamedTuple with params")
+    params, _ = programs.snapshot.eval_shape(state)
+    checks.check_state(algorithm, state, params)
+    return Shapes(
+        keys=keys,
+        hyper=hyper,
+        state=devices.laid(state, lay.of_state(state, algorithm.CARD.per_environment)),
+        params=devices.laid(params, members),
+        best=devices.laid(no_best(config, params), Best(metrics, metrics, members)),
+    )
+
+
+def compile_programs(
+    programs: Programs,
+    shapes: Shapes,
+    config: RunConfig,
+    done: Callable[[str], None] = lambda name: None,
+) -> Programs:
+    """Compile all programs and tell `done` the name of each that is compiled.
+
+    While one compiles, the next is traced. Compiling side by side as well would save no time,
+    because XLA uses all cores by itself, but take half as much memory again.
+    """
+    index = np.int32(0)
+    returns = np.zeros((len(config.members), config.eval_episodes), np.float32)
+    arguments = {  # the longest first
+        "train_chunk": (shapes.state,),
+        "evaluate": (shapes.params, shapes.keys, index),
+        "init": (shapes.keys, shapes.hyper),
+        "snapshot": (shapes.state,),
+        "copy": (shapes.state,),
+        "keep_best": (shapes.best, shapes.params, returns, index),
+    }
+
+    options: dict[str, Any] = {}
+    if jax.default_backend() == "cpu":  # half the compiler's memory, and a tenth faster to run
+        if jax.__version_info__ < (0, 11):  # later ones have no other emitters
+            options["xla_cpu_use_fusion_emitters"] = False
+        options["xla_cpu_experimental_ynn_fusion_type"] = ""
+    # `init` runs once and is not worth optimising, which takes most of its compilation.
+    once = {"init": {"xla_backend_optimization_level": 0}}
+
+    def finish(name: str, lowered: Any) -> Any:
+        compiled = lowered.compile(options | once.get(name, {}))
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # the compiler's memory, hundreds of MB, back to the system
+        done(name)
+        return compiled
+
+    pool, futures = ThreadPoolExecutor(1), {}
+    for name, shaped in arguments.items():
+        interrupts.check()
+        futures[name] = pool.submit(finish, name, getattr(programs, name).lower(*shaped))
+    pool.shutdown(wait=False)  # waiting here could not be interrupted
+    return Programs(**{name: future.result() for name, future in futures.items()})
+
+
+def member_inputs(config: RunConfig) -> Inputs:
+    """Return each member's random keys and hyperparameters.
+
+    The keys come from its seed alone, so that a member trains as the run of its setting alone does.
+    """
+    sharding = devices.layout(config).of_members()
+    make: Any = jax.jit(
+        lambda seeds, hyper: Inputs(*jax.vmap(_split_seed)(seeds), hyper), out_shardings=sharding
+    )
+    inputs: Inputs = make(_seeds(config), config.member_hyper())
+    return inputs
+
+
+def _split_seed(seed: Array) -> tuple[Array, Array]:
+    train_key, evaluation_key = jax.random.split(jax.random.key(seed))
+    return train_key, evaluation_key
+
+
+def _seeds(config: RunConfig) -> np.ndarray:
+    """Return each member's seed, (M,)."""
+    return np.array([member.seed for member in config.members], np.uint32)
+
+
+def _key_shapes(config: RunConfig) -> Any:
+    return jax.eval_shape(jax.vmap(jax.random.key), _seeds(config))
+
+
+def no_best(config: RunConfig, params: Any) -> Best:
+    """Return what is best before the first evaluation."""
+    number = len(config.members)
+    return Best(np.full(number, -np.inf, np.float32), np.zeros(number, np.int32), params)

@@ -1,0 +1,148 @@
+"""The layout of a run's members and environments on devices.
+
+The mesh has two axes. *member*: each device trains members of its own and none talks to another, so
+as many devices as divide the members go there. *env*: the rest share the environments of a member;
+XLA places the communication. The traced programs are the same on one device and on many.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from magpo.config.schema import RunConfig
+from magpo.errors import ConfigError
+from magpo.hardware import processes
+
+PartitionSpec: Any = jax.sharding.PartitionSpec
+MEMBER, EACH_MEMBER, ALL = "member", PartitionSpec("member"), PartitionSpec()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run's mesh of devices."""
+
+    mesh: Mesh
+    members_at_once: int | None  # of those on one device; None: all
+
+    def each_member(self, function: Callable[..., Any], num_shared: int = 0) -> Callable[..., Any]:
+        """Map `function` of one member over the arguments' leading axis; the last `num_shared`
+        arguments are the same for all members."""
+
+        def over_members(mapped: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:
+            def one(arguments: tuple[Any, ...]) -> Any:
+                return function(*arguments, *shared)
+
+            if self.members_at_once is None:
+                return jax.vmap(one)(mapped)
+            if self.members_at_once == 1:  # vmapped, a `lax.cond` would run both of its branches
+                return jax.lax.map(one, mapped)
+            return jax.lax.map(one, mapped, batch_size=self.members_at_once)
+
+        spread = self._per_device(over_members)
+
+        def of_all(*arguments: Any) -> Any:
+            split = len(arguments) - num_shared
+            return spread(arguments[:split], arguments[split:])
+
+        return of_all
+
+    def _per_device(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Run a function of a device's members and of shared arguments on every device."""
+        if self.mesh.size == 1:
+            return function
+        mapped: Callable[..., Any] = jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(EACH_MEMBER, ALL),
+            out_specs=EACH_MEMBER,
+            axis_names={MEMBER},
+            check_vma=False,
+        )
+        return mapped
+
+    def of_state(self, state: Any, per_environment: Sequence[str]) -> Any:
+        """Return the sharding of each leaf of a TrainState, (M, ...): the second axis of the fields
+        `per_environment`, one environment a row, lies along `env`."""
+
+        def sharding(path: Any, leaf: Any) -> NamedSharding:
+            field = jax.tree_util.keystr(path[:1], simple=True)
+            by_env = field in per_environment and leaf.ndim > 1
+            spec = PartitionSpec(MEMBER, "env") if by_env else EACH_MEMBER
+            return NamedSharding(self.mesh, spec)
+
+        return jax.tree.map_with_path(sharding, state)
+
+    def of_members(self) -> NamedSharding:
+        """Return the sharding of anything with a leading axis of members."""
+        return NamedSharding(self.mesh, EACH_MEMBER)
+
+    def of_metrics(self) -> NamedSharding:
+        """Return the sharding of what the host reads: each of several processes has all of it."""
+        return NamedSharding(self.mesh, EACH_MEMBER if jax.process_count() == 1 else ALL)
+
+
+def laid(tree: Any, sharding: Any) -> Any:
+    """Return the shapes and dtypes of `tree`, with shardings: one for all, or a tree of them."""
+    shaped: Any = jax.ShapeDtypeStruct
+    shardings = jax.tree.broadcast(sharding, tree)
+    return jax.tree.map(lambda x, s: shaped(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def layout(config: RunConfig) -> Layout:
+    """Lay a run out on all devices there are. Raises ConfigError if its sizes do not divide."""
+    devices, num_members = jax.device_count(), len(config.members)
+    noun = "members" if config.vary else "seeds"
+    along_members = math.gcd(devices, num_members)
+    along_envs = devices // along_members
+    if config.num_envs % along_envs:
+        raise ConfigError(
+            f"{devices} devices: {along_members} share the {num_members} {noun}, so num_envs must "
+            f"be a multiple of {along_envs}, not {config.num_envs}; or the {noun} one of {devices}"
+        )
+    at_once, per_device = config.seeds_per_batch, num_members // along_members
+    if at_once is not None and per_device % at_once:
+        raise ConfigError(
+            f"seeds_per_batch must divide the {per_device} {noun} of a device, not {at_once}"
+        )
+    axes = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((along_members, along_envs), (MEMBER, "env"), axis_types=axes)
+    if per_device == 1:
+        at_once = 1
+    elif at_once == per_device:
+        at_once = None
+    return Layout(mesh, at_once)
+
+
+def set_up_jax(config: RunConfig) -> None:
+    """Set platform, precision and compilation cache, and join other processes, before JAX computes.
+
+    JAX takes a TPU or a GPU by itself if there is one: only the CPU has to be asked for. Raises
+    ConfigError for a platform that this machine, or this process, does not have.
+    """
+    # XLA's CPU backend calls LAPACK from threads of its own (the Cholesky solves of brax's
+    # `generalized` backend). On a busy machine, OpenBLAS's own threads would slow those down.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    settings: Any = jax.config
+    if config.platform == "cpu":
+        settings.update("jax_platforms", "cpu")
+    settings.update("jax_default_matmul_precision", config.precision)
+    if settings.jax_compilation_cache_dir is None:  # else JAX_COMPILATION_CACHE_DIR was set
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magpo" / "xla"
+        settings.update("jax_compilation_cache_dir", str(cache))
+        settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    processes.join(config.distributed)
+    try:
+        present = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names one that is missing
+        reason = str(error).partition("\n")[0] or "no such device here"
+        raise ConfigError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {reason}") from error
+    if config.platform not in ("auto", present):
+        raise ConfigError(
+            f"platform={config.platform}: JAX finds none here; allowed: auto, {present}"
+        )

@@ -1,0 +1,84 @@
+"""What a run measured: the facts and values that every sink repeats."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from magpo.config.members import Member, Setting
+
+
+class Run(NamedTuple):
+    """The facts about a run that its records and pictures repeat."""
+
+    folder: Path  # its name is the run's id
+    system: str
+    suite: str
+    task: str
+    members: tuple[Member, ...]
+    headline: str  # the metric the suite's papers report
+    steps_per_update: int  # environment steps, per member
+
+    def by_setting(self) -> list[tuple[Setting, list[int]]]:
+        """Return each setting with the places of its members, one for each seed."""
+        places: list[tuple[Setting, list[int]]] = []
+        for place, member in enumerate(self.members):
+            if not places or places[-1][0] != member.setting:
+                places.append((member.setting, []))
+            places[-1][1].append(place)
+        return places
+
+
+class Measurement(NamedTuple):
+    """One evaluation and the training since the last one. K episodes, U updates."""
+
+    chunk: int | None  # chunks trained so far; None: the absolute metric
+    env_steps: tuple[int, ...]  # (M,) environment steps behind the evaluated parameters
+    wall_s: float  # since training began, compilation not counted
+    evaluation: dict[str, np.ndarray]  # (M, K) each
+    training: dict[str, np.ndarray]  # (M, U) each; empty if nothing was trained
+    timing: dict[str, float]
+
+
+def defined(training: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """Return where a training metric has a value, (M, U) bool: a mean over no episode has none."""
+    if name.startswith("rollout/") and name != "rollout/episodes":
+        return training["rollout/episodes"] > 0
+    return np.ones(training[name].shape, bool)
+
+
+def plain(value: np.float32) -> float | None:
+    """Return the shortest decimal that is this float32; None for values that JSON cannot hold."""
+    return float(str(value)) if np.isfinite(value) else None
+
+
+class Scalar(NamedTuple):
+    """A value of one member."""
+
+    place: int  # the member's
+    env_steps: int
+    name: str
+    value: float | None
+
+
+def scalars(run: Run, measurement: Measurement) -> Iterator[Scalar]:
+    """Yield a measurement's values: those of the updates, then of the evaluation that follows them.
+
+    `eval/*` and `absolute/*` are means over episodes. `time/steps_per_s` counts one member's steps.
+    """
+    training = measurement.training
+    masks = {name: defined(training, name) for name in training}
+    num_updates = next(iter(training.values())).shape[1] if training else 0
+    for update in range(num_updates):
+        for place, last_step in enumerate(measurement.env_steps):
+            steps = last_step - (num_updates - 1 - update) * run.steps_per_update
+            for name in training:
+                if masks[name][place, update]:
+                    yield Scalar(place, steps, name, plain(training[name][place, update]))
+    kind = "absolute" if measurement.chunk is None else "eval"
+    for place, steps in enumerate(measurement.env_steps):
+        for name, value in measurement.evaluation.items():
+            yield Scalar(place, steps, f"{kind}/{name}", plain(value[place].mean()))
+        for name, seconds in measurement.timing.items():
+            yield Scalar(place, steps, f"time/{name}", round(seconds, 4))

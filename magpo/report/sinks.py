@@ -1,0 +1,202 @@
+"""The sinks of a run's metrics."""
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from magpo.config.members import Member, label
+from magpo.errors import ConfigError
+from magpo.files import write_aside
+from magpo.report.measurements import Measurement, Run, plain, scalars
+
+
+class Sink(Protocol):
+    def write(self, measurement: Measurement) -> None: ...
+
+    def save(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl: one value a line, in the order of `scalars`."""
+
+    def __init__(self, run: Run, keep_bytes: int = 0) -> None:
+        """Append after the first `keep_bytes` of the file, those that a resumed run keeps."""
+        self.run = run
+        self.path = run.folder / "metrics.jsonl"
+        self.file = self.path.open("a+b", buffering=0)
+        kept = self.path.read_bytes()[:keep_bytes]
+        self.size = kept.rfind(b"\n") + 1  # bytes surely on file, whole lines
+        self.unwritten = bytearray()
+        self.ends: dict[int | None, int] = {}  # bytes, by chunk
+
+    def write(self, measurement: Measurement) -> None:
+        run = self.run
+        for place, env_steps, name, value in scalars(run, measurement):
+            record = {
+                "run": run.folder.name,
+                "system": run.system,
+                "env": run.suite,
+                "task": run.task,
+                "seed": run.members[place].seed,
+                **run.members[place].setting,
+                "env_steps": env_steps,
+                "wall_s": round(measurement.wall_s, 3),
+                "name": name,
+                "value": value,
+            }
+            self.unwritten += json.dumps(record).encode() + b"\n"
+        self.ends[measurement.chunk] = self.size + len(self.unwritten)
+        with contextlib.suppress(OSError):  # a full disk: tried again, and raised, by `save`
+            self._append()
+
+    def _append(self) -> None:
+        """Write the lines of this attempt and those that an earlier one, on a full disk, left."""
+        removed = not self.path.exists()
+        if not (removed or self.unwritten):
+            return  # what a resumed run will write anew stays until then
+        if removed:  # the open file still has it all
+            self.file.seek(0)
+            self.unwritten[:0] = self.file.read(self.size)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file.close()
+            self.file, self.size = self.path.open("a+b", buffering=0), 0
+        self.file.truncate(self.size)
+        while self.unwritten:
+            written = self.file.write(self.unwritten)
+            del self.unwritten[:written]
+            self.size += written
+
+    def save(self) -> None:
+        self._append()
+        os.fsync(self.file.fileno())
+
+
+class MarlEval:
+    """marl_eval.json: every episode of every evaluation, in the format id-marl-eval reads.
+
+    Each setting of a run that varies is an algorithm of its own: "magpo delta=1.2".
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.entries: list[dict[str, Any]] = [{} for _ in run.members]
+
+    def write(self, measurement: Measurement) -> None:
+        for place, entry in enumerate(self.entries):
+            metrics = {k: [plain(x) for x in v[place]] for k, v in measurement.evaluation.items()}
+            if measurement.chunk is None:
+                entry["absolute_metrics"] = metrics
+            else:
+                steps, elapsed = measurement.env_steps[place], round(measurement.wall_s, 3)
+                head = {"step_count": steps, "elapsed_time": elapsed}
+                entry[f"step_{measurement.chunk}"] = head | metrics
+
+    def save(self) -> None:
+        algorithms: dict[str, dict[str, Any]] = {}
+        for (seed, setting), entry in zip(self.run.members, self.entries, strict=True):
+            name = f"{self.run.system} {label(setting)}".strip()
+            algorithms.setdefault(name, {})[f"seed_{seed}"] = entry
+        text = json.dumps({self.run.suite: {self.run.task: algorithms}})
+        path = self.run.folder / "marl_eval.json"
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+class LearningCurve:
+    """learning_curve.png: the headline metric over environment steps."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.measurements: list[Measurement] = []
+
+    def write(self, measurement: Measurement) -> None:
+        self.measurements.append(measurement._replace(training={}))
+
+    def save(self) -> None:
+        from magpo.report import curve  # imports matplotlib: only if, and when, a curve is drawn
+
+        if self.measurements:
+            path = self.run.folder / "learning_curve.png"
+            write_aside(path, lambda aside: curve.draw(aside, self.run, self.measurements))
+
+
+class TensorBoard:
+    """tensorboard/[delta=1.2,]seed_<seed>/: event files, one folder a member."""
+
+    def __init__(self, run: Run, resumed_at: int | None = None) -> None:
+        """Hide the values that an earlier process wrote after `resumed_at` environment steps."""
+        from tensorboardX import SummaryWriter
+
+        self.run = run
+        again = {}
+        if resumed_at is not None:  # suffix: else two files of one second have the same name
+            again = {"purge_step": resumed_at + 1, "filename_suffix": f".{resumed_at}"}
+        root = run.folder / "tensorboard"
+        names = [f"{label(m.setting, ',')},seed_{m.seed}".lstrip(",") for m in run.members]
+        self.writers = [SummaryWriter(str(root / name), **again) for name in names]
+
+    def write(self, measurement: Measurement) -> None:
+        for place, env_steps, name, value in scalars(self.run, measurement):
+            if value is not None:
+                self.writers[place].add_scalar(name, value, env_steps)
+
+    def save(self) -> None:
+        for writer in self.writers:
+            writer.flush()
+
+
+def require_neptune() -> None:
+    """Raise ConfigError if Neptune's client is not installed."""
+    if find_spec("neptune") is None:
+        raise ConfigError("logger.neptune: needs the neptune client: install magpo[neptune]")
+
+
+class Neptune:
+    """A Neptune run for each member, in a group with the run's name; offline without a token."""
+
+    def __init__(
+        self, run: Run, project: str | None, tags: Sequence[str], configs: Sequence[dict[str, Any]]
+    ) -> None:
+        """Take the configuration of each member."""
+        self.run, self.project, self.tags, self.configs = run, project, list(tags), configs
+        self.runs: list[Any] = []
+        self.refused: Exception | None = None
+
+    def _begin(self, member: Member, config: dict[str, Any]) -> Any:
+        import neptune
+
+        os.environ.setdefault("NEPTUNE_DATA_DIRECTORY", str(self.run.folder / "neptune"))
+        captured = ("stdout", "stderr", "hardware_metrics", "traceback")
+        one = neptune.init_run(
+            project=self.project,
+            mode="async" if "NEPTUNE_API_TOKEN" in os.environ else "offline",
+            name=" ".join([self.run.system, f"{self.run.suite}/{self.run.task}", member.name]),
+            tags=self.tags,
+            source_files=[],
+            git_ref=False,
+            **{f"capture_{what}": False for what in captured},
+        )
+        one["sys/group_tags"].add([self.run.folder.name])
+        one["config"] = neptune.utils.stringify_unsupported({**config, "seed": member.seed})
+        return one
+
+    def write(self, measurement: Measurement) -> None:
+        if self.refused is not None:  # once is enough: to be refused can take minutes
+            raise self.refused
+        try:
+            self.runs = self.runs or list(map(self._begin, self.run.members, self.configs))
+        except Exception as error:
+            self.refused = error
+            raise
+        for place, env_steps, name, value in scalars(self.run, measurement):
+            if value is not None:
+                self.runs[place][name].append(value, step=env_steps)
+
+    def save(self) -> None:
+        """Do nothing: the client sends by itself."""
+
+    def close(self) -> None:
+        for one in self.runs:
+            one.stop()

@@ -1,0 +1,106 @@
+"""The thread that drives a run's sinks."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import TracebackType
+
+from magpo.report.measurements import Measurement
+from magpo.report.sinks import Sink
+
+
+class LoggingError(RuntimeError):
+    """Metrics or checkpoints could not be written, up to the end; the message says which."""
+
+
+class Writer:
+    """The thread that does all file I/O, behind a bounded queue.
+
+    Files that are rewritten whole are saved again while training runs, for at most about 1 % of
+    its time, and once more at the end. A failure never stops the run: `warn` is told once, the
+    attempt is repeated, and leaving the context raises LoggingError for data that is still missing.
+    """
+
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        warn: Callable[[str], None] = lambda text: None,
+        queue_size: int = 16,
+    ) -> None:
+        self.sinks = sinks
+        self.warn = warn
+        self._queue: queue.Queue[Measurement | Callable[[], object] | None]
+        self._queue = queue.Queue(queue_size)
+        self._lost: dict[str, Exception] = {}  # measurements, by sink
+        self._unsaved: dict[str, Exception] = {}  # files, by sink, until a later attempt succeeds
+        self._warned: set[str] = set()
+        self._thread = threading.Thread(target=self._work, name="magpo-writer", daemon=True)
+        self._abandoned = False
+
+    def put(self, item: Measurement | Callable[[], object]) -> None:
+        """Queue a measurement to write, or a job to do after everything queued before."""
+        self._queue.put(item)
+
+    def abandon(self) -> None:
+        """Exit without waiting for pending writes or reporting their errors."""
+        self._abandoned = True
+
+    def __enter__(self) -> "Writer":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self._abandoned:
+            return
+        self._queue.put(None)
+        interrupt: KeyboardInterrupt | None = None
+        while self._thread.is_alive():
+            try:
+                self._thread.join()
+            except KeyboardInterrupt as pressed:  # the files first; a second one kills
+                interrupt = pressed
+        if interrupt is not None:
+            raise interrupt
+        if kind is None and (errors := self._unsaved | self._lost):
+            lost = "; ".join(f"{name}: {error}" for name, error in errors.items())
+            raise LoggingError(f"not everything could be written: {lost}")
+
+    def _work(self) -> None:
+        due = time.monotonic() + 10
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, Measurement):
+                for sink in self.sinks:
+                    self._try(self._lost, type(sink).__name__, partial(sink.write, item))
+            else:
+                self._try(self._unsaved, "checkpoint", item)
+            if time.monotonic() >= due:
+                due = time.monotonic() + 100 * self._save()
+        self._save()
+        for sink in self.sinks:
+            if close := getattr(sink, "close", None):
+                self._try(self._unsaved, type(sink).__name__, close)
+
+    def _save(self) -> float:
+        """Save all sinks; return the seconds it took."""
+        start = time.monotonic()
+        for sink in self.sinks:
+            self._try(self._unsaved, type(sink).__name__, sink.save)
+        return time.monotonic() - start
+
+    def _try(self, errors: dict[str, Exception], name: str, attempt: Callable[[], object]) -> None:
+        try:
+            attempt()
+            if errors is self._unsaved:
+                errors.pop(name, None)
+        except Exception as error:
+            errors[name] = error
+            if name not in self._warned and not self._abandoned:
+                self._warned.add(name)
+                self.warn(f"{name}: {error}; training goes on")

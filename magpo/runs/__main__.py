@@ -1,0 +1,5 @@
+"""`python -m magpo.runs [results]`"""
+
+from magpo.runs.listing import main
+
+main()

@@ -1,0 +1,244 @@
+"""Atomic checkpoints of a run's complete state.
+
+    checkpoints/00000012/state/         arrays, by Orbax, one folder for each part
+                         record/
+                         meta.json      of which run they are, and their names, shapes and dtypes
+                         manifest.json  the SHA-256 of every file above
+
+A checkpoint is written under a hidden name and renamed when all of it is on disk. A reader first
+compares it with the manifest, and then with the shapes it expects: a checkpoint is used whole, or
+refused with one line that says why. Nothing in it is executed.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magpo.hardware import processes
+
+FORMAT = 2  # 1: without hyperparameters in the state
+META, MANIFEST = "meta.json", "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line and names it."""
+
+
+def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
+    """Write the pytrees `parts` and the JSON values `meta` as root/<chunk>.
+
+    Of several processes all have to call it, each with its shards of the arrays. Raises OSError,
+    and what Orbax raises where it cannot write.
+    """
+    final = root / f"{chunk:08d}"
+    aside = root / f".{final.name}.tmp"
+    if processes.is_first():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    try:
+        _check_room(aside, parts)
+        described = {}
+        with _checkpointer() as checkpointer:
+            for part, tree in parts.items():
+                arrays = _named(tree)
+                described[part] = {name: _describe(leaf) for name, leaf in arrays.items()}
+                stored = {name: _stored(leaf) for name, leaf in arrays.items()}
+                checkpointer.save((aside / part).absolute(), stored)
+        if processes.is_first():
+            _write(aside / META, {"format": FORMAT, "chunk": chunk, **meta, "arrays": described})
+            _write(aside / MANIFEST, {name: _sha256(aside / name) for name in _files(aside)})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+    except BaseException as error:
+        if processes.is_first():
+            shutil.rmtree(aside, ignore_errors=True)
+        if os.strerror(errno.ENOSPC) in str(error):  # Orbax says it in four lines
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+    return final
+
+
+def _check_room(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Raise OSError where the disk is too full: of a write cut short Orbax prints a traceback.
+
+    Several processes would not agree, and wait for each other.
+    """
+    leaves = jax.tree.leaves(parts)
+    needed = 2**18 + sum(2**10 + leaf.nbytes for leaf in leaves)  # files, and Orbax's descriptions
+    if jax.process_count() == 1 and shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, and what was never finished."""
+    for folder in [*checkpoints(root)[keep:], *root.glob(".*.tmp")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(root: Path, after: int) -> None:
+    """Set aside checkpoints newer than `after`; the resumed run will overwrite that history."""
+    for folder in checkpoints(root):
+        if int(folder.name) > after:
+            aside = folder.with_name(f"{folder.name}.unusable")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Return the finished checkpoints, newest first, without checking that they are intact."""
+    folders = root.iterdir() if root.is_dir() else []
+    return sorted((f for f in folders if re.fullmatch(r"\d{8}", f.name)), reverse=True)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's meta.json. Raises CheckpointError if a file is not as it was written."""
+    try:
+        manifest, files = json.loads((folder / MANIFEST).read_bytes()), _files(folder)
+        if not isinstance(manifest, dict) or set(manifest) != set(files):
+            missing = sorted(set(manifest) ^ set(files))
+            raise CheckpointError(f"{folder}: {missing[0]} is missing, or was not there before")
+        for name in files:
+            if _sha256(folder / name) != manifest[name]:
+                raise CheckpointError(f"{folder}: {name} is damaged")
+        meta = json.loads((folder / META).read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        raise CheckpointError(
+            f"{folder}: has checkpoint format {found!r}, this version of magpo reads {FORMAT}"
+        )
+    if meta.get("chunk") != int(folder.name):
+        raise CheckpointError(f"{folder}: is the checkpoint of chunk {meta.get('chunk')!r}")
+    return meta
+
+
+def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any:
+    """Load one part of a checkpoint as a pytree like `template`, whose leaves have shape and dtype.
+
+    A leaf with a sharding comes back as an array with that sharding, any other as a NumPy array.
+    Raises CheckpointError if names, shapes or dtypes differ.
+    """
+    expected = {name: _describe(leaf) for name, leaf in _named(template).items()}
+    found = meta["arrays"].get(part, {})
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{folder}: {part} has {_text(found.get(name))} {name}, "
+                f"this run {_text(expected.get(name))}"
+            )
+    restored = _restore(folder / part, _named(template))
+    leaves, structure = jax.tree.flatten(template)
+    arrays = [_unstored(restored[name], leaf) for name, leaf in zip(expected, leaves, strict=True)]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def load_named(folder: Path, meta: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
+    """Load one part of a checkpoint as NumPy arrays by name, random keys as their numbers."""
+    names = dict.fromkeys(meta["arrays"][part])
+    return {name: np.asarray(array) for name, array in _restore(folder / part, names).items()}
+
+
+def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
+    """Load arrays by name, with the shapes and shardings of `template`; None: as they are."""
+
+    def argument(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None:
+            return _orbax().RestoreArgs(restore_type=np.ndarray)
+        return _orbax().ArrayRestoreArgs(sharding=sharding)
+
+    try:
+        with _checkpointer() as checkpointer:
+            restored: dict[str, Any] = checkpointer.restore(
+                folder.absolute(),
+                restore_args={name: argument(leaf) for name, leaf in template.items()},
+            )
+    except Exception as error:  # intact by its checksums, and still nothing that Orbax reads
+        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
+    for name, leaf in template.items():
+        if leaf is not None and getattr(restored.get(name), "shape", None) != _stored_shape(leaf):
+            raise CheckpointError(f"{folder}: {name} is not of shape {_stored_shape(leaf)}")
+    return restored
+
+
+def _orbax() -> Any:
+    """Import Orbax late, because that takes a second, and silence its log: it raises its errors
+    too."""
+    import orbax.checkpoint
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return orbax.checkpoint
+
+
+def _checkpointer() -> Any:
+    """Make a checkpointer whose processes wait for each other without using their devices."""
+    ocp = _orbax()
+    together = ocp.options.MultiprocessingOptions(active_processes=processes.everyone())
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together)
+    return ocp.Checkpointer(handler, multiprocessing_options=together)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Return leaves by their path, in the tree's order."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _stored(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _stored_shape(leaf: Any) -> tuple[int, ...]:
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return tuple(leaf.shape)
+
+
+def _unstored(array: Any, leaf: Any) -> Any:
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(array)
+    return array
+
+
+def _describe(leaf: Any) -> list[Any]:
+    """Return [dtype, shape], as JSON reads it back."""
+    return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _text(described: list[Any] | None) -> str:
+    return "{}{}".format(*described) if described else "no"
+
+
+def _files(folder: Path) -> list[str]:
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in paths if name != MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, value: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())

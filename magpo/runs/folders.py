@@ -1,0 +1,194 @@
+"""Runs on disk: their folders, the locks on them, and their status."""
+
+import errno
+import json
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from magpo import config as configuration
+from magpo.config.schema import RunConfig
+from magpo.errors import ConfigError
+from magpo.files import UNREADABLE, write_aside
+from magpo.runs import checkpoint
+from magpo.runs.checkpoint import CheckpointError
+
+if sys.platform != "win32":
+    import fcntl
+
+
+STATUS, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", ".lock", "checkpoints"
+
+
+def create(config: RunConfig) -> Path:
+    """Create a new folder for a run. Raises ConfigError if it cannot be written."""
+    parent = Path(config.results_dir, config.system, *config.env.name.split("/"))
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in count(1):
+            folder = parent / (name if attempt == 1 else f"{name}_{attempt}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:  # another run began in this second
+                continue
+        write_config(folder, config)
+        about = {"id": uuid.uuid4().hex, "began": datetime.now().isoformat(timespec="seconds")}
+        _write_status(folder, about | {"status": "running"})
+    except OSError as error:
+        raise ConfigError(
+            f"results_dir={config.results_dir}: cannot write there: {error.strerror}"
+        ) from error
+    return folder
+
+
+def newest_unfinished(config: RunConfig) -> Path | None:
+    """Return the newest unfinished run of this configuration on which no process works."""
+    parent = Path(config.results_dir, config.system, *config.env.name.split("/"))
+    wanted = configuration.dump(config)
+    for folder in sorted(parent.glob(f"*/{STATUS}"), reverse=True):
+        folder = folder.parent
+        if status(folder) in ("finished", "running", "unknown"):
+            continue
+        with suppress(ConfigError):
+            if not configuration.differences(configuration.plain_values(folder / CONFIG), wanted):
+                return folder
+    return None
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write the run's config.yaml, complete and resolved."""
+    text = yaml.safe_dump(configuration.dump(config), sort_keys=False)
+    write_aside(folder / CONFIG, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def identity(folder: Path) -> str:
+    """Return the id that the run's checkpoints carry. Raises ConfigError."""
+    try:
+        return str(_read_status(folder)["id"])
+    except UNREADABLE as error:
+        raise ConfigError(f"{folder / STATUS}: cannot be read") from error
+
+
+def mend(folder: Path, config: RunConfig, run_id: str) -> bool:
+    """Restore config.yaml and run.json if the folder was removed; return whether it was."""
+    if (folder / STATUS).exists():
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, config)
+    _write_status(folder, {"id": run_id, "status": "running"})
+    return True
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the run's newest usable checkpoint and its meta.json; None if the run has none at all.
+
+    Newer ones that cannot be used are named on stderr. Raises ConfigError if none can be used.
+    """
+    refused: list[str] = []
+    for path in checkpoint.checkpoints(folder / CHECKPOINTS):
+        try:
+            meta = checkpoint.read_meta(path)
+            if meta.get("run") != identity(folder):
+                raise CheckpointError(f"{path}: belongs to another run")
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            print(f"warning: {reason}: using the one before", file=sys.stderr)
+        return path, meta
+    if refused:
+        raise ConfigError(f"{folder}: no checkpoint can be used: {refused[0]}")
+    return None
+
+
+def status(folder: Path) -> str:
+    """Return running, finished, stopped, or the reason: interrupted, failed."""
+    with _try_lock(folder) as free:
+        if not free:
+            return "running"
+        last = last_status(folder)
+    return "stopped" if last == "running" else last
+
+
+def last_status(folder: Path) -> str:
+    """Return the status in run.json, whoever works there; "unknown" if it cannot be read."""
+    try:
+        return str(_read_status(folder)["status"])
+    except UNREADABLE:
+        return "unknown"
+
+
+@contextmanager
+def working(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder.
+
+    The lock is the operating system's: it goes with the process, however that ends. Raises
+    ConfigError if another process has it.
+    """
+    with _try_lock(folder, attempts=20) as free:
+        if not free:
+            raise ConfigError(f"{folder}: another process is at work on this run")
+        yield
+
+
+@contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """Record in run.json that the run continues, and how it ended."""
+    _set_status(folder, "running")
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        _set_status(folder, "interrupted" if stopped else "failed")
+        raise
+    _set_status(folder, "finished")
+
+
+@contextmanager
+def _try_lock(folder: Path, attempts: int = 1) -> Iterator[bool]:
+    """Yield whether this process has the folder's lock; `status` holds it only for a moment."""
+    try:
+        file: IO[bytes] = (folder / LOCK).open("ab")
+    except OSError:
+        yield True  # a folder that cannot be written to has nobody at work in it
+        return
+    with file:
+        free = True
+        for _ in range(attempts if sys.platform != "win32" else 0):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = True
+            except OSError as error:  # some network file systems have no locks at all
+                free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+            if free:
+                break
+            time.sleep(0.05)
+        yield free
+
+
+def _read_status(folder: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((folder / STATUS).read_bytes())
+    return about
+
+
+def _write_status(folder: Path, about: dict[str, Any]) -> None:
+    text = json.dumps(about, indent=2) + "\n"
+    write_aside(folder / STATUS, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def _set_status(folder: Path, word: str) -> None:
+    """Write the status if possible: a full disk must not hide what happened to the run."""
+    try:
+        _write_status(folder, _read_status(folder) | {"status": word})
+    except (OSError, ValueError, TypeError):
+        return

@@ -1,0 +1,130 @@
+"""The runs under a folder, in a table: `python -m magpo.runs [results]`."""
+
+import argparse
+import json
+import math
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from magpo import config as configuration
+from magpo.config.members import short_key
+from magpo.files import UNREADABLE
+from magpo.runs.folders import CONFIG, STATUS, status
+
+
+class Summary(NamedTuple):
+    """A run in a line."""
+
+    folder: Path
+    system: str
+    task: str
+    num_members: int
+    varied: tuple[str, ...]  # dotted keys
+    status: str
+    steps: int  # evaluated so far, per member
+    total_steps: int
+    last_return: float | None  # mean over seeds, of the best setting
+
+    @property
+    def resume(self) -> str | None:
+        """The command that continues the run; None if there is nothing to continue."""
+        if self.status in ("running", "finished", "unknown"):
+            return None
+        packaged = self.system in configuration.systems()
+        program = f"-m magpo.systems.{self.system}" if packaged else f"{self.system}.py"
+        return f"python {program} resume={shlex.quote(str(self.folder))}"
+
+
+def summaries(root: Path) -> list[Summary]:
+    """Return the runs anywhere under a folder, in the order in which they began.
+
+    Damaged runs and those of other versions are summarised as far as they can be read.
+    """
+    files = sorted(root.rglob(STATUS), key=lambda file: file.parent.name)
+    return [_summary(file.parent) for file in files if (file.parent / CONFIG).exists()]
+
+
+def _summary(folder: Path) -> Summary:
+    run = Summary(folder, "?", "?", 0, (), "unknown", 0, 0, None)
+    with suppress(*UNREADABLE):
+        values = configuration.plain_values(folder / CONFIG)
+        system, task = str(values["run"]["system"]), str(values["run"]["env"])
+        vary = configuration.flat(values.get("vary", {}))
+        num_members = len(values["seeds"]) * math.prod(map(len, vary.values()))
+        run = run._replace(system=system, task=task, num_members=num_members, varied=tuple(vary))
+        per_chunk = values["num_envs"] * values["rollout_length"] * values["num_evaluations"]
+        run = run._replace(total_steps=int(values["total_steps"] // per_chunk * per_chunk))
+        run = run._replace(status=status(folder))
+        returns = _last_returns(folder / "metrics.jsonl", run.num_members)
+        run = run._replace(steps=int(max((record["env_steps"] for record in returns), default=0)))
+        run = run._replace(last_return=_best_mean(returns, run.varied))
+    return run
+
+
+def _best_mean(returns: Sequence[dict[str, Any]], varied: Sequence[str]) -> float | None:
+    """Return the best setting's mean over seeds of the returns in records; None without any."""
+    of_setting = defaultdict[tuple[Any, ...], list[float]](list)
+    for record in returns:
+        if record["value"] is not None:
+            of_setting[tuple(record[key] for key in varied)].append(record["value"])
+    return max((sum(values) / len(values) for values in of_setting.values()), default=None)
+
+
+def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
+    """Return the records of the newest evaluation, from the end of metrics.jsonl."""
+    with file.open("rb") as stream:
+        end = stream.seek(0, 2)
+        for length in (2**16, 2**20, end):
+            stream.seek(max(0, end - length))
+            lines = stream.read().splitlines()[bool(length < end) :]
+            records = [json.loads(line) for line in lines if line.endswith(b"}")]
+            returns = [record for record in records if record["name"] == "eval/episode_return"]
+            if len(returns) >= num_members:
+                break
+    return returns[-num_members:]
+
+
+def main() -> None:
+    """Run `python -m magpo.runs [results]`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m magpo.runs",
+        description="List runs, the newest last, and how to resume those that ended early.",
+    )
+    parser.add_argument("results", nargs="?", default="results", type=Path, help="a folder of runs")
+    root = parser.parse_args().results
+    if not root.is_dir():
+        parser.error(f"{root}: no such folder")
+    runs = summaries(root)
+    if not runs:
+        print(f"no runs under {root}")
+        return
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("run", "system", "task", "status", "varied"):
+        table.add_column(name)
+    for name in ("members", "steps", "of", "return"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        last = "-" if run.last_return is None else f"{run.last_return:.3g}"
+        numbers = [str(run.num_members), f"{run.steps:,}", f"{run.total_steps:,}", last]
+        varied = ", ".join(map(short_key, run.varied)) or "-"
+        words = map(_shown, (run.folder.name, run.system, run.task, run.status, varied))
+        table.add_row(*words, *numbers)
+    console = Console(highlight=False)
+    console.width = max(console.width, 120)
+    console.print(table)
+    for run in runs:
+        if run.resume:
+            console.print(_shown(run.resume), soft_wrap=True)
+
+
+def _shown(text: str) -> Text:
+    """Return text without markup or control characters."""
+    return Text("".join(c if c.isprintable() else "?" for c in text))

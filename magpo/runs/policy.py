@@ -1,0 +1,270 @@
+"""Trained policies, loaded from a results folder without the environment they were trained on.
+
+    policy = magpo.load_policy("results/magpo/rware/tiny-4ag/<run-id>")
+    carry = policy.initial_carry((32,))
+    action, carry = policy.act(carry, observation, key, greedy=True)
+
+A folder holds numbers and names; nothing in it is executed. The system that acts is the installed
+one of the run's name, or a module of your own.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from magpo import config, contract, envs
+from magpo.config.members import Member, text
+from magpo.config.schema import RunConfig
+from magpo.contract import Algorithm, Deployed, Parameters
+from magpo.errors import ConfigError
+from magpo.runs import checkpoint, folders
+from magpo.runs.checkpoint import CheckpointError
+from magpo.types import Array, Environment, EnvSpec, Observation, spec
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The best policies of a run, as its newest usable checkpoint holds them."""
+
+    config: RunConfig
+    algorithm: Algorithm
+    env: EnvSpec
+    params: Any  # (M, ...) NumPy, the best of each member
+    score: np.ndarray  # (M,) mean episode return of the evaluation that made them the best
+    chunk: np.ndarray  # (M,) chunks trained by then
+
+    def places(
+        self, seed: int | None = None, setting: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return the places of the members with this seed and these values. Raises ConfigError."""
+        setting, vary = setting or {}, self.config.vary
+        for key, value in setting.items():
+            if value not in vary.get(key, ()):
+                has = "; ".join(f"vary.{k}=[{','.join(map(text, v))}]" for k, v in vary.items())
+                raise ConfigError(
+                    f"vary.{key}={json.dumps(value)}: the run has {has or 'nothing that varies'}"
+                )
+        if seed is not None and seed not in self.config.seeds:
+            raise ConfigError(f"seed={seed}: the run has {list(self.config.seeds)}")
+        return [
+            place
+            for place, member in enumerate(self.config.members)
+            if seed in (None, member.seed) and setting.items() <= member.setting.items()
+        ]
+
+    def best(self, places: Sequence[int]) -> int:
+        """Return the place with the highest score."""
+        return places[int(np.nanargmax(self.score[list(places)]))]
+
+
+def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
+    """Load the best policies of a run. Raises ConfigError.
+
+    `system` is the module of a system of your own; without it the run's has to be one of magpo's.
+    """
+    folder = Path(folder)
+    module = system or _system(folder)
+    found = folders.newest_checkpoint(folder)
+    if found is None:
+        raise ConfigError(f"{folder}: has no checkpoint yet")
+    path, meta = found
+    run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
+    try:
+        record = checkpoint.load_named(path, meta, "record")
+        env = TypeAdapter(EnvSpec).validate_json(json.dumps(meta["env"]), strict=True)
+        score, chunk = record["best.score"], record["best.chunk"]
+        if len(score) != len(run.members):
+            raise CheckpointError(f"parameters of {len(score)} members, not {len(run.members)}")
+    except (CheckpointError, ValidationError, KeyError) as error:
+        raise ConfigError(f"{path}: {str(error).partition(chr(10))[0]}") from error
+    params = config.nested(
+        {
+            key.removeprefix("best.params."): array
+            for key, array in record.items()
+            if key.startswith("best.params.")
+        }
+    )
+    return TrainedRun(run, contract.algorithm(module), env, params, score, chunk)
+
+
+def _system(folder: Path) -> ModuleType:
+    """Import the module of the run's system: one of the package's, never a name taken freely from
+    a file."""
+    try:
+        name = config.plain_values(folder / "config.yaml")["run"]["system"]
+    except (ConfigError, TypeError, KeyError) as error:
+        raise ConfigError(f"{folder}: no run there (no config.yaml that can be read)") from error
+    if name not in config.systems():
+        raise ConfigError(f"{folder}: a run of {name!r}; pass its module as `system`")
+    return import_module(f"magpo.systems.{name}")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedPolicy:
+    """A trained policy of all agents, or of one. `*batch` is any number of leading axes."""
+
+    algorithm: Algorithm = field(repr=False)
+    setup: Any = field(repr=False)
+    env: EnvSpec
+    params: Any = field(repr=False)
+    one_agent: bool
+    member: Member  # of the run, with its seed and setting
+    score: float  # mean episode return of the evaluation that made it the member's best
+
+    def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> Any:
+        """Return the recurrent state at the start of an episode, (*batch[, N], ...) each."""
+        size = int(np.prod(batch_shape, dtype=int))
+        carry = self.algorithm.initial_carry(self.setup, (size,))
+        return jax.tree.map(partial(_outwards, self, batch_shape), carry)
+
+    def act(
+        self, carry: Any, observation: Observation, key: Array, greedy: bool = False
+    ) -> tuple[Array, Any]:
+        """Return actions (*batch[, N][, A]) and the recurrent state after the step.
+
+        Args:
+            observation: agents_view (*batch[, N], O), action_mask (*batch[, N], A), step_count
+                (*batch); N is absent if the policy is one agent's.
+            greedy: the most likely action instead of a sampled one.
+        """
+        acted: tuple[Array, Any] = _act(self, self.params, carry, observation, key, greedy)
+        return acted
+
+
+def _outwards(policy: TrainedPolicy, batch_shape: tuple[int, ...], x: Array) -> Array:
+    """Reshape (B, N, ...), as a system has it, to (*batch[, N], ...)."""
+    x = x[:, 0] if policy.one_agent else x
+    return x.reshape(*batch_shape, *x.shape[1:])
+
+
+@partial(jax.jit, static_argnames=("policy", "greedy"))
+def _act(
+    policy: TrainedPolicy,
+    params: Any,
+    carry: Any,
+    observation: Observation,
+    key: Array,
+    greedy: bool,
+) -> tuple[Array, Any]:
+    batch_shape = observation.step_count.shape
+    rank = len(batch_shape)
+
+    def inwards(x: Array, agents: bool) -> Array:
+        x = x.reshape(-1, *x.shape[rank:])
+        return x[:, None] if agents and policy.one_agent else x
+
+    outwards = partial(_outwards, policy, batch_shape)
+    inner = Observation(
+        agents_view=inwards(observation.agents_view, agents=True),
+        action_mask=inwards(observation.action_mask, agents=True),
+        step_count=inwards(observation.step_count, agents=False),
+    )
+    action, carry = policy.algorithm.act(
+        policy.setup,
+        params,
+        jax.tree.map(partial(inwards, agents=True), carry),
+        inner,
+        key,
+        greedy,
+    )
+    return outwards(action), jax.tree.map(outwards, carry)
+
+
+def load_policy(
+    folder: str | Path,
+    seed: int | None = None,
+    setting: Mapping[str, float | None] | None = None,
+    agent: int | None = None,
+    system: ModuleType | None = None,
+) -> TrainedPolicy:
+    """Load the best policy of a run's results folder. Raises ConfigError.
+
+    Args:
+        seed: only policies of this seed.
+        setting: only policies with these values of varied hyperparameters:
+            {"system.delta": 1.2}.
+        agent: the policy of this agent alone, from its own observation; by default all agents'.
+        system: the module, if the system is not one of magpo's.
+    """
+    trained = read(folder, system)
+    return build(trained, trained.best(trained.places(seed, setting)), agent)
+
+
+def build(
+    trained: TrainedRun, place: int, agent: int | None = None, env: Environment | None = None
+) -> TrainedPolicy:
+    """Build the policy of the member at `place`, for the environment it was trained on or
+    another."""
+    env_spec = spec(env) if env else trained.env
+    params = jax.tree.map(lambda x: x[place], trained.params)
+    card = trained.algorithm.CARD
+    if agent is not None:
+        if not 0 <= agent < env_spec.num_agents:
+            raise ConfigError(f"agent={agent}: there are {env_spec.num_agents}, from 0 on")
+        if card.deployed is Deployed.JOINT:
+            raise ConfigError(f"agent={agent}: {trained.config.system} acts for all agents at once")
+        if card.parameters is Parameters.PER_AGENT:
+            params = jax.tree.map(lambda x: x[agent : agent + 1], params)
+    return TrainedPolicy(
+        algorithm=trained.algorithm,
+        setup=make_setup(trained, env, place),
+        env=env_spec,
+        params=params,
+        one_agent=agent is not None,
+        member=trained.config.members[place],
+        score=float(trained.score[place]),
+    )
+
+
+def make_setup(trained: TrainedRun, env: Environment | None = None, place: int = 0) -> Any:
+    """Make the system's setup for the environment it was trained on or another. Raises
+    ConfigError."""
+    algorithm_config = trained.config.algorithm_of(trained.config.members[place].setting)
+    return trained.algorithm.make(algorithm_config, spec(env) if env else trained.env)
+
+
+def make_env(trained: TrainedRun, task: str | None, options: Mapping[str, Any]) -> Environment:
+    """Make the run's environment, or another task's, with these options changed.
+
+    Raises ConfigError if there is none such, or the policies cannot act in it.
+    """
+    trained_options = trained.config.env.options if task in (None, trained.env.name) else {}
+    try:
+        env = envs.make(
+            task or trained.env.name,
+            global_state=trained.config.algorithm.needs_global_state,
+            **{**trained_options, **options},
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _check_fits(trained, spec(env))
+    return env
+
+
+def _check_fits(trained: TrainedRun, env: EnvSpec) -> None:
+    """Raise ConfigError if the policies cannot act in an environment."""
+    seen, card = trained.env, trained.algorithm.CARD
+    if card.parameters is Parameters.PER_AGENT and env.num_agents != seen.num_agents:
+        raise ConfigError(
+            f"the run has a policy for each of {seen.num_agents} agents, "
+            f"{env.name} has {env.num_agents}"
+        )
+    if (seen.num_features, seen.action_dim, seen.action_kind) != (
+        env.num_features,
+        env.action_dim,
+        env.action_kind,
+    ):
+        raise ConfigError(
+            f"the policy reads {seen.num_features} features and has {seen.action_dim} "
+            f"{seen.action_kind} actions, {env.name} has {env.num_features} and {env.action_dim} "
+            f"{env.action_kind}"
+        )

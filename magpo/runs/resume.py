@@ -1,0 +1,218 @@
+"""Save a run while it trains, and continue it from there."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from magpo import __version__
+from magpo import config as configuration
+from magpo.config.schema import RunConfig
+from magpo.errors import ConfigError
+from magpo.hardware import processes
+from magpo.report.measurements import Measurement
+from magpo.report.sinks import JsonLines
+from magpo.report.writer import Writer
+from magpo.runs import checkpoint, folders
+from magpo.runs.checkpoint import CheckpointError
+from magpo.types import EnvSpec
+
+TIME_SHARE = 0.02  # the largest share of a run's time that writing checkpoints may take
+MEMBERS = ("seeds", "vary")  # the keys that say which members a run has
+
+
+class Start(NamedTuple):
+    """The place where an earlier process left a run: a chunk was trained and evaluated."""
+
+    chunk: int
+    state: Any  # (M, ...)
+    best: Any  # (M, ...)
+    measurements: list[Measurement]  # all so far, without training metrics
+    log_bytes: int  # the length of metrics.jsonl by then
+
+
+def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | None:
+    """Load the run's newest usable checkpoint, or return None if the run has none yet.
+
+    The leaves of `state` and `best` have the shapes, dtypes and shardings to load. Raises
+    ConfigError if none of the run's checkpoints is usable, if the configuration changed, or if a
+    finished run has no checkpoint.
+    """
+    found = processes.agreed(lambda: folders.newest_checkpoint(folder))
+    if found is None:
+        processes.agreed(lambda: _begin_again(folder, config))
+        return None
+    path, meta = found
+    _check_same(folder, meta, config)
+    try:
+        loaded = _load(Path(path), meta, config, state, best)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    if processes.is_first():
+        folders.write_config(folder, config)
+        checkpoint.set_aside(folder / folders.CHECKPOINTS, loaded.chunk)
+    return loaded
+
+
+def _begin_again(folder: Path, config: RunConfig) -> None:
+    """Prepare a run that ended before its first checkpoint to start again."""
+    folders.identity(folder)
+    if folders.last_status(folder) == "finished":
+        raise ConfigError(f"resume={folder}: finished, and has no checkpoint to continue from")
+    old = configuration.plain_values(folder / folders.CONFIG)
+    _check_changes(folder, old, configuration.dump(config), config)
+    folders.write_config(folder, config)
+
+
+def _check_same(folder: Path, meta: dict[str, Any], config: RunConfig) -> None:
+    """Raise ConfigError if the run cannot, or may not, continue with this configuration."""
+    new = configuration.dump(config) | {"with": _with()}
+    _check_changes(folder, meta["config"] | {"with": meta["with"]}, new, config)
+    if meta["steps_per_chunk"] != config.steps_per_chunk:
+        raise ConfigError(
+            f"resume={folder}: the steps between two evaluations must stay "
+            f"{meta['steps_per_chunk']}, not {config.steps_per_chunk}"
+        )
+    if meta["chunk"] > config.num_evaluations:
+        raise ConfigError(
+            f"resume={folder}: num_evaluations must be at least {meta['chunk']}, what it has, "
+            f"not {config.num_evaluations}"
+        )
+
+
+def _check_changes(
+    folder: Path, old: dict[str, Any], new: dict[str, Any], config: RunConfig
+) -> None:
+    """Raise ConfigError if a value differs that may not."""
+    changed = configuration.differences(old, new)
+    fixed = [key for key in changed if key.partition(".")[0] in MEMBERS]
+    if fixed:
+        listed = "; ".join(f"{key}: {changed[key]}" for key in fixed)
+        raise ConfigError(f"resume={folder}: the members of a run cannot change: {listed}")
+    if refused := {k: text for k, text in changed.items() if k not in config.allow_changes}:
+        listed = "; ".join(f"{key}: {text}" for key, text in refused.items())
+        raise ConfigError(
+            f"resume={folder}: not as it was: {listed}. To continue all the same: "
+            f"allow_changes=[{','.join(changed)}]"
+        )
+
+
+def _with() -> dict[str, str]:
+    """Return the versions and devices that must match for a bitwise-identical resume."""
+    present = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    if jax.process_count() > 1:
+        present += f" in {jax.process_count()} processes"
+    return {"magpo": __version__, "jax": jax.__version__, "devices": present}
+
+
+def _load(path: Path, meta: dict[str, Any], config: RunConfig, state: Any, best: Any) -> Start:
+    num_members, chunk = len(config.members), meta["chunk"]
+    names = [name.removeprefix("history.") for name in meta["arrays"].get("record", ())]
+    shape = chunk + 1, num_members, config.eval_episodes
+    history: dict[str, Any] = {n: np.zeros(shape, np.float32) for n in names if "." not in n}
+    history["wall_s"] = np.zeros(shape[:1])
+    state = checkpoint.load(path, meta, "state", state)
+    record = checkpoint.load(path, meta, "record", {"best": best, "history": history})
+    history = record["history"]
+    wall_s = history.pop("wall_s")
+    measurements = [
+        Measurement(
+            chunk=index,
+            env_steps=(index * config.steps_per_chunk,) * num_members,
+            wall_s=float(wall_s[index]),
+            evaluation={name: values[index] for name, values in history.items()},
+            training={},
+            timing={},
+        )
+        for index in range(chunk + 1)
+    ]
+    return Start(chunk, state, record["best"], measurements, meta["log_bytes"])
+
+
+class Saver:
+    """Lets the writer thread save the run, as often as TIME_SHARE allows.
+
+    Several processes have clocks of their own: they save after every chunk, and wait for it.
+    """
+
+    def __init__(
+        self, config: RunConfig, folder: Path, writer: Writer, log: JsonLines | None, env: EnvSpec
+    ) -> None:
+        """Take `log` on the first process, None on the others."""
+        self.config, self.writer, self.log, self.env = config, writer, log, env
+        self.folder = folder
+        self.run_id = folders.identity(folder)
+        self.next = 0.0
+        self.idle = threading.Event()
+        self.idle.set()
+        self.latest: Callable[[], None] | None = None  # saves the offered state; None: it is saved
+        self.offered = 0  # the chunk of the state offered last
+
+    def offer(self, chunk: int, state: Any, best: Any, measurements: Sequence[Measurement]) -> None:
+        """Take a copy of the state after a chunk; the last chunk's is saved whatever it costs."""
+        self.offered = chunk
+        self.latest = partial(self._save, chunk, state, best, list(measurements))
+        if jax.process_count() > 1:
+            self.idle.wait()
+            due = True
+        else:
+            due = self.idle.is_set() and time.monotonic() >= self.next
+        if due or chunk == self.config.num_evaluations:
+            self.save_latest()
+
+    def save_latest(self) -> None:
+        """Save the state that was offered last, unless it is saved."""
+        if self.latest is not None and self.config.keep:
+            self.idle.clear()
+            self.writer.put(self.latest)
+        self.latest = None
+
+    def stop(self) -> None:
+        """Save the latest state before an early end.
+
+        Several processes may be stopped one chunk apart: then they do not wait for a checkpoint
+        that only some of them write, and the one before it stays the newest.
+        """
+        self.save_latest()
+        if not processes.meet(f"stops after chunk {self.offered}", timeout_s=10):
+            self.writer.abandon()
+
+    def _save(self, chunk: int, state: Any, best: Any, measurements: list[Measurement]) -> None:
+        start = time.monotonic()
+        root = self.folder / folders.CHECKPOINTS
+        try:
+            log_bytes = self._save_log(chunk) if self.log else 0
+            evaluations = [m.evaluation for m in measurements]
+            history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}
+            history["wall_s"] = np.array([m.wall_s for m in measurements])
+            meta = {
+                "run": self.run_id,
+                "config": configuration.dump(self.config),
+                "with": _with(),
+                "env": asdict(self.env),
+                "steps_per_chunk": self.config.steps_per_chunk,
+                "log_bytes": log_bytes,
+            }
+            parts = {"state": state, "record": {"best": best, "history": history}}
+            checkpoint.save(root, chunk, parts, meta)
+            if processes.is_first():
+                checkpoint.prune(root, self.config.keep)
+        finally:
+            now = time.monotonic()
+            self.next = now + (now - start) / TIME_SHARE
+            self.idle.set()
+
+    def _save_log(self, chunk: int) -> int:
+        """Bring metrics.jsonl up to date, in a restored folder if it was removed; return where its
+        chunk ends."""
+        assert self.log is not None
+        if folders.mend(self.folder, self.config, self.run_id):
+            self.writer.warn(f"{self.folder} was removed: made again")
+        self.log.save()
+        return self.log.ends[chunk]
