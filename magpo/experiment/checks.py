@@ -49,18 +49,18 @@ def check_state(algorithm: Algorithm, state: Any, params: Any) -> None:
 
 
 def check_chunk(returned: Any, state: Any, num_updates: int) -> None:
-    """Raise ConfigError unless `train_chunk` returns a state like the one it takes, and a metric a
-    name, with a value an update. All arrays are all members', (M, ...)."""
+    """Raise ConfigError unless `train_chunk` returned a state like the one it took, and a value of
+    each metric for each update."""
     if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):
         raise ConfigError("train_chunk must return the state and a dictionary of metrics")
     after, metrics = returned
     if _layout(after) != _layout(state):
         raise ConfigError("train_chunk must return a state with the shapes and dtypes of init's")
     for name, value in metrics.items():
-        if value.shape[1:] != (num_updates,):
+        if value.shape != (num_updates,):
             raise ConfigError(
                 f"train_chunk: the metric {name!r} must have one value for each of {num_updates} "
-                f"updates, not the shape {value.shape[1:]}"
+                f"updates, not the shape {value.shape}"
             )
         if name.startswith("rollout/") and "rollout/episodes" not in metrics:
             raise ConfigError(f"train_chunk: {name!r} needs the metric rollout/episodes beside it")

@@ -117,7 +117,6 @@ def run(module: ModuleType, config: RunConfig, env: Environment | None = None) -
         shapes = shapes_of(algorithm, programs, config)
         checks.check_act(algorithm, setup, env, shapes.params)
         traced = programs.train_chunk.trace(shapes.state)
-        checks.check_chunk(traced.out_info, shapes.state, config.updates_per_chunk)
     needed_bytes = footprint.estimate(traced, shapes.state, devices.layout(config).mesh)
     with ExitStack() as stack:
         folder = Path(processes.agreed(lambda: _claimed_folder(config, stack)))

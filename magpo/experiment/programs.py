@@ -88,6 +88,11 @@ def build_programs(
     def init(key: Array, hyper: Any) -> Any:
         return algorithm.init(setup, env, key)._replace(hyper=hyper)
 
+    def train_chunk(state: Any) -> Any:
+        returned = algorithm.train_chunk(setup, env, state)
+        checks.check_chunk(returned, state, config.updates_per_chunk)
+        return returned
+
     def snapshot(state: Any) -> tuple[Any, Array]:
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
         # A copy: the state's own buffers are overwritten by the next chunk.
@@ -111,7 +116,7 @@ def build_programs(
     return Programs(
         init=jax.jit(init_all, in_shardings=(members, members), out_shardings=state),
         train_chunk=jax.jit(
-            lay.each_member(partial(algorithm.train_chunk, setup, env)),
+            lay.each_member(train_chunk),
             in_shardings=(state,),
             out_shardings=(state, metrics),
             donate_argnums=0,

@@ -1,0 +1,159 @@
+"""A fork's mistakes are one line that names its file, before anything compiles."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiment import counting
+from experiment.counting import SYSTEM, K, U, run
+from magpo import contract, experiment
+from magpo.errors import ConfigError
+from magpo.experiment import loop
+
+
+def joint(setup, params, carry, observation, key, greedy):
+    return jnp.zeros((*carry.shape[:-1], 1), jnp.int32), carry
+
+
+def real(setup, params, carry, observation, key, greedy):
+    return jnp.zeros(carry.shape), carry
+
+
+def alone(setup, params, carry, observation, key, greedy):
+    return jnp.zeros(carry.shape, jnp.int32)
+
+
+def forgetful(setup, params, carry, observation, key, greedy):
+    return jnp.zeros(carry.shape, jnp.int32), carry[:, :1]
+
+
+def silent(setup, env, state):
+    return state
+
+
+def growing(setup, env, state):
+    return state._replace(walked=state.walked.astype(jnp.int32)), {"loss/policy": jnp.zeros(U)}
+
+
+def by_epoch(setup, env, state):
+    return state, {"loss/policy": jnp.zeros((U, 3))}
+
+
+def uncounted(setup, env, state):
+    return state, {"rollout/episode_return": jnp.zeros(U)}
+
+
+def everything(state):
+    return state.params, state.hyper
+
+
+MISTAKES = {
+    "one_action_for_all": ("act", joint, r"actions \(B, N\) = int32\[2, 3\], not int32\[2, 1\]"),
+    "real_actions": ("act", real, r"not float32\[2, 3\]"),
+    "no_carry": ("act", alone, "act must return actions and the carry after them"),
+    "another_carry": ("act", forgetful, r"a carry like int32\[2, 3\], not int32\[2, 1\]"),
+    "no_metrics": ("train_chunk", silent, "must return the state and a dictionary of metrics"),
+    "another_state": ("train_chunk", growing, "with the shapes and dtypes of init's"),
+    "metrics_of_epochs": ("train_chunk", by_epoch, r"one value for each of 2 updates, not .*2, 3"),
+    "uncounted_episodes": ("train_chunk", uncounted, "needs the metric rollout/episodes"),
+    "no_dictionary": ("policy_params", everything, "policy_params must return nested dictionaries"),
+    "unknown_field": (
+        "CARD",
+        counting.CARD._replace(per_environment=("waked",)),
+        r"NamedTuple with waked; it has \['params', 'hyper', 'walked'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_a_system_returns_is_checked(config, monkeypatch, name):
+    function, wrong, message = MISTAKES[name]
+    monkeypatch.setattr(SYSTEM, function, wrong)
+    monkeypatch.setattr(loop, "compile_programs", None)
+    with pytest.raises(ConfigError, match=rf"^counting\.py: .*{message}") as error:
+        run(config)
+    assert "\n" not in str(error.value)
+    assert not Path(config.results_dir).exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Misspelt:
+    num_env: int
+    hyper: counting.Hyper
+    needs_global_state = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Without:
+    num_envs: int
+    needs_global_state = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    hyper: dict
+    needs_global_state = False
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (Misspelt, "hyper, network, num_envs, .*; it has num_env"),
+        (Without, "Config must be a dataclass with `hyper`"),
+        (Plain, "Config.hyper must be a class made by `hyperparameters`"),
+        (dict, "Config must be a dataclass"),
+    ],
+)
+def test_a_config_that_no_run_can_fill_is_one_line(monkeypatch, schema, message):
+    monkeypatch.setattr(SYSTEM, "Config", schema)
+    with pytest.raises(ConfigError, match=rf"^counting\.py: .*{message}"):
+        contract.algorithm(SYSTEM)
+
+
+def test_a_system_that_reads_the_setups_floats_diverges(config, monkeypatch):
+    """Else it would train all settings with the first one's values."""
+    train_chunk = SYSTEM.train_chunk
+
+    def reads_setup(setup, env, state):
+        state, metrics = train_chunk(setup, env, state)
+        return state, metrics | {"loss/value": jnp.full(U, setup.hyper.shift, jnp.float32)}
+
+    monkeypatch.setattr(SYSTEM, "train_chunk", reads_setup)
+    with pytest.raises(experiment.DivergenceError, match="update 1 of 10, seed 3: loss/value"):
+        run(config)
+
+
+def test_ctrl_c_while_the_files_are_finished_loses_none(config, monkeypatch):
+    """Behind the last evaluation, and once only: a second one kills."""
+    from magpo.report.writer import Writer
+
+    class Thread:
+        def __init__(self, thread):
+            self.thread, self.pressed = thread, False
+
+        def __getattr__(self, name):
+            return getattr(self.thread, name)
+
+        def join(self):
+            if not self.pressed:
+                self.pressed = True
+                raise KeyboardInterrupt
+            self.thread.join()
+
+    enter = Writer.__enter__
+
+    def wrapped(self):
+        self._thread = Thread(self._thread)
+        return enter(self)
+
+    monkeypatch.setattr(Writer, "__enter__", wrapped)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataclasses.replace(config, absolute_metric=False))
+    (folder,) = Path(config.results_dir).glob("*/*/*/*")
+    steps = {record["env_steps"] for record in counting.records(folder)}
+    assert max(steps) == K * config.steps_per_chunk
+    assert (folder / "marl_eval.json").exists() and (folder / "learning_curve.png").exists()
+    assert np.any([path.name == f"{K:08d}" for path in (folder / "checkpoints").iterdir()])
