@@ -12,10 +12,10 @@ def episode_sums(timestep: TimeStep) -> Metrics:
 
 
 def episode_means(sums: Metrics) -> Metrics:
-    """Return `rollout/*`: the number of episodes, and means per episode, NaN where none ended."""
+    """Return `rollout/*`: the number of episodes, and means per episode, 0 where none ended."""
     number = sums["episodes"]
     return {
-        f"rollout/{name}": number if name == "episodes" else total / number
+        f"rollout/{name}": number if name == "episodes" else total / jnp.maximum(number, 1)
         for name, total in sums.items()
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
+import jax
 import yaml
 
 from magpo.config import compose
@@ -55,6 +56,7 @@ def command(
     if not arguments or {"-h", "--help"} & set(arguments):
         print(usage)
         return
+    jax.config.update("jax_enable_x64", False)  # type: ignore[no-untyped-call]
     with exit_on_config_error():
         values: dict[str, Any] = deepcopy(dict(defaults))
         for change in map(compose.parse, arguments):
@@ -149,7 +151,7 @@ def _hydra_app(system: str | ModuleType, run: Run, config_dir: Path | None) -> N
     from hydra.errors import HydraException
 
     name, folders = compose.locate(system, config_dir)
-    source = str(system.__file__) if isinstance(system, ModuleType) else None
+    source = str(Path(str(system.__file__)).resolve()) if isinstance(system, ModuleType) else None
     if isinstance(system, ModuleType):  # a launcher's jobs may be other processes
         _loaded[str(source)] = system
 
@@ -195,6 +197,11 @@ def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str
     }
 
 
+def module_of(file: str) -> ModuleType:
+    """Import a system's file, which may be running as `__main__`, or under a profiler."""
+    return _import(Path(file).stem, str(Path(file).resolve()))
+
+
 _loaded: dict[str, ModuleType] = {}  # by file, in this process
 
 
@@ -203,7 +210,7 @@ def _import(name: str, source: str | None) -> ModuleType:
     if source in _loaded:
         return _loaded[source]
     packaged = import_module(f"magpo.systems.{name}") if name in compose.systems() else None
-    if packaged and source in (None, packaged.__file__):
+    if packaged and source in (None, str(Path(str(packaged.__file__)).resolve())):
         return packaged
     # Under a name of its own: a file may have the name of a package.
     spec = spec_from_file_location(f"_system_{name}", str(source))

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,15 +64,15 @@ class Result:
     params: Any  # (M, ...) the policy at the end
 
 
-def main(module: ModuleType) -> None:
-    """Run the command line of a system.
+def main(system: ModuleType | str) -> None:
+    """Run the command line of a system: its module, or its file, however that was started.
 
     Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
     signal.signal(signal.SIGINT, interrupts.stop)
     signal.signal(signal.SIGTERM, interrupts.stop)
     try:
-        cli.main(module, _job)
+        cli.main(cli.module_of(system) if isinstance(system, str) else system, _job)
         return
     except (DivergenceError, LoggingError) as error:
         print("error:", error, file=sys.stderr)
@@ -98,12 +98,18 @@ def _job(module: ModuleType, config: RunConfig) -> None:
         sys.exit(128 + interrupts.received[0])
 
 
-def run(module: ModuleType, config: RunConfig, env: Environment | None = None) -> Result:
+def run(
+    module: ModuleType,
+    config: RunConfig,
+    env: Environment | None = None,
+    sinks: Sequence[Callable[[Run], Sink]] = (),
+) -> Result:
     """Train, evaluate and log one system on one task, all members side by side.
 
-    `env` takes the place of the environment that `config.env` names. Raises ConfigError before
-    anything is compiled, DivergenceError, LoggingError. Whatever ends the run, its files hold
-    everything measured so far.
+    `env` takes the place of the environment that `config.env` names. `sinks` make loggers of your
+    own, beside those of `config.logger`; in a resumed run they first receive its earlier
+    evaluations. Raises ConfigError before anything is compiled, DivergenceError, LoggingError.
+    Whatever ends the run, its files hold everything measured so far.
     """
     algorithm = contract.algorithm(module)
     set_up_jax(config)
@@ -123,7 +129,7 @@ def run(module: ModuleType, config: RunConfig, env: Environment | None = None) -
         start = resume.start(folder, config, shapes.state, shapes.best) if config.resume else None
         if processes.is_first():
             stack.enter_context(folders.recorded(folder))
-        return _run(programs, shapes, needed_bytes, env, config, folder, start)
+        return _run(programs, shapes, needed_bytes, env, config, folder, start, sinks)
 
 
 @contextmanager
@@ -172,13 +178,14 @@ def _run(
     config: RunConfig,
     folder: Path,
     start: Start | None,
+    own_sinks: Sequence[Callable[[Run], Sink]],
 ) -> Result:
     suite, _, task = env.name.partition("/")
     info = Run(
         folder, config.system, suite, task, config.members, env.headline, config.steps_per_update
     )
     log = JsonLines(info, start.log_bytes if start else 0) if processes.is_first() else None
-    sinks: list[Sink] = [log, *_other_sinks(info, config, start)] if log else []
+    sinks: list[Sink] = [log, *_other_sinks(info, config, start, own_sinks)] if log else []
     console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
     if log and start and log.size < start.log_bytes:
         console.warn(f"{log.path} is shorter than it was: records are missing")
@@ -206,9 +213,19 @@ def _run(
     return result
 
 
-def _other_sinks(info: Run, config: RunConfig, start: Start | None) -> list[Sink]:
+def _other_sinks(
+    info: Run,
+    config: RunConfig,
+    start: Start | None,
+    own: Sequence[Callable[[Run], Sink]],
+) -> list[Sink]:
     """Make all sinks but metrics.jsonl, and give them a resumed run's earlier measurements."""
-    sinks: list[Sink] = [MarlEval(info), *([LearningCurve(info)] if config.logger.plot else [])]
+    makers: list[Callable[[Run], Sink]] = [
+        MarlEval,
+        *([LearningCurve] if config.logger.plot else []),
+        *own,
+    ]
+    sinks: list[Sink] = [make(info) for make in makers]
     for measurement in start.measurements if start else ():
         for sink in sinks:
             sink.write(measurement)

@@ -129,6 +129,7 @@ def set_up_jax(config: RunConfig) -> None:
     # `generalized` backend). On a busy machine, OpenBLAS's own threads would slow those down.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     settings: Any = jax.config
+    settings.update("jax_enable_x64", False)  # the simulators and the networks are of 32 bits
     if config.platform == "cpu":
         settings.update("jax_platforms", "cpu")
     settings.update("jax_default_matmul_precision", config.precision)

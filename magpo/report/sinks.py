@@ -14,9 +14,14 @@ from magpo.report.measurements import Measurement, Run, plain, scalars
 
 
 class Sink(Protocol):
-    def write(self, measurement: Measurement) -> None: ...
+    """A logger, driven by one thread beside training; what it raises is warned of once.
 
-    def save(self) -> None: ...
+    It may also have a `close()`, called at the end.
+    """
+
+    def write(self, measurement: Measurement) -> None: ...  # every evaluation, in order
+
+    def save(self) -> None: ...  # bring the files up to date, with what failed before
 
 
 class JsonLines:

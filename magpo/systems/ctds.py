@@ -16,7 +16,6 @@ episodes, and feed-forward layers of the guider that train (`network.guider.ffn`
     python -m magpo.systems.ctds env=rware/tiny-4ag
 """
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -416,7 +415,7 @@ def act(
 
 def main() -> None:
     """`python -m magpo.systems.ctds env=<suite>/<task> key=value ...`"""
-    experiment.main(sys.modules[__name__])
+    experiment.main(__file__)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ last `reuse`, so that earlier data costs neither gradient steps nor estimates.
     python -m magpo.systems.gpae_mappo env=smax/5m_vs_6m
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -540,7 +539,7 @@ def act(
 
 def main() -> None:
     """`python -m magpo.systems.gpae_mappo env=<suite>/<task> key=value ...`"""
-    experiment.main(sys.modules[__name__])
+    experiment.main(__file__)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ bootstrap, and chunks of `recurrent_chunk_size` steps are contiguous.
     python -m magpo.systems.happo env=rware/tiny-4ag
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -466,7 +465,7 @@ def act(
 
 def main() -> None:
     """`python -m magpo.systems.happo env=<suite>/<task> key=value ...`"""
-    experiment.main(sys.modules[__name__])
+    experiment.main(__file__)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,12 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+if __name__ == "magpo":
+    sys.exit(
+        "error: a file named magpo.py, in the folder of the script, hides the package: start a "
+        "system as `python -m magpo.systems.<name>`, and give a fork another name"
+    )
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -437,7 +443,7 @@ def act(
 
 def main() -> None:
     """`python -m magpo.systems.magpo env=<suite>/<task> key=value ...`"""
-    experiment.main(sys.modules[__name__])
+    experiment.main(__file__)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ each agent, every agent has its own value, truncated episodes bootstrap, and chu
     python -m magpo.systems.mappo env=rware/tiny-4ag
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -390,7 +389,7 @@ def act(
 
 def main() -> None:
     """`python -m magpo.systems.mappo env=<suite>/<task> key=value ...`"""
-    experiment.main(sys.modules[__name__])
+    experiment.main(__file__)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ MAGPO paper, truncated episodes bootstrap.
     python -m magpo.systems.mat env=rware/tiny-4ag
 """
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -329,7 +328,7 @@ def act(
 
 def main() -> None:
     """`python -m magpo.systems.mat env=<suite>/<task> key=value ...`"""
-    experiment.main(sys.modules[__name__])
+    experiment.main(__file__)
 
 
 if __name__ == "__main__":

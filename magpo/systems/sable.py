@@ -15,7 +15,6 @@ in training, and truncated episodes bootstrap.
     python -m magpo.systems.sable env=rware/tiny-4ag
 """
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -368,7 +367,7 @@ def act(
 
 def main() -> None:
     """`python -m magpo.systems.sable env=<suite>/<task> key=value ...`"""
-    experiment.main(sys.modules[__name__])
+    experiment.main(__file__)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,14 @@
+"""`python -m magpo`: what there is to run."""
+
+COMMANDS = """\
+python -m magpo.systems.<system> env=<suite>/<task> [key=value ...]
+                                              train; --help lists all keys
+python -m magpo.systems                       list the systems
+python -m magpo.envs                          list the tasks
+python -m magpo.runs [results]                list runs, and how to resume them
+python -m magpo.evaluate run=<folder>         play a run's best policies
+python -m magpo.render run=<folder>           show an episode; or env=<suite>/<task>
+python -m magpo.export run=<folder>           write a policy that needs JAX alone"""
+
+if __name__ == "__main__":
+    print(COMMANDS)

@@ -1,0 +1,74 @@
+"""Every common way to start a program works, or says in one line what to do."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import magpo
+from magpo import files
+from magpo.runs import listing
+
+SYSTEMS = Path(magpo.__file__).parent / "systems"
+SMALL = [
+    *("env=coordsum/3x10-30", "env.time_limit=9", "tuned=false", "num_envs=4", "rollout_length=8"),
+    *("total_steps=64", "num_evaluations=2", "eval_episodes=2", "logger.plot=false"),
+    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
+]
+
+
+def started(*arguments, cwd, **variables):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_under_a_profiler(tmp_path):
+    done = started("-m", "cProfile", "-o", "out", "-m", "magpo.systems.mappo", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = listing.summaries(tmp_path)
+    assert (run.system, run.status) == ("mappo", "finished")
+
+
+@pytest.mark.parametrize("name", ["mappo", "magpo"])
+def test_a_file_of_the_package_as_a_script_says_how_to_start_it(tmp_path, name):
+    done = started(SYSTEMS / f"{name}.py", *SMALL, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: a file named magpo.py, in the folder of the script, hides"
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_fork_as_a_module_or_with_flags(tmp_path):
+    shutil.copy(SYSTEMS / "mappo.py", tmp_path / "own.py")
+    shutil.copy(files.configs() / "mappo.yaml", tmp_path / "own.yaml")
+    for arguments in (["-m", "own"], ["own.py", "--multirun"]):
+        done = started(*arguments, *SMALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert [run.system for run in listing.summaries(tmp_path)] == ["own", "own"]
+
+
+def test_with_sanitisers(tmp_path):
+    """NaNs end a computation, and 64 bits are asked for."""
+    modes = {"JAX_DEBUG_NANS": "1", "JAX_ENABLE_X64": "1"}
+    done = started("-m", "magpo.systems.mappo", *SMALL, cwd=tmp_path, **modes)
+    assert done.returncode == 0, done.stderr
+    (run,) = listing.summaries(tmp_path)
+    played = started(
+        "-m", "magpo.evaluate", f"run={run.folder}", "episodes=2", cwd=tmp_path, **modes
+    )
+    assert played.returncode == 0, played.stderr
+
+
+def test_the_package_lists_its_commands(tmp_path):
+    done = started("-m", "magpo", cwd=tmp_path)
+    assert done.returncode == 0 and "python -m magpo.evaluate" in done.stdout
