@@ -1,5 +1,6 @@
-"""The environments: `make("rware/tiny-4ag")`, `tasks()`."""
+"""The environments: `make("rware/tiny-4ag")`, `tasks()`; `check` is for your own."""
 
+from magpo.envs.check import check
 from magpo.envs.registry import make, options, register, tasks
 
-__all__ = ["make", "options", "register", "tasks"]
+__all__ = ["check", "make", "options", "register", "tasks"]

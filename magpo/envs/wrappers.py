@@ -191,7 +191,7 @@ class AutoReset:
             return (spare_state, spare.observation), first
 
         return jax.lax.while_loop(
-            lambda carry: begun > carry[1] + self.num_envs,
+            lambda carry: begun - carry[1] > self.num_envs,  # right where the numbers overflow too
             draw,
             (restarts.spares, restarts.first_spare),
         )

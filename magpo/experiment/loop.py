@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from magpo import config as configuration
-from magpo import contract
+from magpo import contract, envs
 from magpo.config import cli
 from magpo.config.schema import RunConfig
 from magpo.errors import ConfigError
@@ -116,7 +116,7 @@ def run(
     if config.logger.neptune:
         require_neptune()
     env = env or make_env(config)
-    _check_global_state(env, config)
+    _check_env(env, config)
     setup = make_setup(algorithm, env, config)
     programs = build_programs(algorithm, setup, env, config)
     with _named(module):
@@ -141,9 +141,16 @@ def _named(module: ModuleType) -> Iterator[None]:
         raise ConfigError(f"{Path(str(module.__file__)).name}: {error}") from error
 
 
-def _check_global_state(env: Environment, config: RunConfig) -> None:
-    """Raise ConfigError if a caller's environment does not provide exactly the global state this
-    system needs."""
+def _check_env(env: Environment, config: RunConfig) -> None:
+    """Raise ConfigError unless a user's environment does what `magpo.types` says, and provides
+    exactly the global state this system needs."""
+    if not type(env).__module__.startswith("magpo.envs."):
+        try:
+            envs.check(env)
+        except ValueError as error:
+            first, *others = str(error).split("\n")
+            more = f" (and {len(others)} more: magpo.envs.check)" if others else ""
+            raise ConfigError(first + more) from error
     needed = config.algorithm.needs_global_state
     if needed != (env.observation_spec.global_state is not None):
         raise ConfigError(

@@ -157,3 +157,13 @@ def test_no_reset_is_drawn_outside_the_branch():
     branches, _, main = program.partition("\nENTRY ")
     assert " sort(" in branches
     assert " sort(" not in main
+
+
+def test_starts_differ_where_the_episodes_numbers_overflow():
+    batch = AutoReset(Fleeting(truncates=False, longest=1), E)
+    state, _ = batch.reset(jax.random.key(0))
+    nearly = jnp.int32(2**31 - 12)
+    state = state._replace(begun=nearly, first_spare=nearly - E)
+    _, timesteps = jax.lax.scan(batch.step, state, ACTIONS)
+    views = np.asarray(timesteps.observation.agents_view).reshape(T * E, -1)
+    assert len(np.unique(views, axis=0)) == T * E
