@@ -1,10 +1,16 @@
 """The writer thread, the files it writes, the console and the learning curve."""
 
 import csv
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -380,3 +386,76 @@ def test_final_table_has_every_seed_and_their_mean(tmp_path, capsys):
     assert ["2", "2.000", "2.000", "1.500", "640"] in rows
     mean = next(row for row in rows if row and row[0] == "mean")
     assert mean[1:] == ["1.50", "±", "0.50", "2.50", "±", "0.50", "2.00", "±", "0.50"]
+
+
+class Closed:
+    """A stream whose reader has gone."""
+
+    encoding, isatty = "utf-8", staticmethod(lambda: True)
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self):
+        self.write("")
+
+
+def closed():
+    stream = io.TextIOWrapper(io.BytesIO())
+    stream.close()
+    return stream
+
+
+def full():
+    return io.TextIOWrapper(io.FileIO("/dev/full", "w"))
+
+
+@pytest.mark.parametrize("stream", [Closed, closed, full, lambda: None])
+def test_a_console_that_cannot_be_written_is_silent(tmp_path, monkeypatch, capsys, stream):
+    stream = stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    console = make_console(tmp_path)
+    with console.compiling(["train_chunk"]), console.training():
+        for chunk in range(8):
+            console.update(measure(chunk))
+            time.sleep(0.1)  # Live refreshes in a thread of its own
+    console.finished(measure(8), measure(8), None)
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in warnings] == ["warning"] * (stream is not None)
+
+
+def test_a_console_without_unicode_has_question_marks(tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    make_console(tmp_path).update(measure(2, episode_return=[1, 3]))
+    assert b"return 2.00 ? 1.00" in stream.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "error", "code"),
+    [
+        *((to, "", 0) for to in (">/dev/full", ">&-", ">/dev/full 2>/dev/full", "| true")),
+        (">/dev/full 2>/dev/full", "ConfigError", 2),
+        (">/dev/full 2>&-", "DivergenceError", 1),
+        (">/dev/full 2>/dev/full", "KeyboardInterrupt", 130),
+    ],
+)
+def test_exit_codes_without_a_console(tmp_path, redirection, error, code):
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import time; from test_loggers import *; from magpo.experiment import loop\n"
+        "from magpo.errors import ConfigError; from magpo.experiment import DivergenceError\n"
+        "def train(*_):\n"
+        "    time.sleep(0.2)  # `| true` has ended\n"
+        f"    make_console(Path('x')).warn('…')\n"
+        f"    if {error!r}: raise {error or 'ValueError'}('this')\n"
+        "loop.run, loop.cli.compose.load = train, lambda *_: None\n"
+        "loop.main('magpo')\n"
+    )
+    command = f"set -o pipefail; {sys.executable} {program} {redirection}"
+    paths = os.pathsep.join(map(str, [Path(__file__).parent, *sys.path]))
+    done = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"PYTHONPATH": paths}, check=False
+    )
+    assert done.returncode == code

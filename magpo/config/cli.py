@@ -20,6 +20,7 @@ from magpo.config import compose
 from magpo.config.schema import RunConfig, dump, float_keys, nested, unknown_key, validate
 from magpo.envs import registry
 from magpo.errors import ConfigError
+from magpo.files import complain
 
 T = TypeVar("T")
 Run = Callable[[ModuleType, RunConfig], object]
@@ -77,7 +78,7 @@ def exit_on_config_error() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        complain("error: " + " ".join(str(error).split()))
         sys.exit(2)
 
 

@@ -32,6 +32,7 @@ from magpo.experiment.programs import (
     shapes_of,
 )
 from magpo.experiment.recorder import DivergenceError, Recorder
+from magpo.files import complain, flush_output
 from magpo.hardware import devices, footprint, processes
 from magpo.hardware.devices import set_up_jax
 from magpo.report.console import Console
@@ -75,13 +76,12 @@ def main(module: ModuleType) -> None:
         cli.main(module, _job)
         return
     except (DivergenceError, LoggingError) as error:
-        print("error:", error, file=sys.stderr)
+        complain(f"error: {error}")
         code = 1
     except KeyboardInterrupt:
         code = 128 + (interrupts.received or [signal.SIGINT])[0]
     processes.leave()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(code)  # an orderly exit would first wait for the chunk that is under way
 
 
@@ -96,6 +96,8 @@ def _job(module: ModuleType, config: RunConfig) -> None:
         if main_catches or not interrupts.received:
             raise
         sys.exit(128 + interrupts.received[0])
+    finally:
+        flush_output()
 
 
 def run(module: ModuleType, config: RunConfig, env: Environment | None = None) -> Result:

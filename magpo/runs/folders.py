@@ -17,7 +17,7 @@ import yaml
 from magpo import config as configuration
 from magpo.config.schema import RunConfig
 from magpo.errors import ConfigError
-from magpo.files import UNREADABLE, write_aside
+from magpo.files import UNREADABLE, complain, write_aside
 from magpo.runs import checkpoint
 from magpo.runs.checkpoint import CheckpointError
 
@@ -104,7 +104,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             refused.append(str(error))
             continue
         for reason in refused:
-            print(f"warning: {reason}: using the one before", file=sys.stderr)
+            complain(f"warning: {reason}: using the one before")
         return path, meta
     if refused:
         raise ConfigError(f"{folder}: no checkpoint can be used: {refused[0]}")
