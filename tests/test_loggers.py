@@ -42,7 +42,7 @@ def measure(chunk, num_members=2, **metrics):
 
 def logged_returns(folder):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record["value"] for record in records if record["name"] == "eval/episode_return"]
+    return [r["value"] for r in records if r.get("name") == "eval/episode_return"]
 
 
 class Recorded:
@@ -219,6 +219,64 @@ def test_json_lines_go_on_where_a_checkpoint_stood(tmp_path):
     again = JsonLines(make_run(tmp_path), size)
     again.write(measure(1, episode_return=[5, 6]))
     assert logged_returns(tmp_path) == [1, 2, 5, 6]
+
+
+def replaced(path):
+    path.with_name("new").write_bytes(path.read_bytes())
+    path.with_name("new").replace(path)
+
+
+def edited(path):
+    """Without a line, and with another's, as an editor or `sed -i` saves a file."""
+    _, *lines = path.read_text().splitlines(keepends=True)
+    path.with_name("new").write_text('{"mine": 1}\n' + "".join(lines).strip())
+    path.with_name("new").replace(path)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("spoil", [replaced, edited, cut, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_json_lines_lose_nothing_when_others_write_the_file(tmp_path, spoil, resumed):
+    told, run = [], make_run(tmp_path)
+    sink = JsonLines(run, warn=told.append)
+    sink.write(measure(0, episode_return=[1, 2]))
+    if resumed:
+        sink = JsonLines(run, sink.size, told.append)
+    sink.write(measure(1, episode_return=[3, 4]))
+    for _ in range(2):
+        spoil(tmp_path / "metrics.jsonl")
+        sink.save()
+    sink.write(measure(2, episode_return=[5, 6]))
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(row) for row in rows]
+    assert logged_returns(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert len(set(rows)) == len(rows)
+    assert ({"mine": 1} in records) == (spoil is edited)
+    assert len(told) == 1 and "written again" in told[0]
+    again = JsonLines(run, sink.ends[1])
+    again.write(measure(2, episode_return=[7, 8]))
+    assert logged_returns(tmp_path) == [1, 2, 3, 4, 7, 8]
+
+
+@pytest.mark.parametrize("line", ["", "mine\n", "no newline"])
+def test_json_lines_keep_what_others_append(tmp_path, line):
+    told, run, path = [], make_run(tmp_path), tmp_path / "metrics.jsonl"
+    sink = JsonLines(run, warn=told.append)
+    sink.write(measure(0, episode_return=[1, 2]))
+    with path.open("a") as file:
+        file.write(line)
+    sink.write(measure(1, episode_return=[3, 4]))
+    sink.write(measure(2, episode_return=[5, 6]))
+    again = JsonLines(run, sink.ends[1])
+    again.write(measure(2, episode_return=[7, 8]))
+    rows = path.read_text().splitlines()
+    assert rows.count(line.strip()) == bool(line)
+    values = [json.loads(row)["value"] for row in rows if "eval/episode_return" in row]
+    assert values == [1, 2, 3, 4, 7, 8]
+    assert not told
 
 
 def test_marl_eval_keeps_absolute_metrics_apart(tmp_path):

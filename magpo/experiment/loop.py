@@ -179,9 +179,10 @@ def _run(
     info = Run(
         folder, config.system, suite, task, config.members, env.headline, config.steps_per_update
     )
-    log = JsonLines(info, start.log_bytes if start else 0) if processes.is_first() else None
-    sinks: list[Sink] = [log, *_other_sinks(info, config, start)] if log else []
     console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
+    kept = start.log_bytes if start else 0
+    log = JsonLines(info, kept, console.warn) if processes.is_first() else None
+    sinks: list[Sink] = [log, *_other_sinks(info, config, start)] if log else []
     if log and start and log.size < start.log_bytes:
         console.warn(f"{log.path} is shorter than it was: records are missing")
     earlier = start.measurements if start else []
