@@ -180,11 +180,10 @@ def _run(
         folder, config.system, suite, task, config.members, env.headline, config.steps_per_update
     )
     console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
-    kept = start.log_bytes if start else 0
-    log = JsonLines(info, kept, console.warn) if processes.is_first() else None
+    kept_bytes, kept_records = (start.log_bytes, start.log_records) if start else (0, 0)
+    first = processes.is_first()
+    log = JsonLines(info, kept_bytes, console.warn, kept_records) if first else None
     sinks: list[Sink] = [log, *_other_sinks(info, config, start)] if log else []
-    if log and start and log.size < start.log_bytes:
-        console.warn(f"{log.path} is shorter than it was: records are missing")
     earlier = start.measurements if start else []
     for measurement in earlier:
         console.resume(measurement)

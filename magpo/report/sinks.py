@@ -28,18 +28,37 @@ class JsonLines:
     """
 
     def __init__(
-        self, run: Run, keep_bytes: int = 0, warn: Callable[[str], None] = lambda text: None
+        self,
+        run: Run,
+        keep_bytes: int = 0,
+        warn: Callable[[str], None] = lambda text: None,
+        keep_records: int = 0,
     ) -> None:
-        """Append after the first `keep_bytes` of the file, those that a resumed run keeps."""
+        """Append after the first `keep_bytes` of the file, those that a resumed run keeps.
+
+        `keep_records`: the number of records in them, 0 if unknown.
+        """
         self.run, self.warn = run, warn
         self.path = run.folder / "metrics.jsonl"
         self.file = self.path.open("a+b", buffering=0)
         kept = self.path.read_bytes()[:keep_bytes]
         self.size = kept.rfind(b"\n") + 1  # bytes surely on file, whole lines
+        self.records = keep_records
+        self._check(kept, keep_bytes)
         self.begun = False
         self.unwritten = bytearray()
         self.rows: dict[int | None, bytes] = {-1: zlib.compress(kept[: self.size], 1)}  # by chunk
         self.ends: dict[int | None, int] = {}  # bytes, by chunk
+        self.counts: dict[int | None, int] = {}  # records up to there, by chunk
+
+    def _check(self, kept: bytes, size: int) -> None:
+        """Warn if these bytes lack something of what a checkpoint counted."""
+        lines = kept.splitlines()
+        sound = sum(map(_is_record, lines))
+        damaged = len(lines) - sound
+        missing = max(self.records - len(lines), int(len(kept) < size and not damaged))
+        if damaged or missing:
+            self.warn(f"{self.path}: damaged lines: {damaged}, missing: {missing}")
 
     def write(self, measurement: Measurement) -> None:
         run, rows = self.run, bytearray()
@@ -60,6 +79,8 @@ class JsonLines:
         self.rows[measurement.chunk] = zlib.compress(rows, 1)
         self.unwritten += rows
         self.ends[measurement.chunk] = self.size + len(self.unwritten)
+        self.records += rows.count(b"\n")
+        self.counts[measurement.chunk] = self.records
         with contextlib.suppress(OSError):  # a full disk: tried again, and raised, by `save`
             self._append()
 
@@ -121,6 +142,14 @@ class JsonLines:
     def save(self) -> None:
         self._append()
         os.fsync(self.file.fileno())
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "name" in record
 
 
 class MarlEval:

@@ -35,6 +35,7 @@ class Start(NamedTuple):
     best: Any  # (M, ...)
     measurements: list[Measurement]  # all so far, without training metrics
     log_bytes: int  # the length of metrics.jsonl by then
+    log_records: int  # the records in it; 0: the checkpoint does not say
 
 
 def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | None:
@@ -132,7 +133,9 @@ def _load(path: Path, meta: dict[str, Any], config: RunConfig, state: Any, best:
         )
         for index in range(chunk + 1)
     ]
-    return Start(chunk, state, record["best"], measurements, meta["log_bytes"])
+    return Start(
+        chunk, state, record["best"], measurements, meta["log_bytes"], meta.get("log_records", 0)
+    )
 
 
 class Saver:
@@ -187,7 +190,7 @@ class Saver:
         start = time.monotonic()
         root = self.folder / folders.CHECKPOINTS
         try:
-            log_bytes = self._save_log(chunk) if self.log else 0
+            log_bytes, log_records = self._save_log(chunk) if self.log else (0, 0)
             evaluations = [m.evaluation for m in measurements]
             history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}
             history["wall_s"] = np.array([m.wall_s for m in measurements])
@@ -198,6 +201,7 @@ class Saver:
                 "env": asdict(self.env),
                 "steps_per_chunk": self.config.steps_per_chunk,
                 "log_bytes": log_bytes,
+                "log_records": log_records,
             }
             parts = {"state": state, "record": {"best": best, "history": history}}
             checkpoint.save(root, chunk, parts, meta)
@@ -208,11 +212,11 @@ class Saver:
             self.next = now + (now - start) / TIME_SHARE
             self.idle.set()
 
-    def _save_log(self, chunk: int) -> int:
-        """Bring metrics.jsonl up to date, in a restored folder if it was removed; return where its
-        chunk ends."""
+    def _save_log(self, chunk: int) -> tuple[int, int]:
+        """Bring metrics.jsonl up to date, in a restored folder if it was removed; return where this
+        chunk ends in it: after how many bytes, and how many records."""
         assert self.log is not None
         if folders.mend(self.folder, self.config, self.run_id):
             self.writer.warn(f"{self.folder} was removed: made again")
         self.log.save()
-        return self.log.ends[chunk]
+        return self.log.ends[chunk], self.log.counts[chunk]

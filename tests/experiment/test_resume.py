@@ -121,10 +121,26 @@ def test_a_finished_run_without_checkpoints_is_left_alone(config):
 def test_a_log_that_lost_records_is_named(config, monkeypatch, capsys):
     folder = stop_after(monkeypatch, config, 4)
     log = folder / "metrics.jsonl"
-    log.write_bytes(log.read_bytes()[:1000])
+    lines = log.read_bytes().splitlines(keepends=True)
+    cut = b"".join(lines[:7]) + lines[7][:20]
+    log.write_bytes(cut)
+    stop_after(monkeypatch, dataclasses.replace(config, resume=str(folder)), 4)
+    (warning,) = (line for line in capsys.readouterr().out.splitlines() if "damaged" in line)
+    newest = checkpoint.checkpoints(folder / "checkpoints")[0]
+    missing = checkpoint.read_meta(newest)["log_records"] - 8
+    assert warning == f"warning: {log}: damaged lines: 1, missing: {missing}"
+    assert {record["env_steps"] for record in records(folder)} >= {0, 96}
+
+
+def test_damaged_lines_of_a_log_are_counted(config, monkeypatch, capsys):
+    folder = stop_after(monkeypatch, config, 4)
+    log = folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    for place, other in {2: b"\0", 5: b"[1]", 6: b'"name"', 9: b"{}", 11: b"\xff"}.items():
+        lines[place] = other.ljust(len(lines[place]) - 1) + b"\n"
+    log.write_bytes(b"".join(lines))
     run(config, resume=str(folder))
-    assert f"warning: {log} is shorter than it was: records are missing" in capsys.readouterr().out
-    assert {record["env_steps"] for record in records(folder)} >= {0, 96, 120}
+    assert f"warning: {log}: damaged lines: 5, missing: 0\n" in capsys.readouterr().out
 
 
 def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
