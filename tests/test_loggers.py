@@ -29,7 +29,7 @@ from magpo.report.writer import LoggingError, Writer
 
 def make_run(folder, seeds=(5, 2), headline="episode_return", vary=None):
     trained = members.members(tuple(seeds), members.settings(vary or {}))
-    return Run(folder, "magpo", "lbf", "8x8-2p-2f-coop", trained, headline, 64)
+    return Run(folder, "magpo", "lbf", "8x8-2p-2f-coop", trained, headline, 64, folder.name)
 
 
 def measure(chunk, num_members=2, **metrics):

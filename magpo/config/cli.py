@@ -148,7 +148,9 @@ def _hydra_app(system: str | ModuleType, run: Run, config_dir: Path | None) -> N
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
 
+    OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
     name, folders = compose.locate(system, config_dir)
     source = str(system.__file__) if isinstance(system, ModuleType) else None
     if isinstance(system, ModuleType):  # a launcher's jobs may be other processes
@@ -184,7 +186,7 @@ def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str
     compose.merge(values, compose.read_option(folders, "budget", values["budget"]))
     chosen = [{group: values.pop(group)} for group in compose.GROUPS]
     values["vary"] = nested(dict.fromkeys(float_keys(module.Config)))
-    sweeps = "${results_dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
+    sweeps = "${expanduser:${results_dir}}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
     return values | {
         "defaults": ["_self_", {"env": "???"}, *chosen, {"override hydra/job_logging": "none"}],
         "hydra": {

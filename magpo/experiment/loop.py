@@ -177,7 +177,14 @@ def _run(
 ) -> Result:
     suite, _, task = env.name.partition("/")
     info = Run(
-        folder, config.system, suite, task, config.members, env.headline, config.steps_per_update
+        folder=folder,
+        system=config.system,
+        suite=suite,
+        task=task,
+        members=config.members,
+        headline=env.headline,
+        steps_per_update=config.steps_per_update,
+        name=folders.name(folder),
     )
     console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
     kept_bytes, kept_records = (start.log_bytes, start.log_records) if start else (0, 0)

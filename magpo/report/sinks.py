@@ -64,7 +64,7 @@ class JsonLines:
         run, rows = self.run, bytearray()
         for place, env_steps, name, value in scalars(run, measurement):
             record = {
-                "run": run.folder.name,
+                "run": run.name,
                 "system": run.system,
                 "env": run.suite,
                 "task": run.task,
@@ -256,7 +256,7 @@ class Neptune:
             git_ref=False,
             **{f"capture_{what}": False for what in captured},
         )
-        one["sys/group_tags"].add([self.run.folder.name])
+        one["sys/group_tags"].add([self.run.name])
         one["config"] = neptune.utils.stringify_unsupported({**config, "seed": member.seed})
         return one
 

@@ -79,6 +79,11 @@ def identity(folder: Path) -> str:
         raise ConfigError(f"{folder / STATUS}: cannot be read") from error
 
 
+def name(folder: Path) -> str:
+    """Return the run's name in its records: that of its folder, if that cannot be read."""
+    return folder.resolve().name
+
+
 def mend(folder: Path, config: RunConfig, run_id: str) -> bool:
     """Restore config.yaml and run.json if the folder was removed; return whether it was."""
     if (folder / STATUS).exists():

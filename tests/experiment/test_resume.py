@@ -162,6 +162,13 @@ def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
     same_logs(folder, whole.folder)
 
 
+def test_records_of_a_run_resumed_in_its_folder_have_its_name(config, monkeypatch):
+    folder = stop_after(monkeypatch, config, 2)
+    monkeypatch.chdir(folder)
+    run(config, resume=".")
+    assert {record["run"] for record in records(folder)} == {folder.name}
+
+
 def test_only_the_newest_checkpoints_are_kept(config):
     folder = run(config, keep=3).folder
     names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
