@@ -42,7 +42,8 @@ def create(config: RunConfig) -> Path:
             except FileExistsError:  # another run began in this second
                 continue
         write_config(folder, config)
-        about = {"id": uuid.uuid4().hex, "began": datetime.now().isoformat(timespec="seconds")}
+        began = datetime.now().isoformat(timespec="seconds")
+        about = {"id": uuid.uuid4().hex, "name": folder.name, "began": began}
         _write_status(folder, about | {"status": "running"})
     except OSError as error:
         raise ConfigError(
@@ -80,17 +81,19 @@ def identity(folder: Path) -> str:
 
 
 def name(folder: Path) -> str:
-    """Return the run's name in its records: that of its folder, if that cannot be read."""
+    """Return the name that the run's folder had when it began; older runs do not record it."""
+    with suppress(*UNREADABLE):
+        return str(_read_status(folder)["name"])
     return folder.resolve().name
 
 
-def mend(folder: Path, config: RunConfig, run_id: str) -> bool:
+def mend(folder: Path, config: RunConfig, run_id: str, run_name: str) -> bool:
     """Restore config.yaml and run.json if the folder was removed; return whether it was."""
     if (folder / STATUS).exists():
         return False
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
-    _write_status(folder, {"id": run_id, "status": "running"})
+    _write_status(folder, {"id": run_id, "name": run_name, "status": "running"})
     return True
 
 

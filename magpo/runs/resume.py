@@ -150,7 +150,7 @@ class Saver:
         """Take `log` on the first process, None on the others."""
         self.config, self.writer, self.log, self.env = config, writer, log, env
         self.folder = folder
-        self.run_id = folders.identity(folder)
+        self.run_id, self.run_name = folders.identity(folder), folders.name(folder)
         self.next = 0.0
         self.idle = threading.Event()
         self.idle.set()
@@ -216,7 +216,7 @@ class Saver:
         """Bring metrics.jsonl up to date, in a restored folder if it was removed; return where this
         chunk ends in it: after how many bytes, and how many records."""
         assert self.log is not None
-        if folders.mend(self.folder, self.config, self.run_id):
+        if folders.mend(self.folder, self.config, self.run_id, self.run_name):
             self.writer.warn(f"{self.folder} was removed: made again")
         self.log.save()
         return self.log.ends[chunk], self.log.counts[chunk]

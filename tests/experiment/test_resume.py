@@ -169,6 +169,19 @@ def test_records_of_a_run_resumed_in_its_folder_have_its_name(config, monkeypatc
     assert {record["run"] for record in records(folder)} == {folder.name}
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_renamed_run_keeps_its_name(config, monkeypatch, named):
+    folder = stop_after(monkeypatch, config, 2)
+    renamed = folder.rename(folder.with_name("renamed"))
+    about = json.loads((renamed / "run.json").read_text())
+    if not named:  # as in runs of earlier versions
+        del about["name"]
+        (renamed / "run.json").write_text(json.dumps(about))
+    run(config, resume=str(renamed))
+    names = {record["run"] for record in records(renamed)}
+    assert names == ({folder.name} if named else {folder.name, "renamed"})
+
+
 def test_only_the_newest_checkpoints_are_kept(config):
     folder = run(config, keep=3).folder
     names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
