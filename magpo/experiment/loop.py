@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,10 +187,9 @@ def _run(
         name=folders.name(folder),
     )
     console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
-    kept_bytes, kept_records = (start.log_bytes, start.log_records) if start else (0, 0)
-    first = processes.is_first()
-    log = JsonLines(info, kept_bytes, console.warn, kept_records) if first else None
-    sinks: list[Sink] = [log, *_other_sinks(info, config, start)] if log else []
+    sinks: list[Sink] = []  # of the first process
+    processes.agreed(lambda: sinks.extend(_sinks(info, config, start, console.warn)))
+    log = next((sink for sink in sinks if isinstance(sink, JsonLines)), None)
     earlier = start.measurements if start else []
     for measurement in earlier:
         console.resume(measurement)
@@ -213,6 +212,16 @@ def _run(
         raise
     console.finished(result.measurements[-1], _of_best(result), result.absolute)
     return result
+
+
+def _sinks(
+    info: Run, config: RunConfig, start: Start | None, warn: Callable[[str], None]
+) -> list[Sink]:
+    """Make all sinks. Raises ConfigError if their files cannot be written."""
+    kept_bytes, kept_records = (start.log_bytes, start.log_records) if start else (0, 0)
+    with folders.writable(info.folder):
+        log = JsonLines(info, kept_bytes, warn, kept_records)
+        return [log, *_other_sinks(info, config, start)]
 
 
 def _other_sinks(info: Run, config: RunConfig, start: Start | None) -> list[Sink]:

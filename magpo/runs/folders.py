@@ -150,6 +150,16 @@ def working(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Raise ConfigError if something in a run's folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename2 or error.filename or folder
+        raise ConfigError(f"{where}: cannot write there: {error.strerror}") from error
+
+
+@contextmanager
 def recorded(folder: Path) -> Iterator[None]:
     """Record in run.json that the run continues, and how it ended."""
     _set_status(folder, "running")

@@ -55,10 +55,18 @@ def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | Non
         loaded = _load(Path(path), meta, config, state, best)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    if processes.is_first():
-        folders.write_config(folder, config)
-        checkpoint.set_aside(folder / folders.CHECKPOINTS, loaded.chunk)
+    processes.agreed(lambda: _take_over(folder, config, loaded.chunk))
     return loaded
+
+
+def _take_over(folder: Path, config: RunConfig, chunk: int) -> None:
+    """Write what the run continues with. Raises ConfigError if the folder cannot be written."""
+    root = folder / folders.CHECKPOINTS
+    with folders.writable(folder):
+        folders.write_config(folder, config)
+        if config.keep:
+            root.mkdir(exist_ok=True)
+        checkpoint.set_aside(root, chunk)
 
 
 def _begin_again(folder: Path, config: RunConfig) -> None:
@@ -68,7 +76,7 @@ def _begin_again(folder: Path, config: RunConfig) -> None:
         raise ConfigError(f"resume={folder}: finished, and has no checkpoint to continue from")
     old = configuration.plain_values(folder / folders.CONFIG)
     _check_changes(folder, old, configuration.dump(config), config)
-    folders.write_config(folder, config)
+    _take_over(folder, config, chunk=0)
 
 
 def _check_same(folder: Path, meta: dict[str, Any], config: RunConfig) -> None:

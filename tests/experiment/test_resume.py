@@ -11,6 +11,7 @@ import yaml
 
 from experiment.counting import SEEDS, K, records, run
 from magpo.errors import ConfigError
+from magpo.experiment import loop
 from magpo.report.console import Console
 from magpo.runs import checkpoint, folders, resume
 
@@ -180,6 +181,30 @@ def test_a_renamed_run_keeps_its_name(config, monkeypatch, named):
     run(config, resume=str(renamed))
     names = {record["run"] for record in records(renamed)}
     assert names == ({folder.name} if named else {folder.name, "renamed"})
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoints", "config.yaml"])
+def test_what_cannot_be_written_is_bad_input(config, monkeypatch, name, chunk):
+    folder = stop_after(monkeypatch, config, chunk)
+    logger = dataclasses.replace(config.logger, tensorboard=True)
+    if name == "tensorboard":
+        (folder / name).write_text("")
+    elif name == "config.yaml":
+
+        def refuse(path, write):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(folders, "write_aside", refuse)
+    elif name == "checkpoints":
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).write_text("")
+    else:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    monkeypatch.setattr(loop, "compile_programs", None)
+    with pytest.raises(ConfigError, match=rf"{folder}/{name}.*: cannot write there: \w+"):
+        run(config, resume=str(folder), logger=logger)
 
 
 def test_only_the_newest_checkpoints_are_kept(config):
