@@ -121,7 +121,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def status(folder: Path) -> str:
     """Return running, finished, stopped, or the reason: interrupted, failed."""
-    with _try_lock(folder) as free:
+    with _try_lock(folder, shared=True) as free:
         if not free:
             return "running"
         last = last_status(folder)
@@ -173,18 +173,21 @@ def recorded(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _try_lock(folder: Path, attempts: int = 1) -> Iterator[bool]:
-    """Yield whether this process has the folder's lock; `status` holds it only for a moment."""
+def _try_lock(folder: Path, attempts: int = 1, shared: bool = False) -> Iterator[bool]:
+    """Yield whether this process has the folder's lock; `status` holds it only for a moment.
+
+    Several processes can have a `shared` lock, so that those that only look do not meet each other.
+    """
     try:
-        file: IO[bytes] = (folder / LOCK).open("ab")
+        file: IO[bytes] = (folder / LOCK).open("rb" if shared else "ab")
     except OSError:
-        yield True  # a folder that cannot be written to has nobody at work in it
+        yield True  # without a lock file, or the right to write one, nobody is at work
         return
     with file:
         free = True
         for _ in range(attempts if sys.platform != "win32" else 0):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 free = True
             except OSError as error:  # some network file systems have no locks at all
                 free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)

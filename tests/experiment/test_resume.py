@@ -315,6 +315,18 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_config(config, monkeyp
     assert run(config, resume="auto").folder not in (finished, first, second)
 
 
+def test_a_look_at_a_run_does_not_hide_it(config, monkeypatch):
+    folder = stop_after(monkeypatch, config, 2)
+    with folders._try_lock(folder, shared=True):  # as a listing that has just been here
+        assert folders.status(folder) == "interrupted"
+        assert folders.newest_unfinished(config) == folder
+    with folders.working(folder), folders._try_lock(folder, shared=True) as free:
+        assert not free
+    (folder / ".lock").unlink()
+    assert folders.status(folder) == "interrupted"
+    assert not (folder / ".lock").exists()
+
+
 def test_one_process_at_a_time(config, monkeypatch):
     folder = stop_after(monkeypatch, config, 2)
     with folders.working(folder):
