@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magpo.config.schema import PositiveInt, Seed
+from magpo.config.schema import PositiveInt, Seed, UserPath
 from magpo.contract import Algorithm
 from magpo.types import Array, Environment, TimeStep
 
@@ -112,7 +112,7 @@ usage: python -m magpo.evaluate run=<folder> [key=value ...]
 class Request:
     """The command line's values."""
 
-    run: str
+    run: UserPath
     vary: dict[str, float | None]
     episodes: PositiveInt
     greedy: bool

@@ -20,7 +20,7 @@ import jax.export
 import jax.numpy as jnp
 
 from magpo.config import cli
-from magpo.config.schema import NonNegativeInt, Seed
+from magpo.config.schema import NonNegativeInt, Seed, UserPath
 from magpo.errors import ConfigError
 from magpo.runs.policy import TrainedPolicy, load_policy
 from magpo.types import Array, Observation
@@ -92,8 +92,8 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
 class Request:
     """The command line's values."""
 
-    run: str
-    out: str | None
+    run: UserPath
+    out: UserPath | None
     seed: Seed | None
     vary: dict[str, float | None]
     agent: NonNegativeInt

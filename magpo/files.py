@@ -1,9 +1,12 @@
-"""Files: where the YAML files are, how a file is replaced, what reading a damaged one raises."""
+"""Files: where the YAML files are, how a file is replaced, what reading a damaged one raises, and
+standard streams that cannot be written."""
 
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -26,3 +29,27 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     aside = path.with_name(f".{path.name}.tmp")
     write(aside)
     os.replace(aside, path)
+
+
+def complain(line: str) -> None:
+    """Print a line on standard error, if it can be written."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _discard(sys.stderr)
+
+
+def flush_output() -> None:
+    """Flush the standard streams; what cannot be written must not change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # None: closed before Python started
+                stream.flush()
+        except (OSError, ValueError):
+            _discard(stream)
+
+
+def _discard(stream: IO[str]) -> None:
+    """Send what a stream still holds, and all it will get, to the null device."""
+    with suppress(OSError, ValueError), open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), stream.fileno())

@@ -13,7 +13,7 @@ import numpy as np
 
 from magpo import envs
 from magpo.config import cli
-from magpo.config.schema import PositiveInt, Seed
+from magpo.config.schema import PositiveInt, Seed, UserPath
 from magpo.errors import ConfigError
 from magpo.runs import policy
 from magpo.types import Array, Environment
@@ -106,11 +106,11 @@ def write_html(path: Path, env: Any, episode: Episode) -> None:
 class Request:
     """The command line's values."""
 
-    run: str | None
+    run: UserPath | None
     env: str | None
     options: dict[str, Any]
     vary: dict[str, float | None]
-    out: str | None
+    out: UserPath | None
     steps: PositiveInt
     greedy: bool
     seed: Seed

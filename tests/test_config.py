@@ -496,6 +496,15 @@ def test_multirun_sweeps_over_lists_of_varied_values(mine, monkeypatch, tmp_path
     assert found == [((1, 2), (0,)), ((1, 2), (1,)), ((3,), (0,)), ((3,), (1,))]
 
 
+def test_home_is_no_folder_of_that_name(mine, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (run,) = command_line(monkeypatch, mine, "-m", TINY, "results_dir='~/results'", "keep=3")
+    assert run.results_dir == str(tmp_path / "home/results")
+    assert (tmp_path / "home/results/sweeps").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
 def test_multirun(mine, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     arguments = [

@@ -42,6 +42,13 @@ def test_resume_takes_the_configuration_of_the_run(saved):
     assert config.load("magpo", whole) == replace(run, resume=str(folder))
 
 
+def test_resume_below_home(saved, monkeypatch):
+    folder, run = saved
+    monkeypatch.setenv("HOME", str(folder.parent))
+    loaded = config.load("magpo", [f"resume='~/{folder.name}'"])
+    assert loaded == replace(run, resume=str(folder))
+
+
 def test_resume_may_log_elsewhere(saved):
     folder, run = saved
     changed = config.load("magpo", [f"resume={folder}", "logger=tensorboard", "keep=5"])

@@ -66,7 +66,7 @@ def test_seeds_in_batches_and_fewer_environments_need_less(programs):
 
 def test_too_much_is_said(tmp_path, capsys):
     run = config.load("magpo", SMALL)
-    info = Run(tmp_path, "magpo", "a", "b", run.members, "episode_return", 1)
+    info = Run(tmp_path, "magpo", "a", "b", run.members, "episode_return", 1, "x")
     Console(info, run, 0).footprint(needed=3_000_000_000, available=2_000_000_000)
     printed = capsys.readouterr().out
     assert printed.startswith(

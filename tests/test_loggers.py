@@ -1,10 +1,16 @@
 """The writer thread, the files it writes, the console and the learning curve."""
 
 import csv
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +29,7 @@ from magpo.report.writer import LoggingError, Writer
 
 def make_run(folder, seeds=(5, 2), headline="episode_return", vary=None):
     trained = members.members(tuple(seeds), members.settings(vary or {}))
-    return Run(folder, "magpo", "lbf", "8x8-2p-2f-coop", trained, headline, 64)
+    return Run(folder, "magpo", "lbf", "8x8-2p-2f-coop", trained, headline, 64, folder.name)
 
 
 def measure(chunk, num_members=2, **metrics):
@@ -36,7 +42,7 @@ def measure(chunk, num_members=2, **metrics):
 
 def logged_returns(folder):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record["value"] for record in records if record["name"] == "eval/episode_return"]
+    return [r["value"] for r in records if r.get("name") == "eval/episode_return"]
 
 
 class Recorded:
@@ -215,6 +221,64 @@ def test_json_lines_go_on_where_a_checkpoint_stood(tmp_path):
     assert logged_returns(tmp_path) == [1, 2, 5, 6]
 
 
+def replaced(path):
+    path.with_name("new").write_bytes(path.read_bytes())
+    path.with_name("new").replace(path)
+
+
+def edited(path):
+    """Without a line, and with another's, as an editor or `sed -i` saves a file."""
+    _, *lines = path.read_text().splitlines(keepends=True)
+    path.with_name("new").write_text('{"mine": 1}\n' + "".join(lines).strip())
+    path.with_name("new").replace(path)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("spoil", [replaced, edited, cut, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_json_lines_lose_nothing_when_others_write_the_file(tmp_path, spoil, resumed):
+    told, run = [], make_run(tmp_path)
+    sink = JsonLines(run, warn=told.append)
+    sink.write(measure(0, episode_return=[1, 2]))
+    if resumed:
+        sink = JsonLines(run, sink.size, told.append)
+    sink.write(measure(1, episode_return=[3, 4]))
+    for _ in range(2):
+        spoil(tmp_path / "metrics.jsonl")
+        sink.save()
+    sink.write(measure(2, episode_return=[5, 6]))
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(row) for row in rows]
+    assert logged_returns(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert len(set(rows)) == len(rows)
+    assert ({"mine": 1} in records) == (spoil is edited)
+    assert len(told) == 1 and "written again" in told[0]
+    again = JsonLines(run, sink.ends[1])
+    again.write(measure(2, episode_return=[7, 8]))
+    assert logged_returns(tmp_path) == [1, 2, 3, 4, 7, 8]
+
+
+@pytest.mark.parametrize("line", ["", "mine\n", "no newline"])
+def test_json_lines_keep_what_others_append(tmp_path, line):
+    told, run, path = [], make_run(tmp_path), tmp_path / "metrics.jsonl"
+    sink = JsonLines(run, warn=told.append)
+    sink.write(measure(0, episode_return=[1, 2]))
+    with path.open("a") as file:
+        file.write(line)
+    sink.write(measure(1, episode_return=[3, 4]))
+    sink.write(measure(2, episode_return=[5, 6]))
+    again = JsonLines(run, sink.ends[1])
+    again.write(measure(2, episode_return=[7, 8]))
+    rows = path.read_text().splitlines()
+    assert rows.count(line.strip()) == bool(line)
+    values = [json.loads(row)["value"] for row in rows if "eval/episode_return" in row]
+    assert values == [1, 2, 3, 4, 7, 8]
+    assert not told
+
+
 def test_marl_eval_keeps_absolute_metrics_apart(tmp_path):
     sink = MarlEval(make_run(tmp_path))
     sink.write(measure(0))
@@ -380,3 +444,76 @@ def test_final_table_has_every_seed_and_their_mean(tmp_path, capsys):
     assert ["2", "2.000", "2.000", "1.500", "640"] in rows
     mean = next(row for row in rows if row and row[0] == "mean")
     assert mean[1:] == ["1.50", "±", "0.50", "2.50", "±", "0.50", "2.00", "±", "0.50"]
+
+
+class Closed:
+    """A stream whose reader has gone."""
+
+    encoding, isatty = "utf-8", staticmethod(lambda: True)
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self):
+        self.write("")
+
+
+def closed():
+    stream = io.TextIOWrapper(io.BytesIO())
+    stream.close()
+    return stream
+
+
+def full():
+    return io.TextIOWrapper(io.FileIO("/dev/full", "w"))
+
+
+@pytest.mark.parametrize("stream", [Closed, closed, full, lambda: None])
+def test_a_console_that_cannot_be_written_is_silent(tmp_path, monkeypatch, capsys, stream):
+    stream = stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    console = make_console(tmp_path)
+    with console.compiling(["train_chunk"]), console.training():
+        for chunk in range(8):
+            console.update(measure(chunk))
+            time.sleep(0.1)  # Live refreshes in a thread of its own
+    console.finished(measure(8), measure(8), None)
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in warnings] == ["warning"] * (stream is not None)
+
+
+def test_a_console_without_unicode_has_question_marks(tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    make_console(tmp_path).update(measure(2, episode_return=[1, 3]))
+    assert b"return 2.00 ? 1.00" in stream.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "error", "code"),
+    [
+        *((to, "", 0) for to in (">/dev/full", ">&-", ">/dev/full 2>/dev/full", "| true")),
+        (">/dev/full 2>/dev/full", "ConfigError", 2),
+        (">/dev/full 2>&-", "DivergenceError", 1),
+        (">/dev/full 2>/dev/full", "KeyboardInterrupt", 130),
+    ],
+)
+def test_exit_codes_without_a_console(tmp_path, redirection, error, code):
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import time; from test_loggers import *; from magpo.experiment import loop\n"
+        "from magpo.errors import ConfigError; from magpo.experiment import DivergenceError\n"
+        "def train(*_):\n"
+        "    time.sleep(0.2)  # `| true` has ended\n"
+        f"    make_console(Path('x')).warn('…')\n"
+        f"    if {error!r}: raise {error or 'ValueError'}('this')\n"
+        "loop.run, loop.cli.compose.load = train, lambda *_: None\n"
+        "from magpo.systems import magpo; loop.main(magpo)\n"
+    )
+    command = f"set -o pipefail; {sys.executable} {program} {redirection}"
+    paths = os.pathsep.join(map(str, [Path(__file__).parent, *sys.path]))
+    done = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"PYTHONPATH": paths}, check=False
+    )
+    assert done.returncode == code

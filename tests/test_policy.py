@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import magpo
-from magpo import config, evaluate, experiment, export
+from magpo import config, evaluate, experiment, export, render
 from magpo.errors import ConfigError
 from magpo.runs import policy
 from magpo.types import Observation
@@ -229,3 +229,14 @@ def test_a_run_without_a_checkpoint_has_no_policy(folder, tmp_path):
         Path(tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(ConfigError, match="no checkpoint yet"):
         magpo.load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("command", [evaluate, export, render])
+def test_commands_look_for_a_run_below_home(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["", "run='~/nowhere'"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/nowhere: no run there")
+    with pytest.raises(ConfigError, match=f"{tmp_path}/nowhere: no run there"):
+        magpo.load_policy("~/nowhere")

@@ -21,6 +21,7 @@ from magpo.config import compose
 from magpo.config.schema import RunConfig, dump, float_keys, nested, unknown_key, validate
 from magpo.envs import registry
 from magpo.errors import ConfigError
+from magpo.files import complain
 
 T = TypeVar("T")
 Run = Callable[[ModuleType, RunConfig], object]
@@ -79,7 +80,7 @@ def exit_on_config_error() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        complain("error: " + " ".join(str(error).split()))
         sys.exit(2)
 
 
@@ -149,7 +150,9 @@ def _hydra_app(system: str | ModuleType, run: Run, config_dir: Path | None) -> N
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
 
+    OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
     name, folders = compose.locate(system, config_dir)
     source = str(Path(str(system.__file__)).resolve()) if isinstance(system, ModuleType) else None
     if isinstance(system, ModuleType):  # a launcher's jobs may be other processes
@@ -185,7 +188,7 @@ def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str
     compose.merge(values, compose.read_option(folders, "budget", values["budget"]))
     chosen = [{group: values.pop(group)} for group in compose.GROUPS]
     values["vary"] = nested(dict.fromkeys(float_keys(module.Config)))
-    sweeps = "${results_dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
+    sweeps = "${expanduser:${results_dir}}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
     return values | {
         "defaults": ["_self_", {"env": "???"}, *chosen, {"override hydra/job_logging": "none"}],
         "hydra": {

@@ -64,7 +64,7 @@ def load(
     if resume in (None, "auto"):
         values = _new(name, folders, chosen)
     elif isinstance(resume, str):
-        values = _resumed(system, name, folders, Path(resume), chosen)
+        values = _resumed(system, name, folders, Path(resume).expanduser(), chosen)
     else:
         raise ConfigError(f"resume must be a run's folder or auto, not {resume!r}")
     own = [change for change in changes if change.key not in ("env", "tuned", *GROUPS)]

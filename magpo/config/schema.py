@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -14,7 +15,14 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 import jax
 import numpy as np
 import yaml
-from pydantic import BeforeValidator, Field, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    GetPydanticSchema,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 
 from magpo import contract
@@ -43,6 +51,7 @@ NonNegativeInt = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home folder
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**32)]
 
 
@@ -112,9 +121,9 @@ class RunConfig:
     precision: Literal["float32", "bfloat16"]
     platform: Literal["auto", "cpu", "gpu", "tpu"]
     logger: LoggerConfig
-    results_dir: str
+    results_dir: UserPath
     keep: NonNegativeInt  # checkpoints; 0: none are written
-    resume: str | None  # a run's folder, or "auto"
+    resume: UserPath | None  # a run's folder, or "auto"
     allow_changes: tuple[str, ...]  # keys that may differ from those of the run that is resumed
     distributed: DistributedConfig
 

@@ -32,6 +32,7 @@ from magpo.experiment.programs import (
     shapes_of,
 )
 from magpo.experiment.recorder import DivergenceError, Recorder
+from magpo.files import complain, flush_output
 from magpo.hardware import devices, footprint, processes
 from magpo.hardware.devices import set_up_jax
 from magpo.report.console import Console
@@ -75,13 +76,12 @@ def main(system: ModuleType | str) -> None:
         cli.main(cli.module_of(system) if isinstance(system, str) else system, _job)
         return
     except (DivergenceError, LoggingError) as error:
-        print("error:", error, file=sys.stderr)
+        complain(f"error: {error}")
         code = 1
     except KeyboardInterrupt:
         code = 128 + (interrupts.received or [signal.SIGINT])[0]
     processes.leave()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(code)  # an orderly exit would first wait for the chunk that is under way
 
 
@@ -96,6 +96,8 @@ def _job(module: ModuleType, config: RunConfig) -> None:
         if main_catches or not interrupts.received:
             raise
         sys.exit(128 + interrupts.received[0])
+    finally:
+        flush_output()
 
 
 def run(
@@ -189,13 +191,19 @@ def _run(
 ) -> Result:
     suite, _, task = env.name.partition("/")
     info = Run(
-        folder, config.system, suite, task, config.members, env.headline, config.steps_per_update
+        folder=folder,
+        system=config.system,
+        suite=suite,
+        task=task,
+        members=config.members,
+        headline=env.headline,
+        steps_per_update=config.steps_per_update,
+        name=folders.name(folder),
     )
-    log = JsonLines(info, start.log_bytes if start else 0) if processes.is_first() else None
-    sinks: list[Sink] = [log, *_other_sinks(info, config, start, own_sinks)] if log else []
     console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
-    if log and start and log.size < start.log_bytes:
-        console.warn(f"{log.path} is shorter than it was: records are missing")
+    sinks: list[Sink] = []  # of the first process
+    processes.agreed(lambda: sinks.extend(_sinks(info, config, start, own_sinks, console.warn)))
+    log = next((sink for sink in sinks if isinstance(sink, JsonLines)), None)
     earlier = start.measurements if start else []
     for measurement in earlier:
         console.resume(measurement)
@@ -220,11 +228,22 @@ def _run(
     return result
 
 
-def _other_sinks(
+def _sinks(
     info: Run,
     config: RunConfig,
     start: Start | None,
     own: Sequence[Callable[[Run], Sink]],
+    warn: Callable[[str], None],
+) -> list[Sink]:
+    """Make all sinks. Raises ConfigError if their files cannot be written."""
+    kept_bytes, kept_records = (start.log_bytes, start.log_records) if start else (0, 0)
+    with folders.writable(info.folder):
+        log = JsonLines(info, kept_bytes, warn, kept_records)
+        return [log, *_other_sinks(info, config, start, own)]
+
+
+def _other_sinks(
+    info: Run, config: RunConfig, start: Start | None, own: Sequence[Callable[[Run], Sink]]
 ) -> list[Sink]:
     """Make all sinks but metrics.jsonl, and give them a resumed run's earlier measurements."""
     makers: list[Callable[[Run], Sink]] = [

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +72,14 @@ def make_env(config: RunConfig) -> Environment:
 def make_setup(algorithm: Algorithm, env: Environment, config: RunConfig) -> Any:
     """Make the setup that all members share; the system checks every setting for the task first.
     Raises ConfigError."""
-    for setting in config.settings:
-        algorithm.make(config.algorithm_of(setting), spec(env))
+    configs = map(config.algorithm_of, config.settings)
+    setup, *_ = [algorithm.make(of_setting, spec(env)) for of_setting in configs]
+    own: Any = getattr(setup, "config", None)
+    if own is None or not hasattr(own, "hyper"):
+        return setup
     # A system that read floats here, not in the state, would train all members with one setting's.
-    hyper: Any = config.algorithm.hyper
-    unset = replace(hyper, **dict.fromkeys(contract.float_names(type(hyper)), float("nan")))
-    return algorithm.make(replace(cast(Any, config.algorithm), hyper=unset), spec(env))
+    unset = dict.fromkeys(contract.float_names(type(own.hyper)), float("nan"))
+    return replace(setup, config=replace(own, hyper=replace(own.hyper, **unset)))
 
 
 def build_programs(

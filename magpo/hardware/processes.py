@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from signal import SIGINT, SIGTERM
@@ -20,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from magpo.config.schema import DistributedConfig
 from magpo.errors import ConfigError
+from magpo.files import complain
 
 
 def join(config: DistributedConfig) -> None:
@@ -33,7 +33,7 @@ def join(config: DistributedConfig) -> None:
     settings: Any = jax.config
     settings.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     where = config.coordinator or "the first task of this SLURM step"
-    print(f"waiting, at most 5 minutes, for all processes: {where}", file=sys.stderr, flush=True)
+    complain(f"waiting, at most 5 minutes, for all processes: {where}")
     try:
         with _killable():
             jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)

@@ -2,13 +2,14 @@
 
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from statistics import median
-from typing import Any
+from typing import IO, Any, cast
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from rich.text import Text
 
 from magpo.config.members import label, short_key, text
 from magpo.config.schema import RunConfig
+from magpo.files import complain
 from magpo.hardware import processes
 from magpo.report.measurements import Measurement, Run
 from magpo.types import Environment
@@ -53,6 +55,41 @@ def _size(params: Any) -> int:
     return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(params))
 
 
+class _Output:
+    """Standard output as a log: its first error ends it, and never the run.
+
+    Characters that its encoding lacks become question marks.
+    """
+
+    def __init__(self) -> None:
+        self.broken = False
+
+    @property
+    def stream(self) -> IO[str] | None:
+        """The stream, which a test or a notebook may replace, below the one that Live installs."""
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return not self.broken and self.stream is not None and self.stream.isatty()
+
+    def write(self, text: str) -> int:
+        if self.stream is not None and not self.broken:
+            try:
+                self.stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
+                self.stream.flush()
+            except (OSError, ValueError) as error:
+                self.broken = True
+                complain(f"warning: the console cannot be written: {error}; training goes on")
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: `write` flushes."""
+
+
 class Console:
     """The display of one run, with `absolute_evaluations` more evaluations after the last chunk."""
 
@@ -61,7 +98,7 @@ class Console:
         self.config = config
         self.absolute_evaluations = absolute_evaluations
         shown = config.logger.console and processes.is_first()
-        self.terminal = Terminal(highlight=False, quiet=not shown)
+        self.terminal = Terminal(file=cast(IO[str], _Output()), highlight=False, quiet=not shown)
         self.latest: Measurement | None = None
         self.latest_at = 0.0
         self.best = np.full(len(run.members), -np.inf)  # (M,) mean episode return

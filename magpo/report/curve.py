@@ -17,7 +17,7 @@ from magpo.config.members import Setting
 from magpo.report.console import spread
 from magpo.report.measurements import Measurement, Run
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "scripts/published/magpo_table1.csv"
+PUBLISHED = Path(__file__).resolve().parents[2] / "scripts/published/magpo_table1.csv"
 BLUE, ORANGE, GREY = "#0b62a4", "#d1580d", "#5f6368"
 
 

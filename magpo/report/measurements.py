@@ -12,13 +12,14 @@ from magpo.config.members import Member, Setting
 class Run(NamedTuple):
     """The facts about a run that its records and pictures repeat."""
 
-    folder: Path  # its name is the run's id
+    folder: Path
     system: str
     suite: str
     task: str
     members: tuple[Member, ...]
     headline: str  # the metric the suite's papers report
     steps_per_update: int  # environment steps, per member
+    name: str  # of the folder that the run began in
 
     def by_setting(self) -> list[tuple[Setting, list[int]]]:
         """Return each setting with the places of its members, one for each seed."""

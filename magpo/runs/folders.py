@@ -17,7 +17,7 @@ import yaml
 from magpo import config as configuration
 from magpo.config.schema import RunConfig
 from magpo.errors import ConfigError
-from magpo.files import UNREADABLE, write_aside
+from magpo.files import UNREADABLE, complain, write_aside
 from magpo.runs import checkpoint
 from magpo.runs.checkpoint import CheckpointError
 
@@ -42,7 +42,8 @@ def create(config: RunConfig) -> Path:
             except FileExistsError:  # another run began in this second
                 continue
         write_config(folder, config)
-        about = {"id": uuid.uuid4().hex, "began": datetime.now().isoformat(timespec="seconds")}
+        began = datetime.now().isoformat(timespec="seconds")
+        about = {"id": uuid.uuid4().hex, "name": folder.name, "began": began}
         _write_status(folder, about | {"status": "running"})
     except OSError as error:
         raise ConfigError(
@@ -79,13 +80,20 @@ def identity(folder: Path) -> str:
         raise ConfigError(f"{folder / STATUS}: cannot be read") from error
 
 
-def mend(folder: Path, config: RunConfig, run_id: str) -> bool:
+def name(folder: Path) -> str:
+    """Return the name that the run's folder had when it began; older runs do not record it."""
+    with suppress(*UNREADABLE):
+        return str(_read_status(folder)["name"])
+    return folder.resolve().name
+
+
+def mend(folder: Path, config: RunConfig, run_id: str, run_name: str) -> bool:
     """Restore config.yaml and run.json if the folder was removed; return whether it was."""
     if (folder / STATUS).exists():
         return False
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
-    _write_status(folder, {"id": run_id, "status": "running"})
+    _write_status(folder, {"id": run_id, "name": run_name, "status": "running"})
     return True
 
 
@@ -104,7 +112,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             refused.append(str(error))
             continue
         for reason in refused:
-            print(f"warning: {reason}: using the one before", file=sys.stderr)
+            complain(f"warning: {reason}: using the one before")
         return path, meta
     if refused:
         raise ConfigError(f"{folder}: no checkpoint can be used: {refused[0]}")
@@ -113,7 +121,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def status(folder: Path) -> str:
     """Return running, finished, stopped, or the reason: interrupted, failed."""
-    with _try_lock(folder) as free:
+    with _try_lock(folder, shared=True) as free:
         if not free:
             return "running"
         last = last_status(folder)
@@ -142,6 +150,16 @@ def working(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Raise ConfigError if something in a run's folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename2 or error.filename or folder
+        raise ConfigError(f"{where}: cannot write there: {error.strerror}") from error
+
+
+@contextmanager
 def recorded(folder: Path) -> Iterator[None]:
     """Record in run.json that the run continues, and how it ended."""
     _set_status(folder, "running")
@@ -155,18 +173,21 @@ def recorded(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _try_lock(folder: Path, attempts: int = 1) -> Iterator[bool]:
-    """Yield whether this process has the folder's lock; `status` holds it only for a moment."""
+def _try_lock(folder: Path, attempts: int = 1, shared: bool = False) -> Iterator[bool]:
+    """Yield whether this process has the folder's lock; `status` holds it only for a moment.
+
+    Several processes can have a `shared` lock, so that those that only look do not meet each other.
+    """
     try:
-        file: IO[bytes] = (folder / LOCK).open("ab")
+        file: IO[bytes] = (folder / LOCK).open("rb" if shared else "ab")
     except OSError:
-        yield True  # a folder that cannot be written to has nobody at work in it
+        yield True  # without a lock file, or the right to write one, nobody is at work
         return
     with file:
         free = True
         for _ in range(attempts if sys.platform != "win32" else 0):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 free = True
             except OSError as error:  # some network file systems have no locks at all
                 free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)

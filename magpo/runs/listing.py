@@ -98,8 +98,8 @@ def main() -> None:
         prog="python -m magpo.runs",
         description="List runs, the newest last, and how to resume those that ended early.",
     )
-    parser.add_argument("results", nargs="?", default="results", type=Path, help="a folder of runs")
-    root = parser.parse_args().results
+    parser.add_argument("results", nargs="?", default="results", help="a folder of runs")
+    root = Path(parser.parse_args().results).expanduser()
     if not root.is_dir():
         parser.error(f"{root}: no such folder")
     runs = summaries(root)
@@ -115,7 +115,7 @@ def main() -> None:
         last = "-" if run.last_return is None else f"{run.last_return:.3g}"
         numbers = [str(run.num_members), f"{run.steps:,}", f"{run.total_steps:,}", last]
         varied = ", ".join(map(short_key, run.varied)) or "-"
-        words = map(_shown, (run.folder.name, run.system, run.task, run.status, varied))
+        words = map(_shown, (run.folder.resolve().name, run.system, run.task, run.status, varied))
         table.add_row(*words, *numbers)
     console = Console(highlight=False)
     console.width = max(console.width, 120)

@@ -71,7 +71,7 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
 
     `system` is the module of a system of your own; without it the run's has to be one of magpo's.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     module = system or _system(folder)
     found = folders.newest_checkpoint(folder)
     if found is None:

@@ -35,6 +35,7 @@ class Start(NamedTuple):
     best: Any  # (M, ...)
     measurements: list[Measurement]  # all so far, without training metrics
     log_bytes: int  # the length of metrics.jsonl by then
+    log_records: int  # the records in it; 0: the checkpoint does not say
 
 
 def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | None:
@@ -54,10 +55,18 @@ def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | Non
         loaded = _load(Path(path), meta, config, state, best)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    if processes.is_first():
-        folders.write_config(folder, config)
-        checkpoint.set_aside(folder / folders.CHECKPOINTS, loaded.chunk)
+    processes.agreed(lambda: _take_over(folder, config, loaded.chunk))
     return loaded
+
+
+def _take_over(folder: Path, config: RunConfig, chunk: int) -> None:
+    """Write what the run continues with. Raises ConfigError if the folder cannot be written."""
+    root = folder / folders.CHECKPOINTS
+    with folders.writable(folder):
+        folders.write_config(folder, config)
+        if config.keep:
+            root.mkdir(exist_ok=True)
+        checkpoint.set_aside(root, chunk)
 
 
 def _begin_again(folder: Path, config: RunConfig) -> None:
@@ -67,7 +76,7 @@ def _begin_again(folder: Path, config: RunConfig) -> None:
         raise ConfigError(f"resume={folder}: finished, and has no checkpoint to continue from")
     old = configuration.plain_values(folder / folders.CONFIG)
     _check_changes(folder, old, configuration.dump(config), config)
-    folders.write_config(folder, config)
+    _take_over(folder, config, chunk=0)
 
 
 def _check_same(folder: Path, meta: dict[str, Any], config: RunConfig) -> None:
@@ -132,7 +141,9 @@ def _load(path: Path, meta: dict[str, Any], config: RunConfig, state: Any, best:
         )
         for index in range(chunk + 1)
     ]
-    return Start(chunk, state, record["best"], measurements, meta["log_bytes"])
+    return Start(
+        chunk, state, record["best"], measurements, meta["log_bytes"], meta.get("log_records", 0)
+    )
 
 
 class Saver:
@@ -147,7 +158,7 @@ class Saver:
         """Take `log` on the first process, None on the others."""
         self.config, self.writer, self.log, self.env = config, writer, log, env
         self.folder = folder
-        self.run_id = folders.identity(folder)
+        self.run_id, self.run_name = folders.identity(folder), folders.name(folder)
         self.next = 0.0
         self.idle = threading.Event()
         self.idle.set()
@@ -187,7 +198,7 @@ class Saver:
         start = time.monotonic()
         root = self.folder / folders.CHECKPOINTS
         try:
-            log_bytes = self._save_log(chunk) if self.log else 0
+            log_bytes, log_records = self._save_log(chunk) if self.log else (0, 0)
             evaluations = [m.evaluation for m in measurements]
             history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}
             history["wall_s"] = np.array([m.wall_s for m in measurements])
@@ -198,6 +209,7 @@ class Saver:
                 "env": asdict(self.env),
                 "steps_per_chunk": self.config.steps_per_chunk,
                 "log_bytes": log_bytes,
+                "log_records": log_records,
             }
             parts = {"state": state, "record": {"best": best, "history": history}}
             checkpoint.save(root, chunk, parts, meta)
@@ -208,11 +220,11 @@ class Saver:
             self.next = now + (now - start) / TIME_SHARE
             self.idle.set()
 
-    def _save_log(self, chunk: int) -> int:
-        """Bring metrics.jsonl up to date, in a restored folder if it was removed; return where its
-        chunk ends."""
+    def _save_log(self, chunk: int) -> tuple[int, int]:
+        """Bring metrics.jsonl up to date, in a restored folder if it was removed; return where this
+        chunk ends in it: after how many bytes, and how many records."""
         assert self.log is not None
-        if folders.mend(self.folder, self.config, self.run_id):
+        if folders.mend(self.folder, self.config, self.run_id, self.run_name):
             self.writer.warn(f"{self.folder} was removed: made again")
         self.log.save()
-        return self.log.ends[chunk]
+        return self.log.ends[chunk], self.log.counts[chunk]

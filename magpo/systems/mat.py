@@ -39,6 +39,7 @@ CARD = Card(
     deployed=Deployed.JOINT,
     carry="none",
     parameters=Parameters.SHARED,
+    per_environment=("env_state", "timestep"),
 )
 
 

@@ -65,6 +65,7 @@ class Hyper:
 class Config:
     num_envs: int
     hyper: Hyper
+    updates_per_chunk: int = U
     needs_global_state = False
 
 
@@ -91,10 +92,10 @@ def init(setup, env, key):
 
 
 def train_chunk(setup, env, state):
-    number = state.params["updates"] + 1 + jnp.arange(U)
+    number = state.params["updates"] + 1 + jnp.arange(setup.updates_per_chunk)
     bad = jnp.where(number == state.params["peak"] + state.hyper.shift, jnp.nan, 0.0)
     kind = state.hyper.nan
-    updates = state.params["updates"] + U + (bad.sum() if kind == "parameters" else 0)
+    updates = state.params["updates"] + setup.updates_per_chunk + (bad.sum() if kind == "parameters" else 0)
     metrics = {
         "loss/policy": number + (bad if kind == "loss/policy" else 0),
         "rollout/episode_return": jnp.where(number % 2 == 0, number, jnp.nan),
@@ -165,9 +166,8 @@ def config(tmp_path):
 
 def run(config, **changes):
     config = dataclasses.replace(config, **changes)
-    if "num_envs" in changes:
-        algorithm = dataclasses.replace(config.algorithm, num_envs=config.num_envs)
-        config = dataclasses.replace(config, algorithm=algorithm)
+    sizes = {name: getattr(config, name) for name in ("num_envs", "updates_per_chunk")}
+    config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, **sizes))
     return experiment.run(SYSTEM, config, Count())
 
 

@@ -219,7 +219,7 @@ def test_neptune_gets_each_members_values(vary, monkeypatch):
     monkeypatch.setattr(neptune, "init_run", init_run)
     monkeypatch.setattr(neptune.utils, "stringify_unsupported", lambda config: config)
     setting = {"system.shift": (0.0, 3.0)}
-    info = measurements.Run(Path("x"), "counting", "a", "b", vary.members, "episode_return", 1)
+    info = measurements.Run(Path("x"), "counting", "a", "b", vary.members, "episode_return", 1, "x")
     varied = dataclasses.replace(vary, vary=setting)
     configs = [configuration.dump_setting(varied, m.setting) for m in varied.members]
     sink = sinks.Neptune(info._replace(members=varied.members), None, (), configs)
@@ -433,7 +433,7 @@ def test_a_run_that_varies_is_plotted_by_setting(vary, tmp_path):
     assert len(lines) == 6 and "COUNTING (shift=3.0, bound=null)" in lines
     finals = result.measurements[-1].evaluation["episode_return"].mean(-1)
     for setting, places in measurements.Run(
-        result.folder, "", "", "", vary.members, "", 1
+        result.folder, "", "", "", vary.members, "", 1, ""
     ).by_setting():
         name = f"COUNTING (shift={setting['system.shift']}, bound=%s)"
         line = lines[name % ("null" if (b := setting["system.bound"]) is None else b)]

@@ -11,6 +11,7 @@ import yaml
 
 from experiment.counting import SEEDS, K, records, run
 from magpo.errors import ConfigError
+from magpo.experiment import loop
 from magpo.report.console import Console
 from magpo.runs import checkpoint, folders, resume
 
@@ -121,10 +122,26 @@ def test_a_finished_run_without_checkpoints_is_left_alone(config):
 def test_a_log_that_lost_records_is_named(config, monkeypatch, capsys):
     folder = stop_after(monkeypatch, config, 4)
     log = folder / "metrics.jsonl"
-    log.write_bytes(log.read_bytes()[:1000])
+    lines = log.read_bytes().splitlines(keepends=True)
+    cut = b"".join(lines[:7]) + lines[7][:20]
+    log.write_bytes(cut)
+    stop_after(monkeypatch, dataclasses.replace(config, resume=str(folder)), 4)
+    (warning,) = (line for line in capsys.readouterr().out.splitlines() if "damaged" in line)
+    newest = checkpoint.checkpoints(folder / "checkpoints")[0]
+    missing = checkpoint.read_meta(newest)["log_records"] - 8
+    assert warning == f"warning: {log}: damaged lines: 1, missing: {missing}"
+    assert {record["env_steps"] for record in records(folder)} >= {0, 96}
+
+
+def test_damaged_lines_of_a_log_are_counted(config, monkeypatch, capsys):
+    folder = stop_after(monkeypatch, config, 4)
+    log = folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    for place, other in {2: b"\0", 5: b"[1]", 6: b'"name"', 9: b"{}", 11: b"\xff"}.items():
+        lines[place] = other.ljust(len(lines[place]) - 1) + b"\n"
+    log.write_bytes(b"".join(lines))
     run(config, resume=str(folder))
-    assert f"warning: {log} is shorter than it was: records are missing" in capsys.readouterr().out
-    assert {record["env_steps"] for record in records(folder)} >= {0, 96, 120}
+    assert f"warning: {log}: damaged lines: 5, missing: 0\n" in capsys.readouterr().out
 
 
 def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
@@ -144,6 +161,50 @@ def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
     same_logs(folder, whole.folder)
     run(config, resume=str(folder))
     same_logs(folder, whole.folder)
+
+
+def test_records_of_a_run_resumed_in_its_folder_have_its_name(config, monkeypatch):
+    folder = stop_after(monkeypatch, config, 2)
+    monkeypatch.chdir(folder)
+    run(config, resume=".")
+    assert {record["run"] for record in records(folder)} == {folder.name}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_renamed_run_keeps_its_name(config, monkeypatch, named):
+    folder = stop_after(monkeypatch, config, 2)
+    renamed = folder.rename(folder.with_name("renamed"))
+    about = json.loads((renamed / "run.json").read_text())
+    if not named:  # as in runs of earlier versions
+        del about["name"]
+        (renamed / "run.json").write_text(json.dumps(about))
+    run(config, resume=str(renamed))
+    names = {record["run"] for record in records(renamed)}
+    assert names == ({folder.name} if named else {folder.name, "renamed"})
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoints", "config.yaml"])
+def test_what_cannot_be_written_is_bad_input(config, monkeypatch, name, chunk):
+    folder = stop_after(monkeypatch, config, chunk)
+    logger = dataclasses.replace(config.logger, tensorboard=True)
+    if name == "tensorboard":
+        (folder / name).write_text("")
+    elif name == "config.yaml":
+
+        def refuse(path, write):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(folders, "write_aside", refuse)
+    elif name == "checkpoints":
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).write_text("")
+    else:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    monkeypatch.setattr(loop, "compile_programs", None)
+    with pytest.raises(ConfigError, match=rf"{folder}/{name}.*: cannot write there: \w+"):
+        run(config, resume=str(folder), logger=logger)
 
 
 def test_only_the_newest_checkpoints_are_kept(config):
@@ -252,6 +313,18 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_config(config, monkeyp
     assert run(config, resume="auto").folder == second
     assert run(config, resume="auto").folder == first
     assert run(config, resume="auto").folder not in (finished, first, second)
+
+
+def test_a_look_at_a_run_does_not_hide_it(config, monkeypatch):
+    folder = stop_after(monkeypatch, config, 2)
+    with folders._try_lock(folder, shared=True):  # as a listing that has just been here
+        assert folders.status(folder) == "interrupted"
+        assert folders.newest_unfinished(config) == folder
+    with folders.working(folder), folders._try_lock(folder, shared=True) as free:
+        assert not free
+    (folder / ".lock").unlink()
+    assert folders.status(folder) == "interrupted"
+    assert not (folder / ".lock").exists()
 
 
 def test_one_process_at_a_time(config, monkeypatch):

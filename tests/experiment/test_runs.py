@@ -39,6 +39,12 @@ def test_a_run_is_listed_with_its_end_and_how_to_resume_it(config, listed):
         assert "resume=" not in listed(folder.parents[3])
 
 
+def test_a_run_listed_from_inside_has_a_name(config, listed, monkeypatch):
+    folder = folders.create(config)
+    monkeypatch.chdir(folder)
+    assert folder.name in listed(".")
+
+
 def test_a_killed_run_is_stopped(config):
     folder = folders.create(config)
     (folder / "metrics.jsonl").write_text("")
