@@ -2,7 +2,7 @@
 
 import argparse
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 
-def show(module: str, what: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print the table of `python -m <module> [--markdown]`; the first column has names."""
+def show(module: str, what: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print the table of `python -m <module> [--markdown]`; the first column has names.
+
+    The arguments are parsed before the first row is asked for, so that --help answers at once.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=f"List all {what}.")
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
     if parser.parse_args().markdown:

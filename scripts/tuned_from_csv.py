@@ -1,8 +1,9 @@
 """Write configs/tuned_values/<system>/<suite>/<task>.yaml from a table of tuned values.
 
-    python scripts/tuned_from_csv.py tuned_hyperparameters.csv
+    python scripts/tuned_from_csv.py
 
-The table has the columns `system,suite,task` and one per value; an empty cell does not apply.
+The table is scripts/published/tuned_hyperparameters.csv, or the file given. It has the columns
+`system,suite,task` and one for each value; an empty cell does not apply.
 MAGPO's values were Sable's with delta and lambda tuned on top, so that Sable and CTDS take them
 where they have none of their own. The budget's columns (environments, updates, evaluations) are
 left out: budget/ has them. IPPO's rows are MAPPO's.
@@ -12,6 +13,7 @@ import argparse
 import csv
 from pathlib import Path
 
+TABLE = Path(__file__).parent / "published" / "tuned_hyperparameters.csv"
 TUNED = Path(__file__).parents[1] / "configs" / "tuned_values"
 PPO = ("actor_lr", "critic_lr", "ppo_epochs", "num_minibatches", "clip_eps", "ent_coef")
 SYSTEM = (*PPO, "max_grad_norm", "recurrent_chunk_size", "delta", "lambda")
@@ -36,23 +38,29 @@ def render(system: str, row: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write all systems' files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", type=Path)
-    with parser.parse_args().table.open(newline="") as file:
+def texts(table: Path) -> dict[str, str]:
+    """Return the text of each file by its path below `TUNED`."""
+    with table.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["system"] != "ippo"]
     of = {(row["system"], f"{row['suite']}/{row['task']}"): row for row in rows}
     for (system, task), row in list(of.items()):
         for heir in HEIRS if system == "magpo" else ():
             of.setdefault((heir, task), row)
-    for (system, task), row in of.items():
-        path = TUNED / system / f"{task}.yaml"
+    return {f"{system}/{task}.yaml": render(system, row) for (system, task), row in of.items()}
+
+
+def main() -> None:
+    """Write all systems' files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path, nargs="?", default=TABLE)
+    written = texts(parser.parse_args().table)
+    for name, text in written.items():
+        path = TUNED / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(render(system, row))
-    print(f"{len(of)} files under {TUNED}")
+        path.write_text(text)
+    print(f"{len(written)} files under {TUNED}")
 
 
 if __name__ == "__main__":

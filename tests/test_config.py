@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 import types
@@ -17,10 +18,12 @@ from magpo import config, contract, envs, files
 from magpo.config import cli, schema
 from magpo.config.compose import load
 from magpo.config.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from magpo.envs import registry
 from magpo.errors import ConfigError
 
 TINY = "env=rware/tiny-4ag"
 TUNED = sorted((files.configs() / "tuned_values").rglob("*.yaml"))
+SUITES = [f"env/{suite}" for suite in registry.SUITES]
 
 
 @contract.hyperparameters
@@ -268,6 +271,19 @@ def test_there_are_tuned_values_for_the_papers_tasks():
     assert of["gpae_mappo"] == {task for task in envs.tasks() if task.startswith("mabrax")}
 
 
+def test_tuned_values_are_what_the_script_writes():
+    script = Path(__file__).parents[1] / "scripts/tuned_from_csv.py"
+    spec = importlib.util.spec_from_file_location("tuned_from_csv", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    texts = module.texts(module.TABLE)
+    root = files.configs() / "tuned_values"
+    committed = {path.relative_to(root).as_posix(): path.read_text() for path in TUNED}
+    assert texts == {name: committed[name] for name in texts}
+    by_hand = {f"gpae_mappo/{task}.yaml" for task in envs.tasks() if task.startswith("mabrax/")}
+    assert committed.keys() - texts.keys() == by_hand
+
+
 def test_tuned_values_spot_checks():
     root = files.configs() / "tuned_values/magpo"
     rware = yaml.safe_load((root / "rware/tiny-4ag.yaml").read_text())
@@ -286,7 +302,7 @@ def test_tuned_values_spot_checks():
     }
 
 
-@pytest.mark.parametrize("name", ["experiment", "magpo", "budget/paper", "logger/default"])
+@pytest.mark.parametrize("name", ["experiment", "magpo", "budget/paper", "logger/default", *SUITES])
 def test_every_value_has_a_comment(name):
     for line in (files.configs() / f"{name}.yaml").read_text().splitlines():
         key, _, value = line.partition(":")
@@ -505,13 +521,15 @@ def test_home_is_no_folder_of_that_name(mine, monkeypatch, tmp_path):
     assert not (tmp_path / "~").exists()
 
 
-def test_multirun(mine, monkeypatch, tmp_path):
+@pytest.mark.parametrize("override", ["env.time_limit=5", "env.num_agents=3"])
+def test_multirun(mine, override, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     arguments = [
         "-m",
         "env=rware/tiny-4ag,lbf/8x8-2p-2f-coop",
         "system.gamma=0.1,0.2",
         "tuned=false",
+        override,
     ]
     runs = command_line(monkeypatch, mine, *arguments)
     assert [(run.env.name.split("/")[0], run.algorithm.hyper.gamma) for run in runs] == [
@@ -521,7 +539,7 @@ def test_multirun(mine, monkeypatch, tmp_path):
         ("lbf", 0.2),
     ]
     assert not any(run.tuned for run in runs)
-    assert runs[1] == load(mine, [TINY, "system.gamma=0.2", "tuned=false"])
+    assert runs[1] == load(mine, [TINY, "system.gamma=0.2", "tuned=false", override])
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,8 @@ def _hydra_app(system: str | ModuleType, run: Run, config_dir: Path | None) -> N
     """Hand the command line to Hydra, which sweeps, launches and completes; `compose.load` makes
     each job's configuration.
 
-    For Hydra, the primary configuration has every key with its default, and those below `vary`.
+    For Hydra, the primary configuration has every key with its default, those below `vary`, and
+    the options of all tasks: a sweep over tasks is checked before any of them is chosen.
     """
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -187,6 +188,8 @@ def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str
     values = compose.defaults(name, folders)
     compose.merge(values, compose.read_option(folders, "budget", values["budget"]))
     chosen = [{group: values.pop(group)} for group in compose.GROUPS]
+    known = {option for task in registry.tasks() for option in registry.options(task)}
+    values["env"] = dict.fromkeys(sorted(known), "???")  # a task's file has only some of its own
     values["vary"] = nested(dict.fromkeys(float_keys(module.Config)))
     sweeps = "${expanduser:${results_dir}}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
     return values | {

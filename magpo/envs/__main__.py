@@ -1,6 +1,7 @@
 """`python -m magpo.envs`: all tasks in a table; --markdown: as the README has it."""
 
 import sys
+from collections.abc import Iterator
 
 from magpo import envs, tables
 
@@ -24,17 +25,21 @@ def row(task: str) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Print the table."""
-    rows, missing = [], {}
+def rows() -> Iterator[list[str]]:
+    """Yield the tasks' rows; say on stderr which suites' simulators are not installed."""
+    missing = {}
     for task in envs.tasks():
         try:
-            rows.append(row(task))
-        except ValueError as error:  # a suite's simulator is not installed
+            yield row(task)
+        except ValueError as error:
             missing[task.partition("/")[0]] = str(error)
-    tables.show("magpo.envs", "tasks", COLUMNS, rows)
     for reason in missing.values():
         print("left out:", reason, file=sys.stderr)
+
+
+def main() -> None:
+    """Print the table."""
+    tables.show("magpo.envs", "tasks", COLUMNS, rows())
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class State(NamedTuple):
 
 @dataclass(unsafe_hash=True)
 class Connector:
-    """One environment; the options are explained in configs/env/connector."""
+    """One environment; the options are explained in configs/env/connector.yaml."""
 
     name: str
     global_state: bool

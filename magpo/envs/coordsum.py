@@ -25,7 +25,7 @@ class State(NamedTuple):
 
 @dataclass(unsafe_hash=True)
 class CoordSum:
-    """One environment; the options are explained in configs/env/coordsum."""
+    """One environment; the options are explained in configs/env/coordsum.yaml."""
 
     name: str
     global_state: bool

@@ -20,7 +20,7 @@ from magpo.types import Array, Observation, TimeStep, restart
 
 @dataclass(unsafe_hash=True)
 class Lbf:
-    """One environment; the options are explained in configs/env/lbf."""
+    """One environment; the options are explained in configs/env/lbf.yaml."""
 
     name: str
     global_state: bool

@@ -108,7 +108,7 @@ def corrected(split: str, seen: Indices, moved: Indices) -> tuple[Indices, Indic
 
 @dataclass(unsafe_hash=True)
 class Mabrax:
-    """One environment; the options are explained in configs/env/mabrax."""
+    """One environment; the options are explained in configs/env/mabrax.yaml."""
 
     name: str
     global_state: bool

@@ -18,7 +18,7 @@ from magpo.types import Array, Observation, StepType, TimeStep, restart
 
 @dataclass(unsafe_hash=True)
 class Mpe:
-    """One environment; the options are explained in configs/env/mpe."""
+    """One environment; the options are explained in configs/env/mpe.yaml."""
 
     name: str
     global_state: bool

@@ -1,6 +1,7 @@
-"""Tasks by name: `make("rware/tiny-4ag")` reads configs/env/rware/tiny-4ag.yaml and builds it.
+"""Tasks by name: `make("rware/tiny-4ag")` builds what configs/env/rware/tiny-4ag.yaml describes.
 
-A new task is a new YAML file; a new suite is a new file beside this one and a line in SUITES.
+The suite's options, with their comments, are in configs/env/rware.yaml. A new task is a new YAML
+file; a new suite is one too, a module beside this one and a line in SUITES.
 """
 
 import difflib
@@ -66,18 +67,21 @@ def suites() -> list[str]:
 
 
 def options(task: str) -> dict[str, Any]:
-    """The task's options and their values, from its YAML file.
+    """Return the suite's options with the task's values over them.
 
-    Raises a one-line ValueError for a task that is not in `tasks()`.
+    Raises a one-line ValueError for a task that is not in `tasks()` or leaves out a value.
     """
-    known = tasks()
+    known, suite = tasks(), task.partition("/")[0]
     if task not in known:
-        suite = task.partition("/")[0]
         siblings = [name for name in known if name.startswith(f"{suite}/")]
         raise unknown("task", task, known, siblings or suites())
     if task in registered:
         return dict(registered[task][1])
-    values = OmegaConf.to_container(OmegaConf.load(files.configs() / "env" / f"{task}.yaml"))
+    root = files.configs() / "env"
+    merged = OmegaConf.merge(*(OmegaConf.load(root / f"{name}.yaml") for name in (suite, task)))
+    if missing := OmegaConf.missing_keys(merged):
+        raise ValueError(f"{task}.yaml must have a value for {', '.join(sorted(missing))}")
+    values = OmegaConf.to_container(merged)
     assert isinstance(values, dict)
     return {str(option): value for option, value in values.items()}
 
@@ -85,9 +89,9 @@ def options(task: str) -> dict[str, Any]:
 def make(task: str, /, *, global_state: bool = False, **overrides: Any) -> Environment:
     """Build one environment, agent ids included.
 
-    `global_state` asks for `Observation.global_state`; the other keywords replace options of the
-    task's YAML file. Raises a one-line ValueError for an unknown task or option and for a value of
-    the wrong type or out of range.
+    `global_state` asks for `Observation.global_state`; the other keywords replace the task's
+    options. Raises a one-line ValueError for an unknown task or option and for a value of the wrong
+    type or out of range.
     """
     values = options(task)
     for option, value in overrides.items():

@@ -20,7 +20,7 @@ from magpo.types import Array, Observation, TimeStep, restart
 
 @dataclass(unsafe_hash=True)
 class Rware:
-    """One environment; the options are explained in configs/env/rware."""
+    """One environment; the options are explained in configs/env/rware.yaml."""
 
     name: str
     global_state: bool

@@ -31,7 +31,7 @@ class State(NamedTuple):
 
 @dataclass(unsafe_hash=True)
 class Smax:
-    """One environment; the options are explained in configs/env/smax."""
+    """One environment; the options are explained in configs/env/smax.yaml."""
 
     name: str
     global_state: bool

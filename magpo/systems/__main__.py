@@ -16,7 +16,7 @@ def row(name: str) -> list[str]:
 
 def main() -> None:
     """Print the table."""
-    tables.show("magpo.systems", "systems", COLUMNS, [row(name) for name in config.systems()])
+    tables.show("magpo.systems", "systems", COLUMNS, map(row, config.systems()))
 
 
 if __name__ == "__main__":

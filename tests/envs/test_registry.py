@@ -1,13 +1,16 @@
 import csv
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
-from magpo import envs
+from magpo import envs, files
+from magpo.envs import __main__ as tasks_table
 from magpo.types import action_spec
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +165,25 @@ def test_options_are_the_file_s_and_overrides_replace_them(tmp_path, monkeypatch
     assert (env.num_agents, env.time_limit, env.max_target) == (5, 7, 30)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_s_file_has_what_differs_from_its_suite_s(task):
+    root = ROOT / "configs" / "env"
+    suite = yaml.safe_load((root / f"{task.partition('/')[0]}.yaml").read_text())
+    own = yaml.safe_load((root / f"{task}.yaml").read_text())
+    required = {option for option, value in suite.items() if value == "???"}
+    assert required <= own.keys() <= suite.keys()
+    assert not own.items() & suite.items()
+    assert list(envs.options(task).items()) == list((suite | own).items())
+
+
+def test_a_task_that_leaves_out_a_value_is_one_clear_line(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "configs" / "env", tmp_path / "env")
+    (tmp_path / "env" / "lbf" / "9x9.yaml").write_text("grid_size: 9\nfov: 9\n")
+    monkeypatch.setattr(files, "configs", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"^lbf/9x9\.yaml must .* for num_agents, num_food$"):
+        envs.options("lbf/9x9")
+
+
 def test_the_same_task_is_an_equal_environment():
     """So that jit does not compile again for a second object."""
     first, second = envs.make("lbf/10x10-3p-3f"), envs.make("lbf/10x10-3p-3f")
@@ -260,6 +282,14 @@ def test_a_missing_library_is_named_with_what_installs_it():
     assert listed.stderr.splitlines() == [f"left out: mabrax {message}"]
     others = [sys.executable, "-c", code.format("mpe/simple_spread_3ag")]
     assert subprocess.run(others, capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_help_builds_no_task(monkeypatch, capsys):
+    monkeypatch.setattr(envs, "make", None)
+    monkeypatch.setattr(sys, "argv", ["magpo.envs", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        tasks_table.main()
+    assert stop.value.code == 0 and "--markdown" in capsys.readouterr().out
 
 
 def test_only_the_chosen_suite_s_library_is_imported():

@@ -95,7 +95,11 @@ def train_chunk(setup, env, state):
     number = state.params["updates"] + 1 + jnp.arange(setup.updates_per_chunk)
     bad = jnp.where(number == state.params["peak"] + state.hyper.shift, jnp.nan, 0.0)
     kind = state.hyper.nan
-    updates = state.params["updates"] + setup.updates_per_chunk + (bad.sum() if kind == "parameters" else 0)
+    updates = (
+        state.params["updates"]
+        + setup.updates_per_chunk
+        + (bad.sum() if kind == "parameters" else 0)
+    )
     metrics = {
         "loss/policy": number + (bad if kind == "loss/policy" else 0),
         "rollout/episode_return": jnp.where(number % 2 == 0, number, jnp.nan),
