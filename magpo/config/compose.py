@@ -5,6 +5,7 @@ configs/experiment.yaml, configs/<system>.yaml, the task, the budget, the logger
 values and the overrides, key=value in Hydra's grammar. Values live there and nowhere else.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from importlib import import_module
@@ -233,7 +234,7 @@ def read_option(folders: Sequence[Path], *path: Any) -> dict[str, Any]:
     """Read a YAML file from the first folder that has it."""
     *group, option = map(str, path)
     for folder in folders:
-        if (file := Path(folder, *group, f"{option}.yaml")).is_file():
+        if os.path.isfile(file := Path(folder, *group, f"{option}.yaml")):
             return _yaml(file)
     raise ConfigError(registry.unknown(group[0], option, option_names(folders, group[0])))
 

@@ -34,6 +34,8 @@ from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 
 T = TypeVar("T")
+# In C: faster, but deep nesting, which takes a long text, overflows its stack.
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # The keys that are no part of a run, and so not in its config.yaml.
 OF_THIS_PROCESS: dict[str, Any] = {
     "resume": None,
@@ -313,7 +315,8 @@ def _check_setting(setting: Setting, schema: type, parts: Mapping[str, Any]) -> 
 def plain_values(file: Path) -> dict[str, Any]:
     """Read the values in a run's config.yaml without checking them. Raises ConfigError."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        values = yaml.load(text, FAST_LOADER if len(text) < 2**12 else yaml.SafeLoader)
     except UNREADABLE as error:
         raise ConfigError(f"{file}: cannot be read ({type(error).__name__})") from error
     if not isinstance(values, dict):

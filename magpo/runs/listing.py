@@ -3,10 +3,12 @@
 import argparse
 import json
 import math
+import os
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,8 @@ from magpo import config as configuration
 from magpo.config.members import short_key
 from magpo.files import UNREADABLE
 from magpo.runs.folders import CONFIG, STATUS, status
+
+RETURN = b"eval/episode_return"
 
 
 class Summary(NamedTuple):
@@ -38,9 +42,14 @@ class Summary(NamedTuple):
         """The command that continues the run; None if there is nothing to continue."""
         if self.status in ("running", "finished", "unknown"):
             return None
-        packaged = self.system in configuration.systems()
+        packaged = self.system in _packaged()
         program = f"-m magpo.systems.{self.system}" if packaged else f"{self.system}.py"
         return f"python {program} resume={shlex.quote(str(self.folder))}"
+
+
+@cache
+def _packaged() -> frozenset[str]:
+    return frozenset(configuration.systems())
 
 
 def summaries(root: Path) -> list[Summary]:
@@ -82,11 +91,12 @@ def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
     """Return the records of the newest evaluation, from the end of metrics.jsonl."""
     with file.open("rb") as stream:
         end = stream.seek(0, 2)
-        for length in (2**16, 2**20, end):
+        for length in (2**13, 2**16, 2**20, end):
             stream.seek(max(0, end - length))
             lines = stream.read().splitlines()[bool(length < end) :]
-            records = [json.loads(line) for line in lines if line.endswith(b"}")]
-            returns = [record for record in records if record["name"] == "eval/episode_return"]
+            likely = [line for line in lines if RETURN in line and line.endswith(b"}")]
+            records = map(json.loads, likely)  # to parse all lines would take most of the time
+            returns = [record for record in records if record["name"] == RETURN.decode()]
             if len(returns) >= num_members:
                 break
     return returns[-num_members:]
@@ -100,7 +110,7 @@ def main() -> None:
     )
     parser.add_argument("results", nargs="?", default="results", help="a folder of runs")
     root = Path(parser.parse_args().results).expanduser()
-    if not root.is_dir():
+    if not os.path.isdir(root):  # False for any text, unlike Path.is_dir
         parser.error(f"{root}: no such folder")
     runs = summaries(root)
     if not runs:
@@ -120,9 +130,8 @@ def main() -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 120)
     console.print(table)
-    for run in runs:
-        if run.resume:
-            console.print(_shown(run.resume), soft_wrap=True)
+    if commands := [_shown(run.resume) for run in runs if run.resume]:
+        console.print(Text("\n").join(commands), soft_wrap=True)
 
 
 def _shown(text: str) -> Text:
