@@ -74,12 +74,13 @@ def make_setup(algorithm: Algorithm, env: Environment, config: RunConfig) -> Any
     Raises ConfigError."""
     configs = map(config.algorithm_of, config.settings)
     setup, *_ = [algorithm.make(of_setting, spec(env)) for of_setting in configs]
-    own: Any = getattr(setup, "config", None)
-    if own is None or not hasattr(own, "hyper"):
+    own = getattr(setup, "config", setup)
+    if not hasattr(own, "hyper"):
         return setup
     # A system that read floats here, not in the state, would train all members with one setting's.
     unset = dict.fromkeys(contract.float_names(type(own.hyper)), float("nan"))
-    return replace(setup, config=replace(own, hyper=replace(own.hyper, **unset)))
+    own = replace(own, hyper=replace(own.hyper, **unset))
+    return replace(setup, config=own) if hasattr(setup, "config") else own
 
 
 def build_programs(
