@@ -9,6 +9,8 @@ import pytest
 from experiment.counting import SEEDS, run
 from magpo.runs import folders, listing
 
+RECORD = '{"name": "eval/episode_return", "env_steps": 5, "value": 2}\n'
+
 
 @pytest.fixture
 def listed(monkeypatch, capsys):
