@@ -42,9 +42,7 @@ def test_under_a_profiler(tmp_path):
 def test_a_file_of_the_package_as_a_script_says_how_to_start_it(tmp_path, name):
     done = started(SYSTEMS / f"{name}.py", *SMALL, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith(
-        "error: a file named magpo.py, in the folder of the script, hides"
-    )
+    assert done.stderr.startswith("error: this magpo.py hides the package: use -m magpo.systems")
     assert done.stderr.count("\n") == 1
 
 

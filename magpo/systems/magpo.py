@@ -23,10 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 if __name__ == "magpo":
-    sys.exit(
-        "error: a file named magpo.py, in the folder of the script, hides the package: start a "
-        "system as `python -m magpo.systems.<name>`, and give a fork another name"
-    )
+    sys.exit("error: this magpo.py hides the package: use -m magpo.systems.<name>; rename a fork")
 
 import chex
 import jax
