@@ -1,4 +1,4 @@
-"""`python -m magpo`: what there is to run."""
+"""`python -m magpo` lists the commands."""
 
 COMMANDS = """\
 python -m magpo.systems.<system> env=<suite>/<task> [key=value ...]

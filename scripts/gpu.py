@@ -1,4 +1,4 @@
-"""Everything worth measuring in fifteen minutes with a GPU, in at most nine.
+"""Check and measure the library on a GPU, in at most nine minutes.
 
     python scripts/gpu.py results/gpu        # or: make gpu
 

@@ -18,7 +18,7 @@ EPISODES = 8  # played side by side
 
 def check(env: Environment) -> None:
     """Play a few episodes under random legal actions and raise ValueError with a line for each
-    thing that an environment does otherwise than `magpo.types` says."""
+    way in which the environment differs from `magpo.types`."""
     for stage in (_attributes, _shapes, _episodes):  # each relies on those before it
         if problems := list(stage(env)):
             raise ValueError("\n".join(f"{type(env).__name__}: {line}" for line in problems))

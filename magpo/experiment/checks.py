@@ -1,4 +1,4 @@
-"""What a system returns, checked from shapes before anything is compiled."""
+"""Check the shapes that a system returns, before anything is compiled."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,1 +1,1 @@
-"""Where a run computes: devices, processes, memory."""
+"""The devices, processes and memory that a run uses."""

@@ -1,4 +1,4 @@
-"""What a run shows and writes about itself. A logger of your own is a `Sink`."""
+"""The console, files and services that report on a run. A logger of your own is a `Sink`."""
 
 from magpo.report.measurements import Measurement, Run, scalars
 from magpo.report.sinks import Sink

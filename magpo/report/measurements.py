@@ -1,4 +1,4 @@
-"""What a run measured: the facts and values that every sink repeats."""
+"""The measurements of a run, as every sink receives them."""
 
 from collections.abc import Iterator
 from pathlib import Path
