@@ -27,17 +27,15 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from magpo import config, contract, experiment, tables
-from magpo.config.schema import RunConfig
-from magpo.contract import Algorithm
-from magpo.systems import magpo, mappo, sable
-from magpo.types import Environment, spec
+from magpo.types import spec
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -52,7 +50,8 @@ SHORT_RUN = [
     *("magpo", "env=lbf/2s-8x8-2p-2f-coop", "num_envs=16", "total_steps=65536"),
     *("num_evaluations=8", "keep=1", "absolute_metric=false"),
 ]
-AT_ONCE, COMPILATION_S, CHECKS_S = 4, 90.0, 150.0  # at most
+AT_ONCE, COMPILATION_S, CHECKS_S = 4, 90.0, 240.0  # at most
+FULL = {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}  # as runs have it; JAX's default is less
 CHECKS = {
     "tests": [
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "4"),
@@ -64,36 +63,39 @@ CHECKS = {
 }
 
 
-def numerics() -> None:
-    """Print how far a first update on this device lies from the same on the CPU."""
-    import numpy as np
-
-    for module in (magpo, mappo, sable):
-        name = module.__name__.rpartition(".")[2]
-        run = config.load(name, [f"env={TASKS[0]}", "num_envs=16", "tuned=false"])
-        experiment.set_up_jax(run)
-        env = experiment.make_env(run)
-        start, *ends = updates(contract.algorithm(module), env, run)
-        leaves = zip(*map(jax.tree.leaves, (start, *ends)), strict=True)
-        squares = [[np.sum((a - b) ** 2), np.sum((a - s) ** 2)] for s, a, b in leaves]
-        apart, far = np.sum(squares, 0)
-        print(f"{name}: {np.sqrt(apart / far):.1e} of the update's length apart")
-
-
-def updates(algorithm: Algorithm, env: Environment, run: RunConfig) -> list[Any]:
-    """Return initial parameters, and those after an update on the CPU and on this device."""
-    cpu = jax.devices("cpu")[0]
+def numerics(system: str) -> str:
+    """Say how far a first update on this device lies from the same on the CPU, and how far the
+    CPU's own lies from it if its parameters begin 1e-7 apart: PPO's updates amplify rounding."""
+    run = config.load(system, [f"env={TASKS[0]}", "num_envs=16", "tuned=false"])
+    experiment.set_up_jax(run)
+    algorithm = contract.algorithm(import_module(f"magpo.systems.{system}"))
+    env = experiment.make_env(run)
     setup = algorithm.make(run.algorithm, spec(env))
+    update = jax.jit(lambda state: algorithm.train_chunk(setup, env, state)[0].params)
+    cpu, device = jax.devices("cpu")[0], jax.devices()[0]
     with jax.default_device(cpu):
         state = jax.jit(lambda key: algorithm.init(setup, env, key))(jax.random.key(0))
-    update = jax.jit(lambda state: algorithm.train_chunk(setup, env, state)[0])
-    ends = [update(jax.device_put(state, device)) for device in (cpu, jax.devices()[0])]
-    return [jax.device_get(found.params) for found in (state, *ends)]
+    state = jax.device_put(state, cpu)
+    nudged = state._replace(params=jax.tree.map(lambda x: x * (1 + 1e-7), state.params))
+    expected = update(state)
+    moved = _distance(expected, state.params)
+    here = _distance(update(jax.device_put(state, device)), expected) / moved
+    noise = _distance(update(nudged), expected) / moved
+    return f"{system}: {here:.2f} of the update's length apart, rounding alone {noise:.2f}"
+
+
+def _distance(a: Any, b: Any) -> float:
+    """Return the Euclidean distance of two pytrees."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return float(np.sqrt(sum(np.sum((np.asarray(x) - np.asarray(y)) ** 2) for x, y in pairs)))
 
 
 def call(command: list[str], log: Path, deadline: float, **variables: str) -> int | None:
     """Run a command until the deadline; its exit code, None if it was stopped there."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    if time.monotonic() > deadline:
+        return None
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **variables}
     flags = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0"
     environment["XLA_FLAGS"] = " ".join(flags)
@@ -108,7 +110,7 @@ def call(command: list[str], log: Path, deadline: float, **variables: str) -> in
             start_new_session=True,
         )
         try:
-            return process.wait(deadline - time.monotonic())
+            return process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT)
             try:
@@ -141,7 +143,7 @@ def check(name: str, folder: Path, deadline: float) -> dict[str, Any]:
     log = folder / "logs" / f"{name}.txt"
     results = f"results_dir={folder / 'runs' / name}"
     command = [*CHECKS[name], *([results] if name == "resumed" else [])]
-    code = call(command, log, deadline, JAX_PLATFORMS="cuda,cpu")
+    code = call(command, log, deadline, JAX_PLATFORMS="cuda,cpu", **FULL)
     lines = log.read_text().splitlines() or [""]
     said = "; ".join(lines[-3:]) if name == "numerics" else lines[-1]
     return {"check": name, "exit_code": "stopped" if code is None else code, "said": said}
@@ -208,7 +210,8 @@ def main() -> None:
     parser.add_argument("--numerics", action="store_true", help="only that check, in this process")
     arguments = parser.parse_args()
     if arguments.numerics:
-        numerics()
+        for system in ("magpo", "mappo", "sable"):
+            print(numerics(system), flush=True)
         return
     folder, started = arguments.folder.resolve(), time.monotonic()
     deadline = started + 60 * arguments.minutes
