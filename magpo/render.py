@@ -35,6 +35,7 @@ class Episode(NamedTuple):
     """An episode on the host."""
 
     states: list[Any]  # L + 1
+    views: list[np.ndarray]  # L + 1, each (N, O)
     actions: np.ndarray  # (L, N[, A])
     rewards: np.ndarray  # (L,) mean over agents
 
@@ -47,7 +48,7 @@ def play(
     state, timestep = jax.jit(env.reset)(reset_key)
     step = jax.jit(env.step)
     carry = acting.initial_carry() if acting else None
-    states, actions, rewards = [state], [], []
+    states, views, actions, rewards = [state], [timestep.observation.agents_view], [], []
     for t in range(min(steps, env.time_limit)):
         key = jax.random.fold_in(act_key, t)
         if acting:
@@ -56,11 +57,13 @@ def play(
             action = _random_action(env, timestep.observation.action_mask, key)
         state, timestep = step(state, action)
         states.append(state)
+        views.append(timestep.observation.agents_view)
         actions.append(np.asarray(action))
         rewards.append(float(timestep.reward.mean()))
         if timestep.last():
             break
-    return Episode(jax.device_get(states), np.stack(actions), np.array(rewards))
+    states, views = jax.device_get((states, views))
+    return Episode(states, views, np.stack(actions), np.array(rewards))
 
 
 def _random_action(env: Environment, mask: Array, key: Array) -> Array:
@@ -70,14 +73,19 @@ def _random_action(env: Environment, mask: Array, key: Array) -> Array:
 
 
 def write_gif(path: Path, env: Environment, episode: Episode) -> None:
-    """Write a frame for each step: the state, the actions and the reward."""
+    """Write a frame for each step: the state, the actions and the reward.
+
+    An environment of the user's is drawn by its method `draw(axes, state, action)`, where the
+    action is None at the end; without one, by what its agents see.
+    """
     from matplotlib.animation import PillowWriter
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from magpo.envs.pictures import DRAW
+    from magpo.envs import pictures
 
-    draw = DRAW[env.name.partition("/")[0]]
+    draw = pictures.DRAW.get(env.name.partition("/")[0])
+    own: Any = getattr(env, "draw", None)
     figure = Figure(figsize=(4.8, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -86,7 +94,13 @@ def write_gif(path: Path, env: Environment, episode: Episode) -> None:
         for t, state in enumerate(episode.states):
             axes.clear()
             over = t == len(episode.actions)
-            draw(axes, env, state, None if over else episode.actions[t])
+            action = None if over else episode.actions[t]
+            if draw is not None:
+                draw(axes, env, state, action)
+            elif own is not None:
+                own(axes, state, action)
+            else:
+                pictures.views(axes, episode.views[t], action)
             reward = "the end" if over else f"reward {episode.rewards[t]:+.2f}"
             done = episode.rewards[: t + (not over)].sum()
             axes.set_title(f"{env.name}, step {t}: {reward}, return {done:.2f}", fontsize=9)

@@ -47,7 +47,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from magpo import config as configuration  # noqa: E402
-from magpo import contract, experiment  # noqa: E402
+from magpo import contract, experiment, plugins  # noqa: E402
 from magpo.config import cli  # noqa: E402
 from magpo.config.schema import RunConfig  # noqa: E402
 from magpo.contract import Algorithm  # noqa: E402
@@ -278,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("system", help="one of " + ", ".join(configuration.systems()))
+    parser.add_argument("system", help="one of " + ", ".join(plugins.systems()))
     parser.add_argument("overrides", nargs="*", help="env=<suite>/<task> key=value ...")
     parser.add_argument("--overhead", type=int, metavar="CHUNKS", help="of checkpoints and logs")
     parser.add_argument("--lock", type=Path, metavar="FILE", help="what processes measure in turns")

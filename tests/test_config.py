@@ -14,7 +14,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from magpo import config, contract, envs, files
+from magpo import config, contract, envs, files, plugins
 from magpo.config import cli, schema
 from magpo.config.compose import load
 from magpo.config.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -224,7 +224,7 @@ def test_a_module_that_is_no_system_is_one_line(mine, monkeypatch, capsys):
 # The library's own files
 
 
-@pytest.mark.parametrize("system", config.systems())
+@pytest.mark.parametrize("system", plugins.systems())
 @pytest.mark.parametrize("task", envs.tasks())
 def test_every_system_composes_with_every_task(system, task):
     run = load(system, [f"env={task}", "budget=quick"])
@@ -232,7 +232,7 @@ def test_every_system_composes_with_every_task(system, task):
     assert run.tuned == (files.configs() / "tuned_values" / system / f"{task}.yaml").is_file()
 
 
-@pytest.mark.parametrize("system", config.systems())
+@pytest.mark.parametrize("system", plugins.systems())
 def test_every_system_has_its_papers_budget(system):
     updates = {"gpae_mappo": 610}.get(system, 1220)
     assert load(system, ["env=rware/tiny-4ag"]).num_updates == updates

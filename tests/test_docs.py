@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from magpo import config, experiment
+from magpo import config, experiment, plugins
 from magpo.systems import __main__ as systems_table
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -24,7 +24,7 @@ def section(title):
     return re.split(rf"\n#{{1,{len(hashes)}}} ", after)[0]
 
 
-@pytest.mark.parametrize("name", config.systems())
+@pytest.mark.parametrize("name", plugins.systems())
 def test_the_readme_explains_every_metric(name):
     module = import_module(f"magpo.systems.{name}")
     task = "smax/3m" if name == "gpae_mappo" else "coordsum/3x10-30"  # where agents can stop

@@ -13,14 +13,14 @@ SEVEN = {"make", "init", "train_chunk", "policy_params", "initial_carry", "act",
 # package's own modules from one another.
 LAYERS = [
     *("errors", "types", "files", "tables", "metrics", "optimiser"),
-    *("envs", "networks", "contract"),
+    *("envs", "networks", "contract", "plugins"),
     *("config", "hardware", "report", "runs"),
     *("evaluate", "experiment", "export", "render", "systems"),
 ]
 # What a system, which people copy, may use.
 FOR_SYSTEMS = {
     *("config", "contract", "envs", "errors", "experiment", "metrics", "networks", "optimiser"),
-    *("tables", "types"),
+    *("plugins", "tables", "types"),
 }
 
 

@@ -6,7 +6,6 @@ from magpo.config.compose import (
     locate,
     option_names,
     read,
-    systems,
 )
 from magpo.config.schema import (
     Fraction,
@@ -42,6 +41,5 @@ __all__ = [
     "option_names",
     "plain_values",
     "read",
-    "systems",
     "unknown_key",
 ]

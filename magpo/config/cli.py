@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import groupby, product
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import yaml
 
+from magpo import plugins
 from magpo.config import compose
 from magpo.config.schema import RunConfig, dump, float_keys, nested, unknown_key, validate
 from magpo.envs import registry
@@ -38,13 +37,14 @@ def main(system: str | ModuleType, run: Run, config_dir: Path | None = None) -> 
     """
     arguments = sys.argv[1:]
     with exit_on_config_error():
+        plugins.load(compose.split_imports(arguments)[0])
+        module = plugins.system(system) if isinstance(system, str) else system
         if {"-h", "--help"} & set(arguments):
-            print(_help(*compose.locate(system, config_dir)))
+            print(_help(*compose.locate(module, config_dir)))
         elif any(argument.startswith("-") for argument in arguments):
-            _with_flags(arguments, system, run, config_dir)
+            _with_flags(arguments, module, run, config_dir)
         else:
-            module = system if isinstance(system, ModuleType) else _import(system, None)
-            run(module, compose.load(system, arguments, config_dir))
+            run(module, compose.load(module, arguments, config_dir))
 
 
 def command(
@@ -52,13 +52,15 @@ def command(
 ) -> None:
     """Run a command of key=value arguments, checked by a dataclass; print its usage without any, or
     with --help. The default `...` asks for a value. Keys below `env` go to the field `options`,
-    those below `vary` to `vary`."""
+    those below `vary` to `vary`; `import=` imports plugins."""
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
         print(usage)
         return
     jax.config.update("jax_enable_x64", False)  # type: ignore[no-untyped-call]
     with exit_on_config_error():
+        imports, arguments = compose.split_imports(arguments)
+        plugins.load(imports)
         values: dict[str, Any] = deepcopy(dict(defaults))
         for change in map(compose.parse, arguments):
             group, _, option = change.key.partition(".")
@@ -66,7 +68,7 @@ def command(
             if option and group in values:
                 values[group][option] = change.value
             elif change.key not in values:
-                raise ConfigError(unknown_key(change.key, list(values)))
+                raise ConfigError(unknown_key(change.key, [*values, "import"]))
             else:
                 values[change.key] = change.value
         if missing := [key for key, value in values.items() if value is ...]:
@@ -103,7 +105,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _with_flags(
-    arguments: Sequence[str], system: str | ModuleType, run: Run, config_dir: Path | None
+    arguments: Sequence[str], module: ModuleType, run: Run, config_dir: Path | None
 ) -> None:
     """Print the configuration, or hand the arguments to Hydra, all its jobs checked."""
     flags, unknown = _Parser().parse_known_intermixed_args(arguments)
@@ -116,13 +118,13 @@ def _with_flags(
         raise ConfigError("--resolve and --package go with --cfg")
     jobs = []
     if not (flags.hydra_help or flags.shell_completion):
-        jobs = [compose.load(system, job, config_dir) for job in _jobs(flags.overrides)]
+        jobs = [compose.load(module, job, config_dir) for job in _jobs(flags.overrides)]
     if any(job.resume not in (None, "auto") for job in jobs):
         raise ConfigError("resume=<folder> goes without flags; a sweep has resume=auto")
     if flags.cfg == "job":
         print(yaml.safe_dump(dump(jobs[0]), sort_keys=False), end="")
     else:
-        _hydra_app(system, run, config_dir)
+        _hydra_app(module, run, config_dir)
 
 
 def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -140,7 +142,7 @@ def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
     yield from map(list, product(*choices))
 
 
-def _hydra_app(system: str | ModuleType, run: Run, config_dir: Path | None) -> None:
+def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
     """Hand the command line to Hydra, which sweeps, launches and completes; `compose.load` makes
     each job's configuration.
 
@@ -154,18 +156,15 @@ def _hydra_app(system: str | ModuleType, run: Run, config_dir: Path | None) -> N
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
-    name, folders = compose.locate(system, config_dir)
-    source = str(Path(str(system.__file__)).resolve()) if isinstance(system, ModuleType) else None
-    if isinstance(system, ModuleType):  # a launcher's jobs may be other processes
-        _loaded[str(source)] = system
+    name, folders = compose.locate(module, config_dir)
+    file = str(module.__file__)
+    plugins.keep(module)
 
     def job(_: Any) -> None:
         hydra_config = HydraConfig.get()
         with exit_on_config_error():
-            module = _import(name, source)
-            config = compose.load(
-                system if source is None else module, list(hydra_config.overrides.task), config_dir
-            )
+            module = plugins.module_of(file)  # a launcher's jobs may be other processes
+            config = compose.load(module, list(hydra_config.overrides.task), config_dir)
             if hydra_config.job.chdir:  # results_dir is relative to where the command was given
                 where = Path(hydra_config.runtime.cwd, config.results_dir)
                 config = replace(config, results_dir=str(where))
@@ -175,7 +174,7 @@ def _hydra_app(system: str | ModuleType, run: Run, config_dir: Path | None) -> N
     for task, (_, options) in registry.registered.items():
         suite, _, last = task.partition("/")
         store.store(last, options, f"env/{suite}", "env")
-    store.store(f"magpo_{name}", _primary(_import(name, source), name, folders))
+    store.store(f"magpo_{name}", _primary(module, name, folders))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     try:
         hydra.main(config_path=None, config_name=f"magpo_{name}", version_base="1.3")(job)()
@@ -189,6 +188,7 @@ def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str
     compose.merge(values, compose.read_option(folders, "budget", values["budget"]))
     chosen = [{group: values.pop(group)} for group in compose.GROUPS]
     known = {option for task in registry.tasks() for option in registry.options(task)}
+    values["import"] = []
     values["env"] = dict.fromkeys(sorted(known), "???")  # a task's file has only some of its own
     values["vary"] = nested(dict.fromkeys(float_keys(module.Config)))
     sweeps = "${expanduser:${results_dir}}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
@@ -203,32 +203,9 @@ def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str
     }
 
 
-def module_of(file: str) -> ModuleType:
-    """Import a system's file, which may be running as `__main__`, or under a profiler."""
-    return _import(Path(file).stem, str(Path(file).resolve()))
-
-
-_loaded: dict[str, ModuleType] = {}  # by file, in this process
-
-
-def _import(name: str, source: str | None) -> ModuleType:
-    """Import a system's module: the package's, or the one in the file `source`."""
-    if source in _loaded:
-        return _loaded[source]
-    packaged = import_module(f"magpo.systems.{name}") if name in compose.systems() else None
-    if packaged and source in (None, str(Path(str(packaged.__file__)).resolve())):
-        return packaged
-    # Under a name of its own: a file may have the name of a package.
-    spec = spec_from_file_location(f"_system_{name}", str(source))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _help(name: str, folders: Sequence[Path]) -> str:
     """Return the help text: the YAML files with their comments."""
-    package = "magpo.systems." if name in compose.systems() else ""
+    package = "magpo.systems." if name in plugins.of_package() else ""
     text = [f"usage: python -m {package}{name} env=<suite>/<task> [key=value ...] [flags]"]
     text += ["", "tasks:"]
     for suite, tasks in groupby(registry.tasks(), lambda task: task.partition("/")[0]):

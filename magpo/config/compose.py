@@ -8,9 +8,7 @@ values and the overrides, key=value in Hydra's grammar. Values live there and no
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from magpo import files
+from magpo import files, plugins
 from magpo.config.schema import (
     OF_THIS_PROCESS,
     RunConfig,
@@ -43,29 +41,26 @@ class Change(NamedTuple):
     text: str
 
 
-def systems() -> list[str]:
-    """Return the names of the systems in the package."""
-    package = import_module("magpo.systems")
-    return sorted(m.name for m in iter_modules(package.__path__) if not m.name.startswith("_"))
-
-
 def load(
     system: str | ModuleType, overrides: Sequence[str] = (), config_dir: Path | None = None
 ) -> RunConfig:
     """Compose and check a run's configuration.
 
-    `system` is one of `systems()`, or the module of a system of your own, whose YAML has the
-    module's name and lies beside it, or in `config_dir`. That folder may hold budget/, logger/ and
-    tuned_values/ files too. Raises ConfigError.
+    `system` is a name of `magpo.plugins.systems()`, or the module of a system of your own, whose
+    YAML has the module's name and lies beside it, or in `config_dir`. That folder may hold budget/,
+    logger/ and tuned_values/ files too. Raises ConfigError.
     """
-    name, folders = locate(system, config_dir)
-    changes = [parse(text) for text in overrides]
+    imports, others = split_imports(overrides)
+    plugins.load(imports)
+    module = plugins.system(system) if isinstance(system, str) else system
+    name, folders = locate(module, config_dir)
+    changes = [parse(text) for text in others]
     chosen = {change.key: change.value for change in changes}
     resume = chosen.get("resume")
     if resume in (None, "auto"):
         values = _new(name, folders, chosen)
     elif isinstance(resume, str):
-        values = _resumed(system, name, folders, Path(resume).expanduser(), chosen)
+        values = _resumed(module, name, folders, Path(resume).expanduser(), chosen)
     else:
         raise ConfigError(f"resume must be a run's folder or auto, not {resume!r}")
     own = [change for change in changes if change.key not in ("env", "tuned", *GROUPS)]
@@ -74,7 +69,22 @@ def load(
         resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).partition("\n")[0]) from error
-    return check(system, name, resolved)
+    resolved["run"]["imports"] = plugins.needed_by(module, resolved["run"]["env"])
+    return check(module, resolved)
+
+
+def split_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the values of `import=`, which may be given several times, from other arguments.
+
+    Raises ConfigError.
+    """
+    imports: list[str] = []
+    for text in (text for text in arguments if text.startswith("import=")):
+        value = parse(text).value
+        imports += value if isinstance(value, list) else [value]
+    if wrong := [value for value in imports if not isinstance(value, str)]:
+        raise ConfigError(f"import must be a file or a module, not {wrong[0]!r}")
+    return imports, [text for text in arguments if not text.startswith("import=")]
 
 
 def defaults(name: str, folders: Sequence[Path]) -> dict[str, Any]:
@@ -110,7 +120,7 @@ def _new(name: str, folders: Sequence[Path], chosen: Mapping[str, Any]) -> dict[
 
 
 def _resumed(
-    system: str | ModuleType,
+    module: ModuleType,
     name: str,
     folders: Sequence[Path],
     folder: Path,
@@ -123,7 +133,7 @@ def _resumed(
         raise ConfigError(f"resume: the folder cannot be read: {error.strerror}") from error
     if not found:
         raise ConfigError(f"resume={folder}: no run there (it has no config.yaml); or resume=auto")
-    values = {**dump(read(system, folder / "config.yaml")), **deepcopy(OF_THIS_PROCESS)}
+    values = {**dump(read(module, folder / "config.yaml")), **deepcopy(OF_THIS_PROCESS)}
     about = values["run"]
     if (task := chosen.get("env", about["env"])) != about["env"]:
         raise ConfigError(f"resume={folder}: is a run on {about['env']}, not on {task}")
@@ -154,7 +164,7 @@ def assign(
             raise ConfigError(
                 f"{key!r} is a key of {others}, not of {name}; --help lists all"
                 if others
-                else unknown_key(key, [*keys(values), "env", "tuned", *GROUPS])
+                else unknown_key(key, [*keys(values), "env", "tuned", "import", *GROUPS])
             )
         group[last] = value
 
@@ -183,16 +193,10 @@ def parse(text: str) -> Change:
     return Change(key, value, text)
 
 
-def locate(system: str | ModuleType, config_dir: Path | None) -> tuple[str, list[Path]]:
+def locate(module: ModuleType, config_dir: Path | None) -> tuple[str, list[Path]]:
     """Return the system's name and the folders with YAML files, first the one with its own."""
-    if isinstance(system, ModuleType):
-        source = Path(str(system.__file__))
-        name, config_dir = source.stem, config_dir or source.parent
-    elif system in systems():
-        name = system
-    else:
-        raise ConfigError(registry.unknown("system", system, systems()))
-    folders = [folder.resolve() for folder in (config_dir, files.configs()) if folder]
+    name, beside = plugins.system_name(module), Path(str(module.__file__)).parent
+    folders = [folder.resolve() for folder in (config_dir or beside, files.configs())]
     folders.sort(key=lambda folder: not (folder / f"{name}.yaml").is_file())
     if not (folders[0] / f"{name}.yaml").is_file():
         raise ConfigError(f"no {name}.yaml in {' or '.join(map(str, folders))}")
@@ -206,16 +210,18 @@ def option_names(folders: Sequence[Path], group: str) -> list[str]:
 
 def read(system: str | ModuleType, file: Path) -> RunConfig:
     """Read a run's config.yaml and check it like a new one. Raises ConfigError."""
-    return from_values(system, plain_values(file), file)
+    module = plugins.system(system) if isinstance(system, str) else system
+    return from_values(module, plain_values(file), file)
 
 
-def from_values(system: str | ModuleType, values: Any, source: Path) -> RunConfig:
+def from_values(module: ModuleType, values: Any, source: Path) -> RunConfig:
     """Make a run's configuration of the plain values of `dump`. Raises ConfigError."""
-    name, _ = locate(system, None)
+    name = plugins.system_name(module)
     try:
         if values["run"]["system"] != name:
             raise ConfigError(f"a run of {values['run']['system']}, not of {name}")
-        return check(system, name, values)
+        plugins.require(values["run"].get("imports", {}), module)
+        return check(module, values)
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{source}: not the configuration of a run") from error
     except ValueError as error:
@@ -265,7 +271,5 @@ def merge(values: dict[str, Any], new: Mapping[str, Any]) -> None:
 
 def _systems_with(key: str, folders: Sequence[Path]) -> list[str]:
     """Return the package's systems whose YAML has this key."""
-    found = {
-        system: f for system in systems() for d in folders if (f := d / f"{system}.yaml").is_file()
-    }
-    return [system for system, file in found.items() if key in keys(_yaml(file))]
+    files = ((name, folder / f"{name}.yaml") for name in plugins.of_package() for folder in folders)
+    return [name for name, file in files if file.is_file() and key in keys(_yaml(file))]

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
@@ -120,6 +119,7 @@ class RunConfig:
     absolute_metric: bool
     budget: str
     tuned: bool  # whether tuned values were used
+    imports: dict[str, str]  # the user's files that system and task come from, with their hashes
     precision: Literal["float32", "bfloat16"]
     platform: Literal["auto", "cpu", "gpu", "tpu"]
     logger: LoggerConfig
@@ -206,7 +206,7 @@ def dump(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as plain values under the names of the command line."""
     values = asdict(config)
     algorithm = values.pop("algorithm")
-    values["run"] = {key: values.pop(key) for key in ("system", "budget", "tuned")}
+    values["run"] = {key: values.pop(key) for key in ("system", "budget", "tuned", "imports")}
     values["run"]["env"], values["env"] = values["env"].values()
     values["system"] = algorithm["hyper"]
     values |= {part: algorithm[part] for part in ("network",) if part in algorithm}
@@ -257,10 +257,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def check(system: str | ModuleType, name: str, values: dict[str, Any]) -> RunConfig:
+def check(module: ModuleType, values: dict[str, Any]) -> RunConfig:
     """Make dataclasses of values under the names of `dump`. Raises ConfigError."""
     values = {"vary": {}, **deepcopy(OF_THIS_PROCESS), **values}
-    module = system if isinstance(system, ModuleType) else import_module(f"magpo.systems.{name}")
     schema = contract.algorithm(module).Config
     if isinstance(values["vary"], Mapping):
         values["vary"] = flat(values["vary"])
@@ -268,7 +267,7 @@ def check(system: str | ModuleType, name: str, values: dict[str, Any]) -> RunCon
     parts = {"hyper": values.pop("system", {})}
     if network := values.pop("network", {}):
         parts["network"] = network
-    run = values.pop("run")
+    run = {"imports": {}, **values.pop("run")}
     task, options = run["env"], values["env"]
     known = registry.options(task)
     for option in options:

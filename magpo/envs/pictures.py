@@ -144,6 +144,15 @@ def smax(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
             axes.plot(ends[:, 0], ends[:, 1], color=colour(agent), linewidth=1, linestyle=":")
 
 
+def views(axes: Axes, view: np.ndarray, action: np.ndarray | None) -> None:
+    """Draw any environment's views (N, O) as rows of shades, beside the agents' actions."""
+    axes.imshow(view, aspect="auto", cmap="viridis")
+    chosen = [""] * len(view) if action is None else [f": {np.round(a, 1)}" for a in action]
+    axes.set_yticks(range(len(view)), [f"{agent}{text}" for agent, text in enumerate(chosen)])
+    axes.set_xlabel("feature of an agent's view")
+    axes.set_ylabel("agent: action")
+
+
 DRAW: dict[str, Callable[[Axes, Any, Any, np.ndarray | None], None]] = {
     "coordsum": coordsum,
     "lbf": lbf,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from magpo import config as configuration
-from magpo import contract, envs
+from magpo import contract, envs, plugins
 from magpo.config import cli
 from magpo.config.schema import RunConfig
 from magpo.errors import ConfigError
@@ -73,7 +73,7 @@ def main(system: ModuleType | str) -> None:
     signal.signal(signal.SIGINT, interrupts.stop)
     signal.signal(signal.SIGTERM, interrupts.stop)
     try:
-        cli.main(cli.module_of(system) if isinstance(system, str) else system, _job)
+        cli.main(plugins.module_of(system) if isinstance(system, str) else system, _job)
         return
     except (DivergenceError, LoggingError) as error:
         complain(f"error: {error}")

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from magpo import config as configuration
+from magpo import plugins
 from magpo.config.members import short_key
 from magpo.files import UNREADABLE
 from magpo.runs.folders import CONFIG, STATUS, status
@@ -32,6 +33,7 @@ class Summary(NamedTuple):
     task: str
     num_members: int
     varied: tuple[str, ...]  # dotted keys
+    imports: tuple[str, ...]  # the user's files that it needs
     status: str
     steps: int  # evaluated so far, per member
     total_steps: int
@@ -42,14 +44,13 @@ class Summary(NamedTuple):
         """The command that continues the run; None if there is nothing to continue."""
         if self.status in ("running", "finished", "unknown"):
             return None
-        packaged = self.system in _packaged()
-        program = f"-m magpo.systems.{self.system}" if packaged else f"{self.system}.py"
-        return f"python {program} resume={shlex.quote(str(self.folder))}"
+        packaged = f"-m magpo.systems.{self.system}"
+        program = packaged if self.system in _packaged() else f"{self.system}.py"
+        imports = [f" import={name}" for name in self.imports if name != program]
+        return f"python {program} resume={shlex.quote(str(self.folder))}{''.join(imports)}"
 
 
-@cache
-def _packaged() -> frozenset[str]:
-    return frozenset(configuration.systems())
+_packaged = cache(plugins.of_package)
 
 
 def summaries(root: Path) -> list[Summary]:
@@ -62,13 +63,14 @@ def summaries(root: Path) -> list[Summary]:
 
 
 def _summary(folder: Path) -> Summary:
-    run = Summary(folder, "?", "?", 0, (), "unknown", 0, 0, None)
+    run = Summary(folder, "?", "?", 0, (), (), "unknown", 0, 0, None)
     with suppress(*UNREADABLE):
         values = configuration.plain_values(folder / CONFIG)
         system, task = str(values["run"]["system"]), str(values["run"]["env"])
         vary = configuration.flat(values.get("vary", {}))
         num_members = len(values["seeds"]) * math.prod(map(len, vary.values()))
         run = run._replace(system=system, task=task, num_members=num_members, varied=tuple(vary))
+        run = run._replace(imports=tuple(map(str, values["run"].get("imports", ()))))
         per_chunk = values["num_envs"] * values["rollout_length"] * values["num_evaluations"]
         run = run._replace(total_steps=int(values["total_steps"] // per_chunk * per_chunk))
         run = run._replace(status=status(folder))

@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,11 +20,12 @@ import jax
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from magpo import config, contract, envs
+from magpo import config, contract, envs, plugins
 from magpo.config.members import Member, text
 from magpo.config.schema import RunConfig
 from magpo.contract import Algorithm, Deployed, Parameters
 from magpo.errors import ConfigError
+from magpo.files import UNREADABLE, complain
 from magpo.runs import checkpoint, folders
 from magpo.runs.checkpoint import CheckpointError
 from magpo.types import Array, Environment, EnvSpec, Observation, spec
@@ -78,6 +78,8 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
         raise ConfigError(f"{folder}: has no checkpoint yet")
     path, meta = found
     run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
+    for name in plugins.require(run.imports, module):
+        complain(f"warning: {name} is not what it was when the run was trained")
     try:
         record = checkpoint.load_named(path, meta, "record")
         env = TypeAdapter(EnvSpec).validate_json(json.dumps(meta["env"]), strict=True)
@@ -97,15 +99,16 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
 
 
 def _system(folder: Path) -> ModuleType:
-    """Import the module of the run's system: one of the package's, never a name taken freely from
-    a file."""
+    """Return the run's system: a plugin or the package's, never a name taken freely from a file."""
     try:
-        name = config.plain_values(folder / "config.yaml")["run"]["system"]
-    except (ConfigError, TypeError, KeyError) as error:
+        run = config.plain_values(folder / "config.yaml")["run"]
+        name, imports = str(run["system"]), dict(run.get("imports", {}))
+    except (*UNREADABLE, ConfigError) as error:
         raise ConfigError(f"{folder}: no run there (no config.yaml that can be read)") from error
-    if name not in config.systems():
-        raise ConfigError(f"{folder}: a run of {name!r}; pass its module as `system`")
-    return import_module(f"magpo.systems.{name}")
+    plugins.require(imports)
+    if name not in plugins.systems():
+        raise ConfigError(f"{folder}: a run of {name!r}, which is not imported: import=<its file>")
+    return plugins.system(name, imports)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,22 +1,20 @@
 """`python -m magpo.systems`: all systems in a table; --markdown: as the README has it."""
 
-from importlib import import_module
-
-from magpo import config, contract, tables
+from magpo import contract, plugins, tables
 
 COLUMNS = ("system", "centralised", "deployed", "carry", "parameters", "actions")
 
 
 def row(name: str) -> list[str]:
     """Return a system's cells."""
-    card = contract.algorithm(import_module(f"magpo.systems.{name}")).CARD
+    card = contract.algorithm(plugins.system(name)).CARD
     words = [card.centralised, card.deployed.value, card.carry, card.parameters.value]
     return [name, *words, "discrete, continuous"]
 
 
 def main() -> None:
     """Print the table."""
-    tables.show("magpo.systems", "systems", COLUMNS, map(row, config.systems()))
+    tables.show("magpo.systems", "systems", COLUMNS, map(row, plugins.systems()))
 
 
 if __name__ == "__main__":

@@ -102,10 +102,10 @@ def test_the_readmes_own_environment_trains(tmp_path):
         *("total_steps=15360", "num_evaluations=3", "network.guider.embed_dim=16"),
         *("network.learner.hidden_dim=16", "logger.plot=false", "absolute_metric=false"),
     ]
-    command = [sys.executable, "rendezvous.py", *short]
+    command = [sys.executable, "-m", "magpo.systems.magpo", "import=rendezvous.py", *short]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "results/magpo/ring/rendezvous").glob("*/metrics.jsonl"))
-    wrong = [*command[:2], "env=ring/rendezvous", "env.sise=3"]
+    wrong = [*command[:4], "env=ring/rendezvous", "env.sise=3"]
     done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "did you mean 'env.size'" in done.stderr

@@ -1,0 +1,198 @@
+"""Users' own systems and tasks, imported because a command names them or they are installed.
+
+`import=matrix.py`, or `import=<module>`, executes a file that is a system (`magpo.contract`) or
+registers tasks (`magpo.envs.register`). Installed packages name theirs by an entry point of the
+group `magpo.plugins`. A run records those that it needs, by name and hash, and a command that lacks
+one names it. Nothing is imported because a folder says so.
+"""
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from pkgutil import iter_modules
+from traceback import extract_tb
+from types import ModuleType
+from typing import NamedTuple
+
+from magpo import contract
+from magpo.envs import registry
+from magpo.errors import ConfigError
+
+SYSTEMS = Path(__file__).resolve().parent / "systems"
+FILE = "_file_"  # begins the names of modules made of files: a file may have a package's name
+
+
+class Plugin(NamedTuple):
+    """A module that a command imported."""
+
+    module: ModuleType
+    is_system: bool
+    tasks: tuple[str, ...]  # that it registered
+
+
+_plugins: list[Plugin] = []
+_modules: dict[Path, ModuleType] = {}  # made of files
+
+
+def load(imports: Sequence[str] = ()) -> None:
+    """Import installed plugins and those named, once each. Raises ConfigError."""
+    _load_installed()
+    for name in imports:
+        _load(name, f"import={name}")
+
+
+@cache
+def _load_installed() -> None:
+    points = {(point.name, point.value) for point in entry_points(group="magpo.plugins")}
+    for name, value in sorted(points):
+        if len(same := [other for key, other in sorted(points) if key == name]) > 1:
+            raise ConfigError(f"two plugins are named {name}: {' and '.join(same)}")
+        _load(value.partition(":")[0], f"the installed plugin {name}")
+
+
+def _load(name: str, shown: str) -> None:
+    """Import a module or a file. Raises ConfigError if that fails, registers nothing, or registers
+    what another plugin has."""
+    before = dict(registry.registered)
+    is_file = name.endswith(".py") or "/" in name
+    if is_file and not Path(name).expanduser().is_file():
+        raise ConfigError(f"{shown}: no such file")
+    try:
+        module = module_of(name) if is_file else import_module(name)
+    except Exception as error:
+        raise ConfigError(f"{shown}: {type(error).__name__}: {error}{_place(error)}") from error
+    if any(_file(plugin.module) == _file(module) for plugin in _plugins):
+        return
+    tasks = tuple(
+        task
+        for task, made in registry.registered.items()
+        if made is not before.get(task) or getattr(made[0], "__module__", "") == module.__name__
+    )
+    reason = _not_a_system(module)
+    if reason and not tasks:
+        raise ConfigError(f"{shown}: registers no task (magpo.envs.register); {reason}")
+    for other in _plugins:
+        if taken := set(tasks) & set(other.tasks):
+            registry.registered.update(before)
+            raise ConfigError(f"{shown}: {_file(other.module)} has registered {min(taken)} already")
+        if not reason and other.is_system and system_name(other.module) == system_name(module):
+            raise ConfigError(f"{shown}: {_file(other.module)} is a system of that name already")
+    _plugins.append(Plugin(module, not reason, tasks))
+
+
+def _not_a_system(module: ModuleType) -> str:
+    try:
+        contract.algorithm(module)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _place(error: Exception) -> str:
+    """Return the line of a user's file at which importing it failed."""
+    ours = str(SYSTEMS.parent)
+    frames = [f for f in extract_tb(error.__traceback__) if not f.filename.startswith((ours, "<"))]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+
+
+def module_of(file: str) -> ModuleType:
+    """Import a file, which may be running as `__main__`, or under a profiler."""
+    path = Path(file).expanduser().resolve()
+    if path.parent == SYSTEMS:
+        return import_module(f"magpo.systems.{path.stem}")
+    if path not in _modules:
+        spec = spec_from_file_location(FILE + path.stem, path)
+        if spec is None or spec.loader is None:
+            raise ImportError("not a Python file")
+        module = sys.modules[spec.name] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        _modules[path] = module
+    return _modules[path]
+
+
+def keep(module: ModuleType) -> None:
+    """Let `module_of` return this module for its file."""
+    _modules[_file(module)] = module
+
+
+def of_package() -> list[str]:
+    """Return the names of the systems in the package."""
+    return sorted(m.name for m in iter_modules([str(SYSTEMS)]) if not m.name.startswith("_"))
+
+
+def systems() -> list[str]:
+    """Return the names of all systems: the package's and those of plugins."""
+    return [*of_package(), *(system_name(p.module) for p in _plugins if p.is_system)]
+
+
+def system(name: str, imports: Mapping[str, str] | None = None) -> ModuleType:
+    """Return the system of a name: that of a run's `imports` before the package's before others.
+
+    Raises ConfigError.
+    """
+    found = {system_name(p.module): p.module for p in _plugins if p.is_system}
+    own = found.get(name)
+    if name in of_package() and not (own and _as_recorded(own, imports or {})):
+        return import_module(f"magpo.systems.{name}")
+    if own is None:
+        raise ConfigError(registry.unknown("system", name, systems()))
+    return own
+
+
+def system_name(module: ModuleType) -> str:
+    """Return a system's name, which is its file's."""
+    return _file(module).stem
+
+
+def needed_by(module: ModuleType, task: str) -> dict[str, str]:
+    """Return the names and hashes of the files that a system and a task come from, without the
+    package's own."""
+    own = [] if _file(module).parent == SYSTEMS else [module]
+    if task in registry.registered:  # by a plugin, or by a program that runs
+        builder = sys.modules.get(getattr(registry.registered[task][0], "__module__", ""))
+        own += [p.module for p in _plugins if task in p.tasks] or ([builder] if builder else [])
+    return {_name(found): digest for found in own if (digest := _hash(found))}
+
+
+def require(imports: Mapping[str, str], own: ModuleType | None = None) -> list[str]:
+    """Return which of a run's imports have changed. Raises ConfigError if one is not imported.
+
+    `own` is the system's module, where that is given.
+    """
+    modules = [*(plugin.module for plugin in _plugins), *([own] if own else [])]
+    present = {recorded for module in modules if (recorded := _as_recorded(module, imports))}
+    for name in imports:
+        if name not in present:
+            where = "<its folder>/" if name.endswith(".py") else ""
+            raise ConfigError(f"the run needs {name}, which is not imported: import={where}{name}")
+    hashes = {_hash(module) for module in modules}
+    return [name for name, digest in imports.items() if digest not in hashes]
+
+
+def _as_recorded(module: ModuleType, imports: Mapping[str, str]) -> str | None:
+    """Return the name under which a run recorded a module; None if it did not."""
+    name, digest = _name(module), _hash(module)
+    if name in imports:
+        return name
+    return next((recorded for recorded, other in imports.items() if other == digest), None)
+
+
+def _name(module: ModuleType) -> str:
+    """Return a module's name, of one made of a file that of the file."""
+    from_file = module.__name__.startswith(FILE) or module.__name__ == "__main__"
+    return _file(module).name if from_file else module.__name__
+
+
+def _file(module: ModuleType) -> Path:
+    return Path(module.__file__ or module.__name__).resolve()
+
+
+@cache
+def _hash(module: ModuleType) -> str:
+    file = _file(module)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""

@@ -1,0 +1,189 @@
+"""Users' own systems and tasks, in every command."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import magpo
+from magpo import config, evaluate, experiment, export, files, load_policy, plugins, render
+from magpo.envs import registry
+from magpo.errors import ConfigError
+from magpo.runs import listing
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    *("tuned=false", "num_envs=4", "rollout_length=8", "total_steps=64", "num_evaluations=2"),
+    *("eval_episodes=2", "logger.plot=false", "logger.console=false", "absolute_metric=false"),
+    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
+]
+IMPORTS = ["import=rendezvous.py", "import=mine.py"]
+REGISTERS = "import magpo.envs\nmagpo.envs.register({task!r}, dict)\n"
+
+
+@pytest.fixture(autouse=True)
+def no_plugins(monkeypatch):
+    """Forget every plugin before and after a test, as a new process would."""
+    monkeypatch.setattr(plugins, "_plugins", [])
+    monkeypatch.setattr(plugins, "_modules", {})
+    monkeypatch.setattr(registry, "registered", {})
+    monkeypatch.delitem(sys.modules, "rendezvous", raising=False)
+    plugins._load_installed.cache_clear()
+    yield
+    plugins._load_installed.cache_clear()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with the README's environment and a fork of MAPPO, where commands are given."""
+    _, _, section = (ROOT / "README.md").read_text().partition("### Your own environment")
+    (tmp_path / "rendezvous.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
+    shutil.copy(Path(magpo.__file__).parent / "systems/mappo.py", tmp_path / "mine.py")
+    shutil.copy(files.configs() / "mappo.yaml", tmp_path / "mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(monkeypatch, main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["", *arguments])
+    main()
+
+
+def forget():
+    plugins._plugins.clear()
+    plugins._modules.clear()
+    registry.registered.clear()
+
+
+def test_every_command_takes_a_users_environment_and_system(home, monkeypatch, capsys):
+    run = config.load("mine", [*IMPORTS, "env=ring/rendezvous", *SMALL])
+    assert list(run.imports) == ["mine.py", "rendezvous.py"]
+    folder = experiment.run(plugins.system("mine"), run).folder
+    assert re.search(r"^    mine.py: [0-9a-f]{16}$", (folder / "config.yaml").read_text(), re.M)
+
+    forget()
+    asked = [f"run={folder}"]
+    commands = {
+        evaluate.main: [*asked, "episodes=2"],
+        render.main: [*asked, "out=a.gif", "steps=2"],
+        export.main: asked,
+    }
+    for main, arguments in commands.items():
+        with pytest.raises(SystemExit) as stop:
+            command(monkeypatch, main, *arguments)
+        assert stop.value.code == 2
+        assert "needs mine.py, which is not imported: import=<its" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"needs mine\.py"):
+        load_policy(folder)
+    for main, arguments in commands.items():
+        command(monkeypatch, main, *arguments, *IMPORTS)
+    assert (home / "a.gif").stat().st_size and (folder / "policy/policy.stablehlo").exists()
+    assert "warning" not in capsys.readouterr().err
+    assert load_policy(folder).env.name == "ring/rendezvous"
+    (listed,) = listing.summaries(home)
+    assert (listed.system, listed.task) == ("mine", "ring/rendezvous")
+    stopped = listed._replace(status="interrupted")
+    assert stopped.resume.startswith("python mine.py resume=")
+    assert stopped.resume.endswith(" import=rendezvous.py")
+
+
+def test_a_file_that_has_changed(home, monkeypatch, capsys):
+    run = config.load("mappo", ["import=rendezvous.py", "env=ring/rendezvous", *SMALL])
+    folder = experiment.run(plugins.system("mappo"), run).folder
+    forget()
+    plugins._hash.cache_clear()
+    with (home / "rendezvous.py").open("a") as file:
+        file.write("\n")
+    command(monkeypatch, evaluate.main, f"run={folder}", "episodes=2", "import=rendezvous.py")
+    assert "warning: rendezvous.py is not what it was" in capsys.readouterr().err
+    again = ["import=rendezvous.py", f"resume={folder}"]
+    with pytest.raises(ConfigError, match=r"not as it was: run\.imports\.rendezvous\.py: "):
+        experiment.run(plugins.system("mappo"), config.load("mappo", again))
+    allowed = [*again, "allow_changes=[run.imports.rendezvous.py]"]
+    experiment.run(plugins.system("mappo"), config.load("mappo", allowed))
+    forget()
+    with pytest.raises(ConfigError, match=r"the run needs rendezvous\.py"):
+        config.load("mappo", [f"resume={folder}"])
+
+
+def test_a_module_is_the_file_that_was_run(home, monkeypatch):
+    monkeypatch.syspath_prepend(home)
+    run = config.load("mappo", ["import=rendezvous", "env=ring/rendezvous"])
+    assert list(run.imports) == ["rendezvous"]
+    monkeypatch.delitem(sys.modules, "rendezvous")
+    forget()
+    plugins.load(["rendezvous.py"])
+    assert plugins.require(run.imports) == []
+
+
+def test_a_fork_may_have_the_name_of_a_system(home):
+    (home / "mine.py").rename(home / "mappo.py")
+    plugins.load(["mappo.py"])
+    fork, original = plugins.module_of("mappo.py"), plugins.system("mappo")
+    assert original.__name__ == "magpo.systems.mappo"
+    recorded = plugins.needed_by(fork, "coordsum/3x10-30")
+    assert list(recorded) == ["mappo.py"] and plugins.system("mappo", recorded) is fork
+
+
+def test_jobs_of_a_sweep_import_too(home):
+    task, seeds = "env=ring/rendezvous", "seeds=[0],[1]"
+    arguments = ["-m", "magpo.systems.mappo", *IMPORTS, task, *SMALL, seeds, "--multirun"]
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=home, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [run.status for run in listing.summaries(home)] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("text", "imports", "message"),
+    [
+        ("raise KeyError(3)", ["a.py"], r"^import=a\.py: KeyError: 3 \(.*a\.py, line 1\)$"),
+        ("def (", ["a.py"], r"^import=a\.py: SyntaxError: invalid syntax \(a\.py, line 1\)$"),
+        ("", ["a.py"], r"^import=a\.py: registers no task .*; a\.py is not a system: it lacks "),
+        ("", ["b.py"], r"^import=b\.py: no such file$"),
+        ("", ["nowhere.at_all"], r"^import=nowhere\.at_all: ModuleNotFoundError: No module named"),
+        (REGISTERS.format(task="lbf/mine"), ["a.py"], "'lbf/mine': name it <a suite of your own>"),
+        (REGISTERS.format(task="own/a"), ["a.py", "c.py"], r"c\.py: .*a\.py has registered own/a"),
+    ],
+)
+def test_an_import_that_cannot_be_used(tmp_path, monkeypatch, text, imports, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.py", "c.py"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        plugins.load(imports)
+
+
+def test_two_systems_of_one_name(home):
+    (home / "other").mkdir()
+    shutil.copy(home / "mine.py", home / "other")
+    with pytest.raises(ConfigError, match=r"mine\.py is a system of that name already"):
+        plugins.load(["mine.py", "other/mine.py"])
+
+
+@pytest.mark.parametrize("value", ["3", "[a.py,3]"])
+def test_an_import_is_a_name(value):
+    with pytest.raises(ConfigError, match="import must be a file or a module, not 3"):
+        config.load("mappo", [f"import={value}", "env=coordsum/3x10-30"])
+
+
+def install(folder, name, module):
+    about = folder / f"{name}-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[magpo.plugins]\nrings = {module}\n")
+
+
+def test_an_installed_plugin_needs_no_import(home, monkeypatch):
+    monkeypatch.syspath_prepend(home)
+    install(home, "rings", "rendezvous")
+    assert config.load("mappo", ["env=ring/rendezvous"]).env.options["size"] == 7
+    forget()
+    install(home, "more_rings", "other_rendezvous")
+    plugins._load_installed.cache_clear()
+    with pytest.raises(ConfigError, match=r"two plugins are named rings: .*other_rendezvous"):
+        config.load("mappo", ["env=ring/rendezvous"])
