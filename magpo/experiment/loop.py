@@ -269,31 +269,32 @@ def _train(
 ) -> Result:
     """Train, evaluate and save chunk after chunk. `programs` are compiled."""
     train_keys, evaluation_keys, hyper = member_inputs(config)
-    # A resumed run takes its hyperparameters from its configuration: they may have been changed.
-    state = start.state._replace(hyper=hyper) if start else programs.init(train_keys, hyper)
-    best = start.best if start else None
-    recorded = start.chunk if start else -1
-    training: dict[str, Array] = {}
-    for index in range(max(recorded, 0), config.num_evaluations + 1):
+    last, training = config.num_evaluations, dict[str, Array]()
+    if start is None:
+        first, best, state = 0, None, programs.init(train_keys, hyper)
+    else:  # with the hyperparameters of the configuration, which may have been changed
+        first, best, state = start.chunk + 1, start.best, start.state._replace(hyper=hyper)
+        if first <= last:
+            state, training = programs.train_chunk(state)
+    for index in range(first, last + 1):
         params, finite = programs.snapshot(state)
-        if index > recorded:
-            evaluation = programs.evaluate(params, evaluation_keys, np.int32(index))
-            best = best or no_best(config, params)
-            best = programs.keep_best(best, params, evaluation["episode_return"], np.int32(index))
-            measured = (finite, evaluation, training)
-        copy = programs.copy(state) if index > max(recorded, 0) and config.keep else None
-        if index < config.num_evaluations:
-            state, training = programs.train_chunk(state)  # before the host waits for `measured`
-        if index > recorded:
-            recorder.record(index, *measured)
-        if copy is not None and best is not None:
+        evaluation = programs.evaluate(params, evaluation_keys, np.int32(index))
+        returns = evaluation["episode_return"]
+        best = programs.keep_best(best or no_best(config, params), params, returns, np.int32(index))
+        copy = programs.copy(state) if index > 0 and config.keep else None
+        measured = finite, evaluation, training
+        if index < last:  # the device goes on while the host waits for what was measured
+            state, training = programs.train_chunk(state)
+        recorder.record(index, *measured)
+        if copy is not None:
             saver.offer(index, copy, best, recorder.measurements)
     assert best is not None
     absolute = None
     if config.absolute_metric:
-        indices = range(index + 1, index + 1 + ABSOLUTE_EVALUATIONS)
-        parts = [programs.evaluate(best.params, evaluation_keys, np.int32(i)) for i in indices]
+        indices = map(np.int32, range(last + 1, last + 1 + ABSOLUTE_EVALUATIONS))
+        parts = [programs.evaluate(best.params, evaluation_keys, index) for index in indices]
         absolute = recorder.record_absolute(best, parts)
+    params, _ = programs.snapshot(state)
     return Result(saver.folder, recorder.measurements, absolute, best, params)
 
 

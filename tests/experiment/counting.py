@@ -157,6 +157,7 @@ def config(tmp_path):
         absolute_metric=True,
         budget="paper",
         tuned=False,
+        imports={},
         precision="float32",
         platform="auto",
         logger=LoggerConfig(True, True, False, False, None, ()),

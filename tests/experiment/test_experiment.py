@@ -196,6 +196,7 @@ def test_config_is_saved_whole_and_plain(config):
         "env": "test/count",
         "budget": "paper",
         "tuned": False,
+        "imports": {},
     }
     assert saved["env"] == {"walls": 2} and saved["seeds"] == list(SEEDS)
     assert result.folder.parent == result.folder.parents[3] / "counting" / "test" / "count"
