@@ -53,7 +53,6 @@ from magpo.config.schema import RunConfig  # noqa: E402
 from magpo.contract import Algorithm  # noqa: E402
 from magpo.envs.wrappers import AutoReset  # noqa: E402
 from magpo.report import writer  # noqa: E402
-from magpo.runs import resume  # noqa: E402
 from magpo.types import Array, Environment  # noqa: E402
 
 IMPORTED = time.perf_counter()
@@ -258,7 +257,6 @@ def overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
         spent["checkpoint" if name == "checkpoint" else "logging"] += time.perf_counter() - start
 
     with mock.patch.object(writer.Writer, "_try", timed), tempfile.TemporaryDirectory() as folder:
-        resume.TIME_SHARE = float("inf")
         result = experiment.run(module, replace(config, results_dir=folder))
         (written,) = Path(result.folder, "checkpoints").glob("*")
         size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
@@ -294,7 +292,7 @@ def main() -> None:
             chunks, steps = arguments.overhead, arguments.overhead * config.steps_per_chunk
         short = [f"total_steps={steps}", f"num_evaluations={chunks}"]
         if arguments.overhead:
-            short += ["absolute_metric=false", "keep=1"]
+            short += ["absolute_metric=false", "keep=1", "checkpoint_share=1"]
         config = configuration.load(arguments.system, [*arguments.overrides, *short])
         if arguments.overhead:
             measured = overhead(module, config)

@@ -21,17 +21,11 @@ from magpo import config
 from magpo.config import cli
 from magpo.runs import checkpoint
 
-# A checkpoint after every chunk, however short: more writing to be killed in.
-CHILD = (
-    "import sys; from importlib import import_module; from magpo.runs import resume; "
-    "resume.TIME_SHARE = float('inf'); "
-    "import_module('magpo.systems.' + sys.argv.pop(1)).main()"
-)
-
 
 def start(system: str, overrides: list[str]) -> subprocess.Popen[str]:
     """A process that trains; its console can be read."""
-    command = [sys.executable, "-c", CHILD, system, *overrides]
+    command = [sys.executable, "-m", f"magpo.systems.{system}", *overrides]
+    command.append("checkpoint_share=1")  # more writing to be killed in
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -48,7 +48,7 @@ WIN_RATE_SUITES = {"smax", "connector"}
 # What says who ran it, how long it was looked at and where to, not what was learned.
 NO_SETTINGS = {
     *("run", "seeds", "seeds_per_batch", "num_evaluations", "eval_episodes", "absolute_metric"),
-    *("platform", "logger", "results_dir", "keep"),
+    *("platform", "logger", "results_dir", "keep", "checkpoint_share"),
 }
 MARK = "*"
 Metric = Callable[..., Any]  # of (N, M) matrices: seeds, tasks
