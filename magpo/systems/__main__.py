@@ -3,6 +3,7 @@
 from importlib import import_module
 
 from magpo import config, contract, tables
+from magpo.config import cli
 
 COLUMNS = ("system", "centralised", "deployed", "carry", "parameters", "actions")
 
@@ -14,10 +15,10 @@ def row(name: str) -> list[str]:
     return [name, *words, "discrete, continuous"]
 
 
-def main() -> None:
+def main(*, markdown: bool = False) -> None:
     """Print the table."""
-    tables.show("magpo.systems", "systems", COLUMNS, map(row, config.systems()))
+    tables.show(COLUMNS, map(row, config.systems()), markdown)
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)
