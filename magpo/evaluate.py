@@ -6,8 +6,7 @@ plays the best policies of a run, those of all its members, on its task, or with
 on another if the shapes allow; env.<option>=<value> changes the task.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -108,55 +107,42 @@ usage: python -m magpo.evaluate run=<folder> [key=value ...]
   env.<option>=<value>   options of the task; by default the run's"""
 
 
-@dataclass(frozen=True)
-class Request:
-    """The command line's values."""
-
-    run: UserPath
-    vary: dict[str, float | None]
-    episodes: PositiveInt
-    greedy: bool
-    seed: Seed
-    env: str | None
-    options: dict[str, Any]
-
-
 def main() -> None:
     """Run `python -m magpo.evaluate run=<folder> [key=value ...]`."""
     from magpo.config import cli
 
-    defaults: dict[str, Any] = {
-        "run": ...,
-        "vary": {},
-        "episodes": 320,
-        "greedy": False,
-        "seed": 0,
-        "env": None,
-        "options": {},
-    }
-    cli.command(USAGE, Request, defaults, _main)
+    cli.command(USAGE, _main)
 
 
-def _main(request: Request) -> None:
+def _main(
+    *,
+    run: UserPath,
+    vary: Mapping[str, float | None] = {},
+    episodes: PositiveInt = 320,
+    greedy: bool = False,
+    seed: Seed = 0,
+    env: str | None = None,
+    options: Mapping[str, Any] = {},
+) -> None:
     from magpo.runs import policy
 
-    trained = policy.read(request.run)
-    places = trained.places(setting=request.vary)
-    env = policy.make_env(trained, request.env, request.options)
-    algorithm, setup = trained.algorithm, policy.make_setup(trained, env)
-    member_keys = jax.random.split(jax.random.key(request.seed), len(trained.score))
+    trained = policy.read(run)
+    places = trained.places(setting=vary)
+    task = policy.make_env(trained, env, options)
+    algorithm, setup = trained.algorithm, policy.make_setup(trained, task)
+    member_keys = jax.random.split(jax.random.key(seed), len(trained.score))
 
     @jax.jit
     @jax.vmap
     def play(params: Any, key: Array) -> dict[str, Array]:
-        return evaluate(algorithm, setup, env, params, key, request.episodes, request.greedy)
+        return evaluate(algorithm, setup, task, params, key, episodes, greedy)
 
     chosen = jnp.array(places)
     params = jax.tree.map(lambda x: x[chosen], trained.params)
     metrics = jax.device_get(play(params, member_keys[chosen]))  # (members, episodes) each
-    names = list(dict.fromkeys(["episode_return", env.headline, "episode_length"]))
+    names = list(dict.fromkeys(["episode_return", task.headline, "episode_length"]))
     means = {name: metrics[name].mean(-1) for name in names}
-    title = f"{trained.config.system} on {env.name}, {request.episodes} episodes each"
+    title = f"{trained.config.system} on {task.name}, {episodes} episodes each"
     _show(title, trained, places, means)
 
 

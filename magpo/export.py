@@ -11,7 +11,7 @@ size stays free. Without this library:
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,34 +88,29 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
     return {"name": name, "shape": shape, "dtype": str(leaf.dtype)}
 
 
-@dataclass(frozen=True)
-class Request:
-    """The command line's values."""
-
-    run: UserPath
-    out: UserPath | None
-    seed: Seed | None
-    vary: dict[str, float | None]
-    agent: NonNegativeInt
-
-
 def main() -> None:
     """Run `python -m magpo.export run=<folder>`."""
-    defaults: dict[str, Any] = {"run": ..., "out": None, "seed": None, "vary": {}, "agent": 0}
-    cli.command(USAGE, Request, defaults, _main)
+    cli.command(USAGE, _main)
 
 
-def _main(request: Request) -> None:
-    policy = load_policy(request.run, request.seed, request.vary, request.agent)
+def _main(
+    *,
+    run: UserPath,
+    out: UserPath | None = None,
+    seed: Seed | None = None,
+    vary: Mapping[str, float | None] = {},
+    agent: NonNegativeInt = 0,
+) -> None:
+    policy = load_policy(run, seed, vary, agent)
     data, description = export(policy)
-    out = Path(request.out or Path(request.run) / "policy")
+    folder = Path(out or Path(run, "policy"))
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "policy.stablehlo").write_bytes(data)
-        (out / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "policy.stablehlo").write_bytes(data)
+        (folder / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
     except OSError as error:
-        raise ConfigError(f"out={out}: cannot write there: {error.strerror}") from error
-    print(f"{out / 'policy.stablehlo'}: {len(data):,} bytes")
+        raise ConfigError(f"out={folder}: cannot write there: {error.strerror}") from error
+    print(f"{folder / 'policy.stablehlo'}: {len(data):,} bytes")
 
 
 if __name__ == "__main__":

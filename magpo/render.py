@@ -3,7 +3,7 @@
 Writes a GIF, for MABrax brax's HTML: under random legal actions, or of a run's best policy.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,61 +116,47 @@ def write_html(path: Path, env: Any, episode: Episode) -> None:
     path.write_text(html.render(brax_env.sys.tree_replace({"opt.timestep": brax_env.dt}), poses))
 
 
-@dataclass(frozen=True)
-class Request:
-    """The command line's values."""
-
-    run: UserPath | None
-    env: str | None
-    options: dict[str, Any]
-    vary: dict[str, float | None]
-    out: UserPath | None
-    steps: PositiveInt
-    greedy: bool
-    seed: Seed
-
-    def __post_init__(self) -> None:
-        if (self.run is None) == (self.env is None):
-            raise ValueError("give env=<suite>/<task> or run=<folder>, one of them")
-        if self.vary and self.run is None:
-            raise ValueError("vary.<key>=<value> chooses a policy: it needs run=<folder>")
-
-
 def main() -> None:
     """Run `python -m magpo.render`."""
-    defaults: dict[str, Any] = {"run": None, "env": None, "options": {}, "vary": {}, "out": None}
-    defaults |= {"steps": 500, "greedy": False, "seed": 0}
-    cli.command(USAGE, Request, defaults, _main)
+    cli.command(USAGE, _main)
 
 
-def _of_run(
-    folder: str, options: dict[str, Any], setting: dict[str, Any]
-) -> tuple[Environment, policy.TrainedPolicy]:
-    """Return a run's environment and its best policy with these values. Raises ConfigError."""
-    trained = policy.read(folder)
-    env = policy.make_env(trained, None, options)
-    return env, policy.build(trained, trained.best(trained.places(setting=setting)), env=env)
-
-
-def _main(request: Request) -> None:
-    env, acting = None, None
-    if request.run is not None:
-        env, acting = _of_run(request.run, request.options, request.vary)
-    try:
-        env = env or envs.make(str(request.env), **request.options)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    as_html = env.name.startswith("mabrax/")
+def _main(
+    *,
+    run: UserPath | None = None,
+    env: str | None = None,
+    options: Mapping[str, Any] = {},
+    vary: Mapping[str, float | None] = {},
+    out: UserPath | None = None,
+    steps: PositiveInt = 500,
+    greedy: bool = False,
+    seed: Seed = 0,
+) -> None:
+    if (run is None) == (env is None):
+        raise ConfigError("give env=<suite>/<task> or run=<folder>, one of them")
+    if vary and run is None:
+        raise ConfigError("vary.<key>=<value> chooses a policy: it needs run=<folder>")
+    acting = None
+    if run is not None:
+        trained = policy.read(run)
+        task = policy.make_env(trained, None, options)
+        acting = policy.build(trained, trained.best(trained.places(setting=vary)), env=task)
+    else:
+        try:
+            task = envs.make(str(env), **options)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    as_html = task.name.startswith("mabrax/")
     suffix = ".html" if as_html else ".gif"
-    out = Path(request.out or env.name.replace("/", "_") + suffix)
-    if out.suffix.lower() != suffix:
-        raise ConfigError(f"out={out}: must be a file's name that ends in {suffix}")
-    episode = play(env, acting, request.steps, request.seed, request.greedy)
+    file = Path(out or task.name.replace("/", "_") + suffix)
+    if file.suffix.lower() != suffix:
+        raise ConfigError(f"out={file}: must be a file's name that ends in {suffix}")
+    episode = play(task, acting, steps, seed, greedy)
     try:
-        (write_html if as_html else write_gif)(out, env, episode)
+        (write_html if as_html else write_gif)(file, task, episode)
     except OSError as error:
-        raise ConfigError(f"out={out}: cannot write there: {error.strerror}") from error
-    print(f"{out}: {len(episode.actions)} steps, return {episode.rewards.sum():.3f}")
+        raise ConfigError(f"out={file}: cannot write there: {error.strerror}") from error
+    print(f"{file}: {len(episode.actions)} steps, return {episode.rewards.sum():.3f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Tables: on the terminal, as Markdown for the README, as CSV."""
 
-import argparse
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,14 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 
-def show(module: str, what: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print the table of `python -m <module> [--markdown]`; the first column has names.
-
-    The arguments are parsed before the first row is asked for, so that --help answers at once.
-    """
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=f"List all {what}.")
-    parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
-    if parser.parse_args().markdown:
+def show(columns: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool) -> None:
+    """Print a table; the first column has names."""
+    if markdown:
         print("|", " | ".join(columns), "|")
         print("|", " | ".join("---" for _ in columns), "|")
         for cells in rows:

@@ -6,7 +6,6 @@ Default sizes (64 features, one head, one block), 64 environments, 50 steps, med
 which each is timed once; per agent the time stays as it is where acting is linear.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from magpo import tables
+from magpo.config import cli
 from magpo.networks.autoregressive import init_joint
 from magpo.networks.mat import MAT
 from magpo.networks.sable import Sable
@@ -75,13 +75,8 @@ def steps(name: str, num_agents: int) -> Callable[[], Any]:
     return lambda: act(carry, keys)
 
 
-def main() -> None:
+def main(table: Path) -> None:
     """Measure and write a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", type=Path)
-    table = parser.parse_args().table
     calls = {(name, n): steps(name, n) for name in ("mat", "sable") for n in (3, 10, 30)}
     times: dict[tuple[str, int], list[float]] = {which: [] for which in calls}
     for _ in range(ROUNDS):
@@ -99,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

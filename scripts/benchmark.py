@@ -1,30 +1,28 @@
 """Measure a system on a task: start-up, steps per second, FLOPs, memory.
 
     python scripts/benchmark.py magpo env=coordsum/3x10-30 num_envs=64
-    python scripts/benchmark.py magpo env=rware/tiny-4ag seeds=[0,1,2] --json measurements.json
-    python scripts/benchmark.py --overhead 5 magpo env=coordsum/3x10-30 num_envs=64
+    python scripts/benchmark.py magpo env=rware/tiny-4ag seeds=[0,1,2] json=measurements.json
+    python scripts/benchmark.py overhead=5 magpo env=coordsum/3x10-30 num_envs=64
 
-Overrides are those of `python -m magpo.systems.<system>`. One process, the programs of a real run:
+What is no key of this script is an override of the run. One process, the programs of a real run:
 start-up counts from the start of the process, and a chunk is one update. FLOPs are XLA's count of
 the unoptimised update, each loop's body as often as it runs; the share is of the rate of a large
 float32 matmul on the same machine. Memory is the process's peak before that matmul. The last shares
 are of the time that XLA's operations of an update took, on all threads together.
 
 On a GPU, `kernels` are those of one update: how many ran, how long they and the pauses between them
-took, and which took longest. With --lock, processes that are started together compile side by side
-and measure one after the other.
+took, and which took longest. With lock=<file>, processes that are started together compile side by
+side and measure one after the other.
 
-With --overhead, that many chunks are trained as they are, with their evaluations, and a checkpoint
-after each, and the writer thread's time is measured. Where it has a core of its own, it costs less.
+With overhead=<n>, n chunks are trained as they are, with their evaluations, and a checkpoint after
+each, and the writer thread's time is measured. Where it has a core of its own, it costs less.
 """
 
 import time
 
 STARTED = time.perf_counter()
 
-import argparse  # noqa: E402
 import fcntl  # noqa: E402
-import json  # noqa: E402
 import re  # noqa: E402
 import resource  # noqa: E402
 import statistics  # noqa: E402
@@ -34,7 +32,7 @@ from collections import Counter, defaultdict  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from dataclasses import replace  # noqa: E402
-from importlib import import_module  # noqa: E402
+from json import dumps  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import ModuleType  # noqa: E402
 from typing import Any  # noqa: E402
@@ -49,11 +47,10 @@ from rich.table import Table  # noqa: E402
 from magpo import config as configuration  # noqa: E402
 from magpo import contract, experiment, plugins  # noqa: E402
 from magpo.config import cli  # noqa: E402
-from magpo.config.schema import RunConfig  # noqa: E402
+from magpo.config.schema import PositiveInt, RunConfig  # noqa: E402
 from magpo.contract import Algorithm  # noqa: E402
 from magpo.envs.wrappers import AutoReset  # noqa: E402
 from magpo.report import writer  # noqa: E402
-from magpo.runs import resume  # noqa: E402
 from magpo.types import Array, Environment  # noqa: E402
 
 IMPORTED = time.perf_counter()
@@ -247,7 +244,7 @@ def alone(lock: Path | None) -> Iterator[None]:
         yield
 
 
-def overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
+def measure_overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
     """Return the share of a run's time that checkpoints and logs take."""
     spent: dict[str, float] = defaultdict(float)
     attempt = writer.Writer._try
@@ -258,7 +255,6 @@ def overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
         spent["checkpoint" if name == "checkpoint" else "logging"] += time.perf_counter() - start
 
     with mock.patch.object(writer.Writer, "_try", timed), tempfile.TemporaryDirectory() as folder:
-        resume.TIME_SHARE = float("inf")
         result = experiment.run(module, replace(config, results_dir=folder))
         (written,) = Path(result.folder, "checkpoints").glob("*")
         size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
@@ -273,33 +269,27 @@ def overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Read the command line, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("system", help="one of " + ", ".join(plugins.systems()))
-    parser.add_argument("overrides", nargs="*", help="env=<suite>/<task> key=value ...")
-    parser.add_argument("--overhead", type=int, metavar="CHUNKS", help="of checkpoints and logs")
-    parser.add_argument("--lock", type=Path, metavar="FILE", help="what processes measure in turns")
-    parser.add_argument("--json", type=Path, help="also write the measurements to this file")
-    arguments = parser.parse_args()
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    with cli.exit_on_config_error():
-        config = configuration.load(arguments.system, arguments.overrides)
-        module = import_module(f"magpo.systems.{arguments.system}")
-        chunks, steps = 1, config.steps_per_update
-        if arguments.overhead:
-            chunks, steps = arguments.overhead, arguments.overhead * config.steps_per_chunk
-        short = [f"total_steps={steps}", f"num_evaluations={chunks}"]
-        if arguments.overhead:
-            short += ["absolute_metric=false", "keep=1"]
-        config = configuration.load(arguments.system, [*arguments.overrides, *short])
-        if arguments.overhead:
-            measured = overhead(module, config)
-        else:
-            measured = measure(contract.algorithm(module), config, arguments.lock)
+def main(
+    system: str,
+    *overrides: str,
+    overhead: PositiveInt | None = None,  # chunks
+    lock: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Measure, print."""
+    config = configuration.load(system, overrides)
+    module = plugins.system(system)
+    chunks, steps = 1, config.steps_per_update
+    if overhead:
+        chunks, steps = overhead, overhead * config.steps_per_chunk
+    short = [f"total_steps={steps}", f"num_evaluations={chunks}"]
+    if overhead:
+        short += ["absolute_metric=false", "keep=1", "checkpoint_share=1"]
+    config = configuration.load(system, [*overrides, *short])
+    if overhead:
+        measured = measure_overhead(module, config)
+    else:
+        measured = measure(contract.algorithm(module), config, lock)
 
     number, noun = len(config.members), "members" if config.vary else "seeds"
     members = f", {number} {noun}" if number > 1 else ""
@@ -311,11 +301,12 @@ def main() -> None:
             continue
         table.add_row(name, f"{value:,.0f}" if value >= 1000 else f"{value:.3g}")
     Console().print(table)
-    if arguments.json:
-        about = {"system": config.system, "task": config.env.name}
-        about |= {"overrides": arguments.overrides, "device": jax.devices()[0].device_kind}
-        arguments.json.write_text(json.dumps(about | measured, indent=2) + "\n")
+    if json:
+        about: dict[str, Any] = {"system": config.system, "task": config.env.name}
+        about |= {"overrides": overrides, "device": jax.devices()[0].device_kind}
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(dumps(about | measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

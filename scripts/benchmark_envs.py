@@ -8,7 +8,6 @@ restarts over that of the step and of the resets that were due; `part` is what t
 simulator's step. Medians over rounds in which each is timed once.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from magpo import envs, tables
+from magpo.config import cli
 from magpo.envs.wrappers import AutoReset
 from magpo.types import Array, action_spec
 
@@ -190,20 +190,14 @@ def measure(task: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(table: Path, *tasks: str) -> None:
     """Measure and write a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", type=Path)
-    parser.add_argument("tasks", nargs="*", default=TASKS)
-    arguments = parser.parse_args()
     rows = []
-    for task in arguments.tasks:
+    for task in tasks or TASKS:
         rows.append(measure(task))
         print(rows[-1], flush=True)
-    tables.write(arguments.table, rows)
+    tables.write(table, rows)
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

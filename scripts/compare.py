@@ -1,36 +1,34 @@
 """Interleave the timings of several experiments, so that machine noise affects all equally.
 
-    python scripts/compare.py scripts/results/cost.csv \
-        "mappo env=lbf/8x8-2p-2f-coop num_envs=64" "happo env=lbf/8x8-2p-2f-coop num_envs=64"
+    python scripts/compare.py scripts/results/cost.csv rounds=20 \
+        mappo env=lbf/8x8-2p-2f-coop num_envs=64  happo env=lbf/8x8-2p-2f-coop num_envs=64
 
-Every experiment is a system and overrides; relative is the median over the rounds of its time over
-the first one's in the same round.
+Every experiment is a system and the overrides after it; relative is the median over the rounds of
+its time over the first one's in the same round.
 """
 
-import argparse
 import random
 import statistics
 import time
-from importlib import import_module
 from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from magpo import config, contract, experiment, tables
+from magpo import config, contract, experiment, plugins, tables
 from magpo.config import cli
+from magpo.config.schema import PositiveInt
 
 wait: Any = jax.block_until_ready
 
 
-def start(experiment_text: str) -> tuple[Any, Any]:
+def start(system: str, *overrides: str) -> tuple[Any, Any]:
     """Return an experiment's update, compiled, and its state after one update."""
-    system, *overrides = experiment_text.split()
     settings = config.load(system, overrides)
     short = [f"total_steps={settings.steps_per_update}", "num_evaluations=1"]
     settings = config.load(system, [*overrides, *short])
-    algorithm = contract.algorithm(import_module(f"magpo.systems.{system}"))
+    algorithm = contract.algorithm(plugins.system(system))
     experiment.set_up_jax(settings)
     env = experiment.make_env(settings)
     setup = experiment.make_setup(algorithm, env, settings)
@@ -40,36 +38,34 @@ def start(experiment_text: str) -> tuple[Any, Any]:
     return update, wait(update(programs.init(inputs.train_keys, inputs.hyper)))[0]
 
 
-def main() -> None:
+def main(table: Path, system: str, *others: str, rounds: PositiveInt = 20) -> None:
     """Measure and write a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", type=Path)
-    parser.add_argument("experiments", nargs="+", help='"<system> env=<suite>/<task> key=value"')
-    parser.add_argument("--rounds", type=int, default=20)
-    arguments = parser.parse_args()
-    with cli.exit_on_config_error():
-        updates, states = map(list, zip(*map(start, arguments.experiments), strict=True))
+    experiments = [[system]]
+    for word in others:
+        if "=" in word:
+            experiments[-1].append(word)
+        else:
+            experiments.append([word])
+    updates, states = map(list, zip(*(start(*words) for words in experiments), strict=True))
     seconds: list[list[float]] = [[] for _ in updates]
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         for i in random.sample(range(len(updates)), len(updates)):
             begun = time.perf_counter()
             states[i] = wait(updates[i](states[i]))[0]
             seconds[i].append(time.perf_counter() - begun)
     rows = [
         {
-            "experiment": experiment_text,
+            "experiment": " ".join(words),
             "device": jax.devices()[0].device_kind,
             "update_s": f"{statistics.median(times):.3f}",
             "relative": f"{statistics.median(map(truediv, times, seconds[0])):.3f}",
         }
-        for experiment_text, times in zip(arguments.experiments, seconds, strict=True)
+        for words, times in zip(experiments, seconds, strict=True)
     ]
-    tables.write(arguments.table, rows)
+    tables.write(table, rows)
     for row in rows:
         print(*row.values())
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

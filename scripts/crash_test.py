@@ -1,12 +1,11 @@
 """Kill a run at random moments, resume it each time, and compare it with one left alone.
 
-    python scripts/crash_test.py --kills 30 magpo env=coordsum/3x10-30 ... results_dir=crash
+    python scripts/crash_test.py kills=30 seed=0 magpo env=coordsum/3x10-30 ... results_dir=crash
 
 Every second kill waits until a checkpoint is being written. Exit code 0: every resume succeeded,
 and the last checkpoint and the log are those of the run left alone, bit for bit.
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -19,19 +18,14 @@ import numpy as np
 
 from magpo import config
 from magpo.config import cli
+from magpo.config.schema import PositiveInt
 from magpo.runs import checkpoint
 
-# A checkpoint after every chunk, however short: more writing to be killed in.
-CHILD = (
-    "import sys; from importlib import import_module; from magpo.runs import resume; "
-    "resume.TIME_SHARE = float('inf'); "
-    "import_module('magpo.systems.' + sys.argv.pop(1)).main()"
-)
 
-
-def start(system: str, overrides: list[str]) -> subprocess.Popen[str]:
+def start(system: str, *overrides: str) -> subprocess.Popen[str]:
     """A process that trains; its console can be read."""
-    command = [sys.executable, "-c", CHILD, system, *overrides]
+    command = [sys.executable, "-m", f"magpo.systems.{system}", *overrides]
+    command.append("checkpoint_share=1")  # more writing to be killed in
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -90,42 +84,33 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in ("run", "wall_s")} for record in kept]
 
 
-def main() -> None:
-    """Read the command line, kill, compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("system")
-    parser.add_argument("overrides", nargs="+", help="those of a short run")
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    with cli.exit_on_config_error():
-        run = config.load(arguments.system, arguments.overrides)
+def main(system: str, *overrides: str, kills: PositiveInt = 30, seed: int = 0) -> None:
+    """Kill, compare."""
+    run = config.load(system, overrides)
     parent = Path(run.results_dir, run.system, *run.env.name.split("/"))
-    random.seed(arguments.seed)
+    random.seed(seed)
 
     before = set(parent.glob("*"))
-    finish(start(arguments.system, arguments.overrides))
+    finish(start(system, *overrides))
     (whole,) = set(parent.iterdir()) - before
     some_chunks_s = 1 + 4 * last_wall_s(whole) / run.num_evaluations
     killed, process, folder = 0, None, whole
-    while killed < arguments.kills:
+    while killed < kills:
         if process is None or newest(folder) == run.num_evaluations:  # done before it was killed
             if process is not None:
-                finish(start(arguments.system, [f"resume={folder}"]))
+                finish(start(system, f"resume={folder}"))
                 compare(whole, folder)
-            process = start(arguments.system, arguments.overrides)
+            process = start(system, *overrides)
             before = set(parent.iterdir())
             while not (new := set(parent.iterdir()) - before):
                 time.sleep(0.01)
             (folder,) = new
         else:
-            process = start(arguments.system, [f"resume={folder}"])
+            process = start(system, f"resume={folder}")
         kill(process, folder, killed % 2 == 1, some_chunks_s)
         killed += 1
         print(f"kill {killed}: {folder.name} at chunk {newest(folder)}", flush=True)
-    finish(start(arguments.system, [f"resume={folder}"]))
+    finish(start(system, f"resume={folder}"))
     compare(whole, folder)
     print(f"{killed} kills survived")
 
@@ -144,4 +129,4 @@ def compare(whole: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

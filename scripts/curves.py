@@ -1,17 +1,17 @@
 """Evaluation curves: from a run's metrics.jsonl to a small CSV, from CSVs to one picture.
 
-    python scripts/curves.py collect results/magpo/lbf/8x8-2p-2f-coop/<run-id> a.csv
-    python scripts/curves.py draw docs/a.png "MAGPO on lbf/8x8-2p-2f-coop" a.csv b.csv
+    python scripts/curves.py a.csv run=results/magpo/lbf/8x8-2p-2f-coop/<run-id>
+    python scripts/curves.py a.csv b.csv picture=docs/a.png title="MAGPO on lbf/8x8-2p-2f-coop"
 
-The picture's lines are means over seeds, each named by its file and, in a run that varies
+By default only eval/episode_return is collected: metrics=[eval/episode_return,eval/win_rate]. The
+picture's lines are means over seeds, each named by its file and, in a run that varies
 hyperparameters, by its setting, in a band from the smallest to the largest seed.
 """
 
-import argparse
 import csv
 import json
-import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,15 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from magpo import tables
+from magpo.config import cli
+from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 
 RETURN = "eval/episode_return"
 SETTING = "system."  # how the keys of varied hyperparameters begin
 
 
-class CurvesError(Exception):
-    """The request cannot be met; the message is one line."""
-
-
-def collect(run: Path, table: Path, metrics: list[str]) -> None:
+def collect(run: Path, table: Path, metrics: Sequence[str]) -> None:
     """Write a run's metrics, a row for each member and step at which it has one of them."""
     file = run / "metrics.jsonl"
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -48,9 +46,9 @@ def collect(run: Path, table: Path, metrics: list[str]) -> None:
                 row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(metrics, ""))
                 row[record["name"]] = f"{record['value']:.4g}"
         except UNREADABLE:
-            raise CurvesError(f"{file}: line {number} is no record") from None
+            raise ConfigError(f"{file}: line {number} is no record") from None
     if not rows:
-        raise CurvesError(f"{file}: has no value of {', '.join(metrics)}")
+        raise ConfigError(f"{file}: has no value of {', '.join(metrics)}")
     tables.write(table, list(rows.values()))
 
 
@@ -65,11 +63,11 @@ def read(table: Path) -> dict[str, dict[int, list[float]]]:
                 if row[RETURN]:
                     curves[name][int(row["env_steps"])].append(float(row[RETURN]))
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error):
-        raise CurvesError(f"{table}: is no table of {RETURN}") from None
+        raise ConfigError(f"{table}: is no table of {RETURN}") from None
     if not curves:
-        raise CurvesError(f"{table}: has no value of {RETURN}")
+        raise ConfigError(f"{table}: has no value of {RETURN}")
     if any(len(set(map(len, returns.values()))) > 1 for returns in curves.values()):
-        raise CurvesError(f"{table}: its seeds were not evaluated at the same steps")
+        raise ConfigError(f"{table}: its seeds were not evaluated at the same steps")
     return curves
 
 
@@ -96,31 +94,22 @@ def draw(picture: Path, title: str, files: list[Path]) -> None:
     figure.savefig(picture, dpi=150)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Read the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("collect")
-    command.add_argument("run", type=Path)
-    command.add_argument("table", type=Path)
-    command.add_argument("--metrics", nargs="+", default=[RETURN], help=f"default: {RETURN}")
-    command = commands.add_parser("draw")
-    command.add_argument("picture", type=Path)
-    command.add_argument("title")
-    command.add_argument("tables", type=Path, nargs="+")
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.command == "collect":
-            collect(arguments.run, arguments.table, arguments.metrics)
-        else:
-            draw(arguments.picture, arguments.title, arguments.tables)
-    except (CurvesError, OSError) as error:
-        print(f"curves: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(
+    table: Path,
+    *more: str,
+    run: Path | None = None,
+    metrics: tuple[str, ...] = (RETURN,),
+    picture: Path | None = None,
+    title: str = "",
+) -> None:
+    """Collect a run, draw tables."""
+    if (run is None) == (picture is None) or (run and more):
+        raise ConfigError("give a table and its run=<folder>, or tables and their picture=<file>")
+    if run:
+        collect(run, table, metrics)
+    if picture:
+        draw(picture, title, [table, *map(Path, more)])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.command(__doc__, main)

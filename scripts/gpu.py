@@ -1,6 +1,6 @@
 """Check and measure the library on a GPU, in at most nine minutes.
 
-    python scripts/gpu.py results/gpu        # or: make gpu
+    python scripts/gpu.py results/gpu minutes=9        # or: make gpu
 
 Writes into the folder:
 about.json       the card, its driver, the versions of what ran
@@ -13,10 +13,9 @@ curve_*.csv      ten seeds of coordsum/3x10-30, for as long as the time lasts
 Four programs compile side by side, without XLA's autotuning: with it, fourteen on one H200 were not
 compiled after eight minutes, and one program took 47 s instead of 28 s and was 5 % faster. What is
 timed has the GPU to itself. What is complete in the folder is not run again, so a second call goes
-on where time ran out.
+on where time ran out. only_numerics=true prints how far a first update is from the CPU's, no more.
 """
 
-import argparse
 import fcntl
 import json
 import os
@@ -27,14 +26,16 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from magpo import config, contract, experiment, tables
+from magpo import config, contract, experiment, plugins, tables
+from magpo.config import cli
+from magpo.config.schema import PositiveFloat
 from magpo.types import spec
 
 ROOT = Path(__file__).parents[1]
@@ -58,8 +59,8 @@ CHECKS = {
         *("tests/networks", "tests/systems/test_losses.py"),
         *("tests/experiment/test_resume.py", "tests/experiment/test_experiment.py"),
     ],
-    "resumed": [sys.executable, str(SCRIPTS / "crash_test.py"), "--kills", "2", *SHORT_RUN],
-    "numerics": [sys.executable, str(SCRIPTS / "gpu.py"), "--numerics", "."],
+    "resumed": [sys.executable, str(SCRIPTS / "crash_test.py"), "kills=2", *SHORT_RUN],
+    "numerics": [sys.executable, str(SCRIPTS / "gpu.py"), ".", "only_numerics=true"],
 }
 
 
@@ -68,7 +69,7 @@ def numerics(system: str) -> str:
     CPU's own lies from it if its parameters begin 1e-7 apart: PPO's updates amplify rounding."""
     run = config.load(system, [f"env={TASKS[0]}", "num_envs=16", "tuned=false"])
     experiment.set_up_jax(run)
-    algorithm = contract.algorithm(import_module(f"magpo.systems.{system}"))
+    algorithm = contract.algorithm(plugins.system(system))
     env = experiment.make_env(run)
     setup = algorithm.make(run.algorithm, spec(env))
     update = jax.jit(lambda state: algorithm.train_chunk(setup, env, state)[0].params)
@@ -166,7 +167,7 @@ def speed(row: tuple[str, ...], folder: Path, deadline: float) -> dict[str, Any]
     file = folder / "rows" / f"{log.stem}.json"
     if not file.exists():
         command = [sys.executable, str(SCRIPTS / "benchmark.py"), *row, "num_envs=128"]
-        command += ["--lock", str(folder / "lock"), "--json", str(file)]
+        command += [f"lock={folder / 'lock'}", f"json={file}"]
         call(command, log, deadline)
     if not file.exists():
         return None
@@ -196,25 +197,18 @@ def train(system: str, folder: Path, deadline: float) -> None:
     call(command, folder / "logs" / f"train_{system}.txt", deadline)
     for log in results.glob(f"{system}/*/*/*/metrics.jsonl"):
         table = str(folder / f"curve_{system}.csv")
-        collect = [sys.executable, str(SCRIPTS / "curves.py"), "collect", str(log.parent), table]
+        collect = [sys.executable, str(SCRIPTS / "curves.py"), table, f"run={log.parent}"]
         subprocess.run(collect, check=False)
 
 
-def main() -> None:
-    """Check, measure, train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--numerics", action="store_true", help="only that check, in this process")
-    arguments = parser.parse_args()
-    if arguments.numerics:
+def main(folder: Path, minutes: PositiveFloat = 9.0, *, only_numerics: bool = False) -> None:
+    """Check, measure, train; or only the check of numerics, in this process."""
+    if only_numerics:
         for system in ("magpo", "mappo", "sable"):
             print(numerics(system), flush=True)
         return
-    folder, started = arguments.folder.resolve(), time.monotonic()
-    deadline = started + 60 * arguments.minutes
+    folder, started = folder.resolve(), time.monotonic()
+    deadline = started + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "about.json").write_text(json.dumps(about(), indent=2) + "\n")
 
@@ -248,4 +242,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

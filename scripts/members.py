@@ -8,7 +8,6 @@ they compile: `total_s` is their wall time with start-up, compilation and evalua
 CPU time, `steps_per_s` the rate of training alone.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -51,32 +50,24 @@ def _training_seconds(file: Path) -> float:
     return float(sum(seconds.values()))
 
 
-def main() -> None:
+def main(table: Path, system: str, *overrides: str) -> None:
     """Measure all members at once, one after the other in one program, and in runs of their own."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", type=Path)
-    parser.add_argument("system")
-    parser.add_argument("overrides", nargs="+", help="among them vary.<key>=[...] for one key")
-    arguments = parser.parse_args()
-    with cli.exit_on_config_error():
-        run = config.load(arguments.system, arguments.overrides)
-    shared = [o for o in arguments.overrides if not o.startswith("vary.")]
+    run = config.load(system, overrides)
+    shared = [o for o in overrides if not o.startswith("vary.")]
     own = [[f"{k}={text(v)}" for k, v in setting.items()] for setting in run.settings]
     ways = {
-        "one program": [arguments.overrides],
-        "one program, seeds_per_batch=1": [[*arguments.overrides, "seeds_per_batch=1"]],
+        "one program": [[*overrides]],
+        "one program, seeds_per_batch=1": [[*overrides, "seeds_per_batch=1"]],
         "a run for each": [[*shared, *setting] for setting in own],
     }
     steps = run.trained_steps * len(run.members)
     rows = []
     for name, runs in ways.items():
-        row = {"command": " ".join([arguments.system, *arguments.overrides]), "members": name}
-        rows.append(row | measure(arguments.system, runs, steps))
+        row = {"command": " ".join([system, *overrides]), "members": name}
+        rows.append(row | measure(system, runs, steps))
         print(rows[-1], flush=True)
-    tables.write(arguments.table, rows)
+    tables.write(table, rows)
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

@@ -1,6 +1,6 @@
 """From results folders to a paper's figures and its table.
 
-    python scripts/plot.py results/ out/
+    python scripts/plot.py results/ [more/ ...] out=out/ reps=10000
 
 reads every run under the folders, finished or not, and writes
 
@@ -14,10 +14,9 @@ once, the newest run's. Where settings differ, between runs or within a run that
 has its own line, named after the differences. The final evaluation is the last one that all pooled
 seeds have; the papers report absolute metrics. The aggregates are rliable's (Agarwal et al., 2021):
 `pip install -e '.[plot]'`. Their intervals are percentiles of a stratified bootstrap: seeds are
-drawn anew within each task.
+drawn anew within each task, `reps` times.
 """
 
-import argparse
 import csv
 import importlib
 import json
@@ -40,6 +39,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
+from magpo.config import cli
+from magpo.config.schema import PositiveInt
+from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 from magpo.report import curve
 
@@ -48,7 +50,7 @@ WIN_RATE_SUITES = {"smax", "connector"}
 # What says who ran it, how long it was looked at and where to, not what was learned.
 NO_SETTINGS = {
     *("run", "seeds", "seeds_per_batch", "num_evaluations", "eval_episodes", "absolute_metric"),
-    *("platform", "logger", "results_dir", "keep"),
+    *("platform", "logger", "results_dir", "keep", "checkpoint_share"),
 }
 MARK = "*"
 Metric = Callable[..., Any]  # of (N, M) matrices: seeds, tasks
@@ -61,10 +63,6 @@ COLOURS = (
     *(curve.BLUE, curve.ORANGE, "#2b8a3e", "#8e44ad", "#c2185b", "#00868b", "#8a6d1d"),
     *("#3d3d3d", "#6c8ebf", "#e08e79"),
 )
-
-
-class PlotError(Exception):
-    """What is asked cannot be drawn; the message is one line."""
 
 
 class Run(NamedTuple):
@@ -146,7 +144,7 @@ def read(folder: Path) -> list[Run]:
                 of_seed = run.values.setdefault(index(record["seed"]), {})
                 of_seed[index(record["env_steps"])] = record["value"] + 0.0
             except UNREADABLE:
-                raise PlotError(f"{folder}/metrics.jsonl: line {number} is no record") from None
+                raise ConfigError(f"{folder}/metrics.jsonl: line {number} is no record") from None
     return list(runs.values())
 
 
@@ -155,24 +153,24 @@ def settings_of(folder: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise PlotError(f"{folder}: config.yaml holds no settings")
+            raise ConfigError(f"{folder}: config.yaml holds no settings")
         return flat({key: value for key, value in config.items() if key not in NO_SETTINGS})
     except UNREADABLE:
-        raise PlotError(f"{folder}: config.yaml is missing or cannot be read") from None
+        raise ConfigError(f"{folder}: config.yaml is missing or cannot be read") from None
 
 
 def find(folders: list[Path]) -> list[Run]:
     """All runs under the folders that have evaluations, each once."""
     for folder in folders:
         if not folder.is_dir():
-            raise PlotError(f"no such folder: {folder}")
+            raise ConfigError(f"no such folder: {folder}")
     found = {file.parent.resolve() for folder in folders for file in folder.rglob("metrics.jsonl")}
     names = ", ".join(map(str, folders))
     if not found:
-        raise PlotError(f"no runs (metrics.jsonl) under {names}")
+        raise ConfigError(f"no runs (metrics.jsonl) under {names}")
     runs = [run for folder in sorted(found) for run in read(folder)]
     if not runs:
-        raise PlotError(f"no run under {names} has an evaluation yet")
+        raise ConfigError(f"no run under {names} has an evaluation yet")
     return runs
 
 
@@ -188,7 +186,7 @@ def pool(runs: list[Run]) -> list[Line]:
             seeds = [newest[seed] for seed in sorted(newest)]
             steps = sorted(set[int].intersection(*(set(seed) for seed in seeds)))
             if not steps:
-                raise PlotError(f"{label} on {suite}/{task}: no evaluation that all seeds have")
+                raise ConfigError(f"{label} on {suite}/{task}: no evaluation that all seeds have")
             values = np.array([[seed[step] for seed in seeds] for step in steps])
             lines.append(Line(label, suite, task, np.array(steps), values, published(same[-1])))
     return sorted(lines)
@@ -351,11 +349,11 @@ def matrix(scores: dict[str, np.ndarray], tasks: list[str]) -> np.ndarray:
 
 
 def rliable_metrics() -> Any:
-    """rliable's metrics; PlotError where it is not installed."""
+    """rliable's metrics; ConfigError where it is not installed."""
     try:
         return importlib.import_module("rliable.metrics")
     except ImportError:
-        raise PlotError("rliable is not installed: pip install -e '.[plot]'") from None
+        raise ConfigError("rliable is not installed: pip install -e '.[plot]'") from None
 
 
 def beats(x: np.ndarray, y: np.ndarray) -> float:
@@ -493,12 +491,10 @@ def draw_suite(out: Path, lines: list[Line], colours: dict[str, str], reps: int)
         draw_rows(path, rows, title, f"P(X > Y) of the final evaluation{why}", 0.5)
 
 
-def plot(folders: list[Path], out: Path, reps: int) -> None:
+def main(results: Path, *more: str, out: Path, reps: PositiveInt = 10000) -> None:
     """Write all figures and the table."""
-    if reps < 1:
-        raise PlotError(f"--reps must be at least 1, not {reps}")
     rliable_metrics()  # before anything is written
-    lines = pool(find(folders))
+    lines = pool(find([results, *map(Path, more)]))
     out.mkdir(parents=True, exist_ok=True)
     labels = sorted({line.label for line in lines})
     colours = dict(zip(labels, COLOURS, strict=False))
@@ -514,22 +510,5 @@ def plot(folders: list[Path], out: Path, reps: int) -> None:
         print(f"plot: note: {note}", file=sys.stderr)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Read the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, nargs="+", help="folders, searched for runs")
-    parser.add_argument("out", type=Path, help="folder of the figures, made where missing")
-    parser.add_argument("--reps", type=int, default=10000, help="bootstrap draws of the aggregates")
-    parsed = parser.parse_args(arguments)
-    try:
-        plot(parsed.results, parsed.out, parsed.reps)
-    except (PlotError, OSError) as error:
-        print(f"plot: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.command(__doc__, main)

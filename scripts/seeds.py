@@ -2,11 +2,11 @@
 
     python scripts/seeds.py scripts/results/seeds.csv magpo env=coordsum/3x10-30 num_envs=4,16,64
 
-Each row is one call of scripts/benchmark.py with all seeds in one program; `speedup` is against the
-program of one seed as often, start-up and compilation left out, and `start_up_s` says what that is.
+The last override lists sizes; number=10 says how many seeds. Each row is one call of
+scripts/benchmark.py with all seeds in one program; `speedup` is against the program of one seed as
+often, start-up and compilation left out, and `start_up_s` says what that is.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from magpo import tables
+from magpo import config, tables
+from magpo.config import cli
+from magpo.config.schema import PositiveInt
 
 BENCHMARK = str(Path(__file__).with_name("benchmark.py"))
 
@@ -23,32 +25,25 @@ def benchmark(system: str, overrides: list[str]) -> dict[str, Any]:
     """Return the measurements of one program, made in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "measured.json")
-        command = [sys.executable, BENCHMARK, system, *overrides, "--json", str(file)]
+        command = [sys.executable, BENCHMARK, system, *overrides, f"json={file}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         measured: dict[str, Any] = json.loads(file.read_text())
     return measured
 
 
-def main() -> None:
+def main(table: Path, system: str, *overrides: str, number: PositiveInt = 10) -> None:
     """Measure each size alone, together and in batches of one, and write a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", type=Path)
-    parser.add_argument("system")
-    parser.add_argument("overrides", nargs="+", help="the last may list sizes: num_envs=4,16")
-    parser.add_argument("--seeds", type=int, default=10)
-    arguments = parser.parse_args()
-    listed = next(text for text in reversed(arguments.overrides) if "=" in text)
+    *others, listed = overrides or ("env=",)
     key, _, values = listed.partition("=")
-    others = [text for text in arguments.overrides if text is not listed]
-    seeds = f"seeds={list(range(arguments.seeds))}".replace(" ", "")
+    sizes = [[*others, f"{key}={value}"] for value in values.split(",")]
+    for size in sizes:
+        config.load(system, size)
+    seeds = f"seeds={list(range(number))}".replace(" ", "")
     rows = []
-    for value in values.split(","):
-        size = [*others, f"{key}={value}"]
-        alone = benchmark(arguments.system, size)["steps_per_s"]
+    for size in sizes:
+        alone = benchmark(system, size)["steps_per_s"]
         for at_once in ([], ["seeds_per_batch=1"]):
-            measured = benchmark(arguments.system, [*size, seeds, *at_once])
+            measured = benchmark(system, [*size, seeds, *at_once])
             rows.append(
                 {
                     "overrides": " ".join([*size, seeds, *at_once]),
@@ -61,8 +56,8 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    tables.write(arguments.table, rows)
+    tables.write(table, rows)
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

@@ -9,9 +9,10 @@ where they have none of their own. The budget's columns (environments, updates, 
 left out: budget/ has them. IPPO's rows are MAPPO's.
 """
 
-import argparse
 import csv
 from pathlib import Path
+
+from magpo.config import cli
 
 TABLE = Path(__file__).parent / "published" / "tuned_hyperparameters.csv"
 TUNED = Path(__file__).parents[1] / "configs" / "tuned_values"
@@ -49,13 +50,9 @@ def texts(table: Path) -> dict[str, str]:
     return {f"{system}/{task}.yaml": render(system, row) for (system, task), row in of.items()}
 
 
-def main() -> None:
+def main(table: Path = TABLE) -> None:
     """Write all systems' files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", type=Path, nargs="?", default=TABLE)
-    written = texts(parser.parse_args().table)
+    written = texts(table)
     for name, text in written.items():
         path = TUNED / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

@@ -1,6 +1,7 @@
 """JAX on the CPU, with one compilation cache for all tests and the processes they start."""
 
 import os
+import sys
 from importlib import metadata
 
 import pytest
@@ -18,3 +19,20 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     # Tests run little of what they compile: unoptimised, that takes a third of the time.
     os.environ.setdefault("XLA_FLAGS", QUICK)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Call a script with a command line that it refuses; its one line that says why."""
+
+    def call(script, *arguments):
+        from magpo.config import cli  # not before the variables above are set
+
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.command(script.__doc__, script.main)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    return call

@@ -15,7 +15,7 @@ SHORT = [
 
 def measured(folder, *arguments):
     file = folder / "new" / "measured.json"
-    command = [sys.executable, SCRIPT, "magpo", *SHORT, *arguments, "--json", str(file)]
+    command = [sys.executable, SCRIPT, "magpo", *SHORT, *arguments, f"json={file}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text())
@@ -31,7 +31,7 @@ def test_the_benchmark_reports_every_measurement(tmp_path):
 
 def test_the_cost_of_checkpoints_and_logs_is_measured(tmp_path):
     short = ("total_steps=192", "num_evaluations=3", "eval_episodes=2")
-    found = measured(tmp_path, *short, "--overhead", "2")
+    found = measured(tmp_path, *short, "overhead=2")
     assert found["chunk_s"] * 2 == found["run_s"] > 0
     assert found["checkpoint_s"] > 0 and found["checkpoint_mb"] > 0
     assert found["share_of_checkpoints"] > 0 and found["share_of_logging"] > 0

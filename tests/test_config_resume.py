@@ -51,8 +51,9 @@ def test_resume_below_home(saved, monkeypatch):
 
 def test_resume_may_log_elsewhere(saved):
     folder, run = saved
-    changed = config.load("magpo", [f"resume={folder}", "logger=tensorboard", "keep=5"])
-    assert changed.logger.tensorboard and changed.keep == 5
+    kept = "keep=5", "checkpoint_share=0.5"
+    changed = config.load("magpo", [f"resume={folder}", "logger=tensorboard", *kept])
+    assert changed.logger.tensorboard and (changed.keep, changed.checkpoint_share) == (5, 0.5)
     assert not config.differences(config.dump(run), config.dump(changed))
 
 
@@ -102,7 +103,7 @@ def test_mutated_configs_are_refused_or_mean_what_they_say(saved):
         except ConfigError:
             refused += 1
             continue
-        shown_only = ("logger", "results_dir", "keep")
+        shown_only = ("logger", "results_dir", "keep", "checkpoint_share")
         changed = {key for key in before if config.dump(read)[key] != before[key]}
         assert bool(config.differences(before, config.dump(read))) == bool(changed - {*shown_only})
     assert refused > 100

@@ -24,11 +24,11 @@ def test_null_values_and_a_half_written_line_are_skipped(tmp_path):
     text = record(0, 0, 0.25) + record(1, 0, 0.75) + record(0, 5, None) + record(1, 5, None)
     (tmp_path / "metrics.jsonl").write_text(text + record(0, 9, 1.0)[:-9])
     table, picture = tmp_path / "a.csv", tmp_path / "a.png"
-    assert curves.main(["collect", str(tmp_path), str(table)]) == 0
+    curves.main(table, run=tmp_path)
     with table.open() as file:
         rows = [tuple(row.values()) for row in csv.DictReader(file)]
     assert rows == [("0", "0", "0.25"), ("1", "0", "0.75")]
-    assert curves.main(["draw", str(picture), "title", str(table)]) == 0
+    curves.main(table, picture=picture, title="title")
     assert picture.stat().st_size > 10_000
 
 
@@ -47,12 +47,10 @@ def test_null_values_and_a_half_written_line_are_skipped(tmp_path):
     ],
     ids=lambda text: text and text[:90],
 )
-def test_a_run_that_cannot_be_collected_is_one_line(text, tmp_path, capsys):
+def test_a_run_that_cannot_be_collected_is_one_line(text, tmp_path, refused):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
-    assert curves.main(["collect", str(tmp_path), str(tmp_path / "a.csv")]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("curves: ") and "metrics.jsonl" in err and err.count("\n") == 1
+    assert "metrics.jsonl" in refused(curves, tmp_path / "a.csv", f"run='{tmp_path}'")
     assert not (tmp_path / "a.csv").exists()
 
 
@@ -68,11 +66,16 @@ def test_a_run_that_cannot_be_collected_is_one_line(text, tmp_path, capsys):
         "\xff\n",
     ],
 )
-def test_a_table_that_cannot_be_drawn_is_one_line(rows, tmp_path, capsys):
+def test_a_table_that_cannot_be_drawn_is_one_line(rows, tmp_path, refused):
     table = tmp_path / "a.csv"
     if rows is not None:
         table.write_text(f"seed,env_steps,{curves.RETURN}\n{rows}", encoding="latin-1")
-    assert curves.main(["draw", str(tmp_path / "a.png"), "title", str(table)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("curves: ") and str(table) in err and err.count("\n") == 1
+    assert str(table) in refused(
+        curves, table, f"picture='{tmp_path / 'a.png'}'", "title=one of two"
+    )
     assert not (tmp_path / "a.png").exists()
+
+
+def test_what_is_neither_collected_nor_drawn_is_one_line(refused):
+    assert "run=<folder>, or tables" in refused(curves, "a.csv")
+    assert "run=<folder>, or tables" in refused(curves, "a.csv", "run=here", "metric=loss/policy")

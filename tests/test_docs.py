@@ -44,9 +44,8 @@ def test_the_readme_explains_every_metric(name):
     assert networks and all(f"`{network}`" in shared for network in networks)
 
 
-def test_the_readmes_table_of_systems_is_the_codes(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["magpo.systems", "--markdown"])
-    systems_table.main()
+def test_the_readmes_table_of_systems_is_the_codes(capsys):
+    systems_table.main(markdown=True)
     assert capsys.readouterr().out in README
 
 

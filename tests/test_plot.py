@@ -41,8 +41,8 @@ def write(root, system, finals, *, suite="lbf", task=TASK, name="a", steps=STEPS
     return folder
 
 
-def drawn(root, *more):
-    assert plot.main([str(root), str(root / "out"), "--reps", "50", *more]) == 0
+def drawn(root):
+    plot.main(root, out=root / "out", reps=50)
     with (root / "out" / "summary.csv").open() as file:
         return {(row["system"], row["task"]): row for row in csv.DictReader(file)}
 
@@ -219,7 +219,7 @@ def test_pictures_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["missing", "empty", "untrained", "no config", "garbage"])
-def test_bad_input_is_one_line(wrong, tmp_path, capsys):
+def test_bad_input_is_one_line(wrong, tmp_path, refused):
     root = tmp_path / "results"
     if wrong != "missing":
         root.mkdir()
@@ -229,9 +229,7 @@ def test_bad_input_is_one_line(wrong, tmp_path, capsys):
         (write(root, "magpo", {0: 0.4}) / "config.yaml").unlink()
     if wrong == "garbage":
         (write(root, "magpo", {0: 0.4}) / "metrics.jsonl").write_text('"eval/episode_return"\n')
-    assert plot.main([str(root), str(tmp_path / "out")]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("plot: ") and err.count("\n") == 1 and str(root) in err
+    assert str(root) in refused(plot, root, f"out='{tmp_path / 'out'}'")
     assert not (tmp_path / "out").exists()
 
 
@@ -254,23 +252,22 @@ def test_bad_input_is_one_line(wrong, tmp_path, capsys):
     ],
     ids=lambda text: str(text)[:30],
 )
-def test_a_damaged_file_is_one_line_that_names_it(name, old, new, tmp_path, capsys):
+def test_a_damaged_file_is_one_line_that_names_it(name, old, new, tmp_path, refused):
     file = write(tmp_path, "magpo", {0: 0.4}) / name
     assert old in file.read_bytes()
     file.write_bytes(file.read_bytes().replace(old, new))
-    assert plot.main([str(tmp_path), str(tmp_path / "out")]) == 2
-    err = capsys.readouterr().err
-    assert str(file.parent) in err and name in err and err.count("\n") == 1
+    line = refused(plot, tmp_path, f"out='{tmp_path / 'out'}'")
+    assert str(file.parent) in line and name in line
 
 
-def test_an_output_that_cannot_be_a_folder_is_one_line(tmp_path, capsys):
+def test_an_output_that_cannot_be_a_folder_is_one_line(tmp_path, refused):
     write(tmp_path, "magpo", {0: 0.4})
     (tmp_path / "out").write_text("")
-    assert plot.main([str(tmp_path), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "out" in refused(plot, tmp_path, f"out='{tmp_path / 'out'}'")
 
 
-def test_no_bootstrap_draws_is_one_line(tmp_path, capsys):
+def test_no_bootstrap_draws_is_one_line(tmp_path, refused):
     write(tmp_path, "magpo", {0: 0.4})
-    assert plot.main([str(tmp_path), str(tmp_path / "out"), "--reps", "0"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "reps must be greater than 0" in refused(
+        plot, tmp_path, f"out='{tmp_path / 'out'}'", "reps=0"
+    )

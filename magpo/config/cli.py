@@ -5,12 +5,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
+from inspect import Parameter, signature
 from itertools import groupby, product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, get_type_hints
 
 import jax
 import yaml
@@ -22,7 +22,6 @@ from magpo.envs import registry
 from magpo.errors import ConfigError
 from magpo.files import complain
 
-T = TypeVar("T")
 Run = Callable[[ModuleType, RunConfig], object]
 
 
@@ -47,33 +46,61 @@ def main(system: str | ModuleType, run: Run, config_dir: Path | None = None) -> 
             run(module, compose.load(module, arguments, config_dir))
 
 
-def command(
-    usage: str, schema: type[T], defaults: Mapping[str, Any], run: Callable[[T], None]
-) -> None:
-    """Run a command of key=value arguments, checked by a dataclass; print its usage without any, or
-    with --help. The default `...` asks for a value. Keys below `env` go to the field `options`,
-    those below `vary` to `vary`; `import=` imports plugins."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(usage)
+def command(usage: str | None, run: Callable[..., object]) -> None:
+    """Call a function with the command line's arguments, checked by the types of its parameters, or
+    print the usage: with --help, and where arguments are needed and there are none.
+
+    A parameter is a key; --key is short for key=true, and words without "=" are the positional
+    parameters. What belongs to none goes to the function's *args as it is. Keys below `env` go to
+    the parameter `options`, those below `vary` to `vary`; `import=` imports plugins.
+    """
+    arguments, bound = sys.argv[1:], signature(run).bind_partial()
+    parameters = bound.signature.parameters
+    rest = {key for key, p in parameters.items() if p.kind is p.VAR_POSITIONAL}
+    required = [key for key, p in parameters.items() if p.default is p.empty and key not in rest]
+    if {"-h", "--help"} & set(arguments) or (required and not arguments):
+        print(str(usage).strip())
         return
     jax.config.update("jax_enable_x64", False)  # type: ignore[no-untyped-call]
     with exit_on_config_error():
-        imports, arguments = compose.split_imports(arguments)
-        plugins.load(imports)
-        values: dict[str, Any] = deepcopy(dict(defaults))
-        for change in map(compose.parse, arguments):
+        try:
+            imports, own = compose.split_imports(arguments)
+            plugins.load(imports)
+            given = _given(arguments if rest else own, parameters)
+            if missing := [key for key in required if key not in given]:
+                raise ConfigError(f"{missing[0]}=<...> is missing")
+            types = get_type_hints(run, include_extras=True)
+            others = {key: given.pop(key) for key in rest & given.keys()}
+            schema = make_dataclass("Arguments", [(key, types[key]) for key in given])
+            bound.arguments.update(vars(validate(schema, given)), **others)
+            run(*bound.args, **bound.kwargs)
+        except OSError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _given(arguments: Sequence[str], parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+    """Return the values of the arguments by the parameters that they belong to."""
+    rest = [key for key, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
+    words = [key for key, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    known = [key for key in parameters if key not in rest]
+    given: dict[str, Any] = {}
+    for argument in arguments:
+        text = f"{argument[2:]}=true" if argument.startswith("--") else argument
+        if "=" not in text and (free := [key for key in words if key not in given]):
+            given[free[0]] = text
+        elif rest and text.partition("=")[0] not in known:
+            given[rest[0]] = (*given.get(rest[0], ()), text)
+        else:
+            change = compose.parse(text)
             group, _, option = change.key.partition(".")
             group = {"env": "options", "vary": "vary"}.get(group, "")
-            if option and group in values:
-                values[group][option] = change.value
-            elif change.key not in values:
-                raise ConfigError(unknown_key(change.key, [*values, "import"]))
+            if option and group in known:
+                given[group] = given.get(group, {}) | {option: change.value}
+            elif change.key not in known:
+                raise ConfigError(unknown_key(change.key, [*known, "import"]))
             else:
-                values[change.key] = change.value
-        if missing := [key for key, value in values.items() if value is ...]:
-            raise ConfigError(f"{missing[0]}=<...> is missing")
-        run(validate(schema, values))
+                given[change.key] = change.value
+    return given
 
 
 @contextmanager

@@ -125,6 +125,7 @@ class RunConfig:
     logger: LoggerConfig
     results_dir: UserPath
     keep: NonNegativeInt  # checkpoints; 0: none are written
+    checkpoint_share: Annotated[PositiveFloat, Field(le=1)]  # of the run's time, for writing them
     resume: UserPath | None  # a run's folder, or "auto"
     allow_changes: tuple[str, ...]  # keys that may differ from those of the run that is resumed
     distributed: DistributedConfig
@@ -232,7 +233,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
         key: f"{flat_old.get(key, 'none')}, now {flat_new.get(key, 'none')}"
         for key in {**flat_old, **flat_new}
         if flat_old.get(key) != flat_new.get(key)
-        and key.partition(".")[0] not in ("logger", "results_dir", "keep")
+        and key.partition(".")[0] not in ("logger", "results_dir", "keep", "checkpoint_share")
     }
 
 

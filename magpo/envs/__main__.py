@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 
 from magpo import envs, tables
+from magpo.config import cli
 
 COLUMNS = ("task", "agents", "view", "actions", "steps", "terminates", "at the limit", "metric")
 
@@ -37,10 +38,10 @@ def rows() -> Iterator[list[str]]:
         print("left out:", reason, file=sys.stderr)
 
 
-def main() -> None:
+def main(*, markdown: bool = False) -> None:
     """Print the table."""
-    tables.show("magpo.envs", "tasks", COLUMNS, rows())
+    tables.show(COLUMNS, rows(), markdown)
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

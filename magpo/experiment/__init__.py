@@ -1,7 +1,7 @@
 """One experiment: train, evaluate, log and save a run's members. `run` is for Python, `main` for a
 system's command line."""
 
-from magpo.experiment.loop import ABSOLUTE_EVALUATIONS, Result, main, run
+from magpo.experiment.loop import Result, main, run
 from magpo.experiment.programs import (
     build_programs,
     compile_programs,
@@ -14,7 +14,6 @@ from magpo.experiment.recorder import DivergenceError
 from magpo.hardware.devices import set_up_jax
 
 __all__ = [
-    "ABSOLUTE_EVALUATIONS",
     "DivergenceError",
     "Result",
     "build_programs",

@@ -1,6 +1,5 @@
 """The runs under a folder, in a table: `python -m magpo.runs [results]`."""
 
-import argparse
 import json
 import math
 import os
@@ -18,11 +17,18 @@ from rich.text import Text
 
 from magpo import config as configuration
 from magpo import plugins
+from magpo.config import cli
 from magpo.config.members import short_key
+from magpo.config.schema import UserPath
+from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 from magpo.runs.folders import CONFIG, STATUS, status
 
 RETURN = b"eval/episode_return"
+USAGE = """\
+usage: python -m magpo.runs [results]
+
+Lists the runs under a folder, the newest last, and how to resume those that ended early."""
 
 
 class Summary(NamedTuple):
@@ -106,14 +112,13 @@ def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run `python -m magpo.runs [results]`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m magpo.runs",
-        description="List runs, the newest last, and how to resume those that ended early.",
-    )
-    parser.add_argument("results", nargs="?", default="results", help="a folder of runs")
-    root = Path(parser.parse_args().results).expanduser()
+    cli.command(USAGE, _main)
+
+
+def _main(results: UserPath = "results") -> None:
+    root = Path(results)
     if not os.path.isdir(root):  # False for any text, unlike Path.is_dir
-        parser.error(f"{root}: no such folder")
+        raise ConfigError(f"{root}: no such folder")
     runs = summaries(root)
     if not runs:
         print(f"no runs under {root}")

@@ -23,7 +23,6 @@ from magpo.runs import checkpoint, folders
 from magpo.runs.checkpoint import CheckpointError
 from magpo.types import EnvSpec
 
-TIME_SHARE = 0.02  # the largest share of a run's time that writing checkpoints may take
 MEMBERS = ("seeds", "vary")  # the keys that say which members a run has
 
 
@@ -147,7 +146,7 @@ def _load(path: Path, meta: dict[str, Any], config: RunConfig, state: Any, best:
 
 
 class Saver:
-    """Lets the writer thread save the run, as often as TIME_SHARE allows.
+    """Lets the writer thread save the run, as often as `checkpoint_share` allows.
 
     Several processes have clocks of their own: they save after every chunk, and wait for it.
     """
@@ -216,8 +215,7 @@ class Saver:
             if processes.is_first():
                 checkpoint.prune(root, self.config.keep)
         finally:
-            now = time.monotonic()
-            self.next = now + (now - start) / TIME_SHARE
+            self.next = start + (time.monotonic() - start) / self.config.checkpoint_share
             self.idle.set()
 
     def _save_log(self, chunk: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """`python -m magpo.systems`: all systems in a table; --markdown: as the README has it."""
 
 from magpo import contract, plugins, tables
+from magpo.config import cli
 
 COLUMNS = ("system", "centralised", "deployed", "carry", "parameters", "actions")
 
@@ -12,10 +13,10 @@ def row(name: str) -> list[str]:
     return [name, *words, "discrete, continuous"]
 
 
-def main() -> None:
+def main(*, markdown: bool = False) -> None:
     """Print the table."""
-    tables.show("magpo.systems", "systems", COLUMNS, map(row, plugins.systems()))
+    tables.show(COLUMNS, map(row, plugins.systems()), markdown)
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

@@ -163,6 +163,7 @@ def config(tmp_path):
         logger=LoggerConfig(True, True, False, False, None, ()),
         results_dir=str(tmp_path / "results"),
         keep=2,
+        checkpoint_share=1.0,
         resume=None,
         allow_changes=(),
         distributed=DistributedConfig(None, None, None),

@@ -16,9 +16,8 @@ SHORT = [
     *("network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"),
 ]
 TRAIN = (
-    "from magpo import experiment; "
-    "from magpo.runs import checkpoint, resume; from magpo.systems import magpo; "
-    "resume.TIME_SHARE = float('inf'); {}experiment.main(magpo)"
+    "from magpo import experiment; from magpo.runs import checkpoint; "
+    "from magpo.systems import magpo; {}experiment.main(magpo)"
 )
 SCRIPT = """
 mount -t tmpfs -o size=540k tmpfs {disk} || exit 99
@@ -46,7 +45,7 @@ def results(unforeseen, tmp_path):
     out.mkdir()
     own = [] if os.geteuid() == 0 else ["--map-root-user", "--user"]
     train = [sys.executable, "-c", TRAIN.format(unforeseen), *SHORT]
-    train += [f"results_dir={disk}", "keep=9", "resume=auto"]
+    train += [f"results_dir={disk}", "keep=9", "checkpoint_share=1", "resume=auto"]
     script = ["sh", "-c", SCRIPT.format(disk=disk, out=out), "-", *train]
     if shutil.which("unshare") is None:
         pytest.skip("no unshare")

@@ -267,7 +267,6 @@ def test_the_curve_is_drawn(vary):
 
 
 def always_save(monkeypatch):
-    monkeypatch.setattr(resume, "TIME_SHARE", np.inf)
     offer = resume.Saver.offer
 
     def patient(self, *args):

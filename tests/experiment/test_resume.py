@@ -18,7 +18,6 @@ from magpo.runs import checkpoint, folders, resume
 
 @pytest.fixture(autouse=True)
 def _a_checkpoint_after_every_chunk(monkeypatch):
-    monkeypatch.setattr(resume, "TIME_SHARE", np.inf)
     offer = resume.Saver.offer
 
     def patient(self, *args):
@@ -94,8 +93,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, monkeypatch, chunk):
 
 
 def test_what_an_interruption_would_lose_is_saved(config, monkeypatch):
-    monkeypatch.setattr(resume, "TIME_SHARE", 1e-9)
-    folder = stop_after(monkeypatch, config, 4)
+    folder = stop_after(monkeypatch, dataclasses.replace(config, checkpoint_share=1e-9), 4)
     names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
     assert names == ["00000003", "00000001"]  # the first is always due
     run(config, resume=str(folder))  # the log had chunk 4 already

@@ -1,0 +1,98 @@
+"""Functions as command lines: keys, words, what goes through, refusals; the scripts' own help."""
+
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+from magpo.config import cli
+from magpo.config.schema import PositiveInt
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
+WHOLE = (Path("a.csv"), "magpo", ("env=lbf/x", "system.lr=[1]"), 3, True)
+found = []
+
+
+def main(
+    table: Path, system: str, *overrides: str, rounds: PositiveInt = 20, quick: bool = False
+) -> None:
+    found.append((table, system, overrides, rounds, quick))
+
+
+def closed(folder: Path = Path("results"), *, rounds: PositiveInt = 20) -> None:
+    found.append(list(folder.iterdir()) * rounds)
+
+
+def call(monkeypatch, function, *arguments):
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    found.clear()
+    cli.command("the usage", function)
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("a.csv", "magpo", "env=lbf/x", "system.lr=[1]", "rounds=3", "quick=true"),
+        ("--quick", "env=lbf/x", "rounds=3", "system=magpo", "a.csv", "system.lr=[1]"),
+        (
+            "table=b.csv",
+            "table=a.csv",
+            "magpo",
+            "env=lbf/x",
+            "system.lr=[1]",
+            "--quick",
+            "rounds=3",
+        ),
+    ],
+)
+def test_own_keys_are_taken_out_and_the_rest_goes_through(monkeypatch, arguments):
+    assert call(monkeypatch, main, *arguments) == [WHOLE]
+
+
+def test_what_goes_through_is_as_it_was_written(monkeypatch):
+    others = ("happo", "num_envs=4,16", "results_dir='a b'", "overrides=3", "x={")
+    ((*_, through, rounds, quick),) = call(monkeypatch, main, "a.csv", "magpo", *others)
+    assert (through, rounds, quick) == (others, 20, False)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "line"),
+    [
+        (main, ["a.csv"], "system=<...> is missing"),
+        (main, ["a.csv", "magpo", "rounds=0"], "rounds must be greater than 0, not 0"),
+        (main, ["a.csv", "magpo", "quick=1"], "quick must be a valid boolean, not 1"),
+        (closed, ["here", "there"], "cannot read 'there': write key=value"),
+        (closed, ["round=3"], "unknown key 'round': did you mean 'rounds'? --help lists all"),
+        (closed, ["--round"], "unknown key 'round': did you mean 'rounds'? --help lists all"),
+        (closed, ["nowhere"], "No such file or directory: 'nowhere'"),
+    ],
+)
+def test_bad_arguments_are_one_line(monkeypatch, capsys, function, arguments, line):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, function, *arguments)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert line in err and not found
+
+
+def test_help_is_printed_and_nothing_done(monkeypatch, capsys, tmp_path):
+    for function, arguments in ((main, []), (main, ["a.csv", "--help"]), (closed, ["-h"])):
+        assert call(monkeypatch, function, *arguments) == []
+        assert capsys.readouterr().out == "the usage\n"
+    assert call(monkeypatch, closed, str(tmp_path)) == [[]]  # needs no arguments, so may have none
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_scripts_help_has_its_keys(script, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(f"help_of_{script.stem}", script)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    cli.command(module.__doc__, module.main)
+    text = capsys.readouterr().out
+    assert f"python scripts/{script.name}" in text
+    for key, parameter in inspect.signature(module.main).parameters.items():
+        assert parameter.kind is not parameter.KEYWORD_ONLY or f"{key}=" in text
