@@ -74,15 +74,18 @@ def main(system: ModuleType | str) -> None:
     signal.signal(signal.SIGTERM, interrupts.stop)
     try:
         cli.main(cli.module_of(system) if isinstance(system, str) else system, _job)
-        return
-    except (DivergenceError, LoggingError) as error:
-        complain(f"error: {error}")
-        code = 1
-    except KeyboardInterrupt:
-        code = 128 + (interrupts.received or [signal.SIGINT])[0]
-    processes.leave()
-    flush_output()
-    os._exit(code)  # an orderly exit would first wait for the chunk that is under way
+        interrupts.check()
+    except BaseException as error:
+        if interrupts.received or isinstance(error, KeyboardInterrupt):  # libraries may wrap it
+            code = 128 + (interrupts.received or [signal.SIGINT])[0]
+        elif isinstance(error, DivergenceError | LoggingError):
+            complain(f"error: {error}")
+            code = 1
+        else:
+            raise
+        processes.leave()
+        flush_output()
+        os._exit(code)  # an orderly exit would first wait for the chunk that is under way
 
 
 def _job(module: ModuleType, config: RunConfig) -> None:
@@ -95,6 +98,7 @@ def _job(module: ModuleType, config: RunConfig) -> None:
     except KeyboardInterrupt:
         if main_catches or not interrupts.received:
             raise
+        interrupts.answered()
         sys.exit(128 + interrupts.received[0])
     finally:
         flush_output()
