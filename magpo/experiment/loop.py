@@ -132,7 +132,10 @@ def run(
     needed_bytes = footprint.estimate(traced, shapes.state, devices.layout(config).mesh)
     with ExitStack() as stack:
         folder = Path(processes.agreed(lambda: _claimed_folder(config, stack)))
-        start = resume.start(folder, config, shapes.state, shapes.best) if config.resume else None
+        start = None
+        if config.resume:
+            evaluation = programs.evaluate.eval_shape(shapes.params, shapes.keys, np.int32(0))
+            start = resume.start(folder, config, shapes.state, shapes.best, evaluation)
         if processes.is_first():
             stack.enter_context(folders.recorded(folder))
         return _run(programs, shapes, needed_bytes, env, config, folder, start, sinks)
