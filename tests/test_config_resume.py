@@ -66,6 +66,11 @@ def test_resume_may_log_elsewhere(saved):
         ("num_envs=3", "num_minibatches must divide num_envs = 3"),
         ("system.delta=0.5", "system.delta must be greater than 1, not 0.5"),
         ("env=lbf/8x8-2p-2f-coop", "is a run on coordsum/3x10-30, not on lbf/8x8-2p-2f-coop"),
+        (
+            "allow_changes=[total_step]",
+            "allow_changes: unknown key 'total_step': did you mean 'total_steps'",
+        ),
+        ("allow_changes=[with]", "allow_changes: unknown key 'with'"),
         ("+system.new=1", "unknown key 'system.new'"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import magpo
 from magpo import config, evaluate, experiment, export, render
 from magpo.errors import ConfigError
-from magpo.runs import policy
+from magpo.runs import checkpoint, policy
 from magpo.types import Observation
 
 TASK = "coordsum/3x10-30"
@@ -49,6 +49,66 @@ def test_what_was_trained_is_in_the_checkpoint_not_in_config_yaml(folder, tmp_pa
     assert edited.count("\n") > text.count("\n")
     (copy / "config.yaml").write_text(edited)
     assert policy.read(copy).config == policy.read(folder).config
+
+
+def falsify(path, change):
+    """Make an intact checkpoint of another run of a checkpoint."""
+    meta = json.loads((path / "meta.json").read_text())
+    record = checkpoint.load_named(path, meta, "record")
+    change(meta, record)
+    shutil.rmtree(path / "record")
+    with checkpoint._checkpointer() as checkpointer:
+        checkpointer.save(path / "record", record)
+    meta["arrays"]["record"] = {n: checkpoint._describe(array) for n, array in record.items()}
+    (path / "meta.json").write_text(json.dumps(meta))
+    files = checkpoint._files(path)
+    manifest = {name: checkpoint._sha256(path / name) for name in files}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def of_params(convert):
+    """Change the first of the best parameters; None removes it."""
+
+    def change(meta, record):
+        name = next(name for name in record if name.startswith("best.params."))
+        record[name] = convert(record[name])
+        if record[name] is None:
+            del record[name]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_params(lambda x: x * np.nan), "out of range"),
+        (of_params(np.float64), "not 32 bits for each of 2 members"),
+        (of_params(lambda x: x[:1]), "not 32 bits for each of 2 members"),
+        (of_params(lambda x: np.concatenate([x, x], -1)), "its policies cannot act"),
+        (of_params(lambda x: None), "its policies cannot act"),
+        (lambda meta, record: record.pop("best.score"), "its policies cannot act"),
+        (lambda meta, record: record.update({"best.score": np.full(2, np.nan)}), "not 32 bits"),
+        (lambda meta, record: record.update({"best.chunk": np.int32([1, 9])}), "out of range"),
+        (lambda meta, record: record.update({"best.chunk": np.int32([[1], [1]])}), "not 32 bits"),
+        (lambda meta, record: meta["env"].update(num_agents=4), "is not of 4 agents x 5"),
+        (lambda meta, record: meta["env"].update(num_agents="3"), "env.num_agents must be"),
+        (lambda meta, record: meta["config"].update(seeds=[7]), "for each of 1 members"),
+        (lambda meta, record: meta["config"].pop("network"), "network is missing"),
+        (lambda meta, record: meta.pop("config"), "meta.json: config is missing"),
+    ],
+)
+def test_a_wrong_checkpoint_is_named_and_the_one_before_used(
+    folder, tmp_path, capsys, change, message
+):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    newest, before = checkpoint.checkpoints(copy / "checkpoints")
+    falsify(newest, change)
+    np.testing.assert_array_less(policy.read(copy).chunk, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {newest}: ") and message in line
+    shutil.rmtree(before)
+    with pytest.raises(ConfigError, match=f"no checkpoint can be used: {newest}: .*{message}"):
+        policy.read(copy)
 
 
 def of_agent(observation, agent):

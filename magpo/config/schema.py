@@ -279,6 +279,10 @@ def check(module: ModuleType, values: dict[str, Any]) -> RunConfig:
     asked_for = [f.name for f in fields(schema) if f.name not in ("hyper", "network")]
     parts |= {number: getattr(config, number) for number in asked_for}
     config = replace(config, algorithm=validate(schema, parts))
+    may_change = [*flat(dump(config)), "with.magpo", "with.jax", "with.devices"]
+    for key in config.allow_changes:
+        if key not in may_change:
+            raise ConfigError(f"allow_changes: {unknown_key(key, may_change)}")
     for setting in config.settings if config.vary else ():
         _check_setting(setting, schema, parts)
     return config

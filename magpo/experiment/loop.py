@@ -74,15 +74,18 @@ def main(system: ModuleType | str) -> None:
     signal.signal(signal.SIGTERM, interrupts.stop)
     try:
         cli.main(plugins.module_of(system) if isinstance(system, str) else system, _job)
-        return
-    except (DivergenceError, LoggingError) as error:
-        complain(f"error: {error}")
-        code = 1
-    except KeyboardInterrupt:
-        code = 128 + (interrupts.received or [signal.SIGINT])[0]
-    processes.leave()
-    flush_output()
-    os._exit(code)  # an orderly exit would first wait for the chunk that is under way
+        interrupts.check()
+    except BaseException as error:
+        if interrupts.received or isinstance(error, KeyboardInterrupt):  # libraries may wrap it
+            code = 128 + (interrupts.received or [signal.SIGINT])[0]
+        elif isinstance(error, DivergenceError | LoggingError):
+            complain(f"error: {error}")
+            code = 1
+        else:
+            raise
+        processes.leave()
+        flush_output()
+        os._exit(code)  # an orderly exit would first wait for the chunk that is under way
 
 
 def _job(module: ModuleType, config: RunConfig) -> None:
@@ -95,6 +98,7 @@ def _job(module: ModuleType, config: RunConfig) -> None:
     except KeyboardInterrupt:
         if main_catches or not interrupts.received:
             raise
+        interrupts.answered()
         sys.exit(128 + interrupts.received[0])
     finally:
         flush_output()
@@ -128,7 +132,10 @@ def run(
     needed_bytes = footprint.estimate(traced, shapes.state, devices.layout(config).mesh)
     with ExitStack() as stack:
         folder = Path(processes.agreed(lambda: _claimed_folder(config, stack)))
-        start = resume.start(folder, config, shapes.state, shapes.best) if config.resume else None
+        start = None
+        if config.resume:
+            evaluation = programs.evaluate.eval_shape(shapes.params, shapes.keys, np.int32(0))
+            start = resume.start(folder, config, shapes.state, shapes.best, evaluation)
         if processes.is_first():
             stack.enter_context(folders.recorded(folder))
         return _run(programs, shapes, needed_bytes, env, config, folder, start, sinks)

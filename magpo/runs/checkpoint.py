@@ -18,21 +18,43 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
 
+from magpo.config.schema import PositiveInt, validate
+from magpo.errors import ConfigError
+from magpo.files import UNREADABLE
 from magpo.hardware import processes
+from magpo.types import EnvSpec
 
 FORMAT = 2  # 1: without hyperparameters in the state
 META, MANIFEST = "meta.json", "manifest.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message is one line and names it."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The schema of meta.json."""
+
+    format: int
+    chunk: PositiveInt
+    run: str
+    config: dict[str, Any]
+    made_with: Annotated[dict[str, str], Field(alias="with")]
+    env: EnvSpec
+    steps_per_chunk: int
+    log_bytes: Annotated[int, Field(ge=0)]
+    arrays: dict[str, dict[str, tuple[str, tuple[int, ...]]]]  # dtype and shape, by part and name
+    log_records: Annotated[int, Field(ge=0)] = 0  # 0: not counted
 
 
 def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
@@ -102,27 +124,34 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's meta.json. Raises CheckpointError if a file is not as it was written."""
+    """Read a checkpoint's meta.json. Raises CheckpointError if a file is not as it was written, or
+    meta.json contradicts its schema or itself. Files that others added, as desktops do, are no
+    damage."""
     try:
         manifest, files = json.loads((folder / MANIFEST).read_bytes()), _files(folder)
-        if not isinstance(manifest, dict) or set(manifest) != set(files):
-            missing = sorted(set(manifest) ^ set(files))
-            raise CheckpointError(f"{folder}: {missing[0]} is missing, or was not there before")
-        for name in files:
-            if _sha256(folder / name) != manifest[name]:
-                raise CheckpointError(f"{folder}: {name} is damaged")
-        meta = json.loads((folder / META).read_bytes())
-    except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        for name, checksum in (dict.fromkeys([META]) | manifest).items():
+            if name not in files or _sha256(folder / name) != checksum:
+                what = "damaged" if name in files else "missing"
+                raise CheckpointError(f"{folder}: {name} is {what}")
+        meta: dict[str, Any] = json.loads((folder / META).read_bytes())
+        if (found := meta.get("format")) != FORMAT:
+            raise CheckpointError(
+                f"{folder}: has checkpoint format {found!r}, this version of magpo reads {FORMAT}"
+            )
+        env = validate(Meta, meta).env
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {META}: {error}") from error
+    except UNREADABLE as error:
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else None
-        raise CheckpointError(
-            f"{folder}: has checkpoint format {found!r}, this version of magpo reads {FORMAT}"
-        )
-    if meta.get("chunk") != int(folder.name):
-        raise CheckpointError(f"{folder}: is the checkpoint of chunk {meta.get('chunk')!r}")
+    if meta["chunk"] != int(folder.name):
+        raise CheckpointError(f"{folder}: is the checkpoint of chunk {meta['chunk']!r}")
+    seen = {"agents_view": env.num_features, "action_mask": env.action_dim}
+    for name, (_, shape) in meta["arrays"].get("state", {}).items():
+        size = seen.get(name.rpartition(".")[2])
+        if size is not None and shape[-2:] != [env.num_agents, size]:
+            raise CheckpointError(f"{folder}: {name} is not of {env.num_agents} agents x {size}")
     return meta
 
 
@@ -132,24 +161,46 @@ def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any
     A leaf with a sharding comes back as an array with that sharding, any other as a NumPy array.
     Raises CheckpointError if names, shapes or dtypes differ.
     """
+    if misfit := difference(meta, part, template):
+        raise CheckpointError(f"{folder}: {misfit}")
+    names = _named(template)
+    restored = _restore(folder / part, names)
+    structure = jax.tree.structure(template)
+    arrays = [_unstored(restored[name], leaf) for name, leaf in names.items()]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def difference(meta: Mapping[str, Any], part: str, template: Any) -> str:
+    """Return the first difference in names, shapes and dtypes between a part and `template`; "":
+    there is none."""
     expected = {name: _describe(leaf) for name, leaf in _named(template).items()}
     found = meta["arrays"].get(part, {})
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
-            raise CheckpointError(
-                f"{folder}: {part} has {_text(found.get(name))} {name}, "
-                f"this run {_text(expected.get(name))}"
-            )
-    restored = _restore(folder / part, _named(template))
-    leaves, structure = jax.tree.flatten(template)
-    arrays = [_unstored(restored[name], leaf) for name, leaf in zip(expected, leaves, strict=True)]
-    return jax.tree.unflatten(structure, arrays)
+            ours, theirs = _text(expected.get(name)), _text(found.get(name))
+            return f"{part} has {theirs} {name}, this run {ours}"
+    return ""
 
 
 def load_named(folder: Path, meta: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
-    """Load one part of a checkpoint as NumPy arrays by name, random keys as their numbers."""
-    names = dict.fromkeys(meta["arrays"][part])
-    return {name: np.asarray(array) for name, array in _restore(folder / part, names).items()}
+    """Load one part of a checkpoint as NumPy arrays by name, random keys as their numbers. Raises
+    CheckpointError."""
+    described = meta["arrays"].get(part, {})
+    arrays = _restore(folder / part, dict.fromkeys(described))
+    for name, (dtype, shape) in described.items():
+        if not dtype.startswith("key<") and _describe(arrays.get(name)) != [dtype, shape]:
+            raise CheckpointError(f"{folder}: {part} has no {dtype}{shape} {name}")
+    return {name: np.asarray(arrays[name]) for name in described}
+
+
+def check_best(folder: Path, score: Any, chunk: Any, params: Any) -> None:
+    """Raise CheckpointError unless members' best policies are numbers, of this checkpoint or an
+    earlier one. Of several processes all have to call it."""
+    leaves = jax.tree.leaves(params)
+    finite = jax.jit(lambda xs: jnp.stack([jnp.isfinite(x).all() for x in xs]).all())(leaves)
+    late = (np.asarray(chunk) < 0) | (np.asarray(chunk) > int(folder.name))
+    if np.isnan(score).any() or late.any() or not finite:
+        raise CheckpointError(f"{folder}: a parameter, score or chunk is out of range")
 
 
 def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
@@ -163,15 +214,16 @@ def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
 
     try:
         with _checkpointer() as checkpointer:
+            stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
+            for name, leaf in template.items():
+                if leaf is not None and _describe(stored[name]) != _describe_stored(leaf):
+                    raise TypeError(name)  # to load it would convert it
             restored: dict[str, Any] = checkpointer.restore(
                 folder.absolute(),
                 restore_args={name: argument(leaf) for name, leaf in template.items()},
             )
     except Exception as error:  # intact by its checksums, and still nothing that Orbax reads
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
-    for name, leaf in template.items():
-        if leaf is not None and getattr(restored.get(name), "shape", None) != _stored_shape(leaf):
-            raise CheckpointError(f"{folder}: {name} is not of shape {_stored_shape(leaf)}")
     return restored
 
 
@@ -206,10 +258,8 @@ def _stored(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _stored_shape(leaf: Any) -> tuple[int, ...]:
-    if _is_key(leaf):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
-    return tuple(leaf.shape)
+def _describe_stored(leaf: Any) -> list[Any]:
+    return _describe(jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf)
 
 
 def _unstored(array: Any, leaf: Any) -> Any:
@@ -219,8 +269,8 @@ def _unstored(array: Any, leaf: Any) -> Any:
 
 
 def _describe(leaf: Any) -> list[Any]:
-    """Return [dtype, shape], as JSON reads it back."""
-    return [str(leaf.dtype), list(leaf.shape)]
+    """Return [dtype, shape], as JSON reads it back, of an array; of anything else [none, []]."""
+    return [str(getattr(leaf, "dtype", "none")), list(getattr(leaf, "shape", ()))]
 
 
 def _text(described: list[Any] | None) -> str:

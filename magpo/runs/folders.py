@@ -5,12 +5,12 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import yaml
 
@@ -18,6 +18,7 @@ from magpo import config as configuration
 from magpo.config.schema import RunConfig
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE, complain, write_aside
+from magpo.hardware import processes
 from magpo.runs import checkpoint
 from magpo.runs.checkpoint import CheckpointError
 
@@ -25,6 +26,7 @@ if sys.platform != "win32":
     import fcntl
 
 
+T = TypeVar("T")
 STATUS, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", ".lock", "checkpoints"
 
 
@@ -97,22 +99,36 @@ def mend(folder: Path, config: RunConfig, run_id: str, run_name: str) -> bool:
     return True
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the run's newest usable checkpoint and its meta.json; None if the run has none at all.
+def newest_checkpoint(folder: Path, load: Callable[[Path, dict[str, Any]], T]) -> T | None:
+    """Return what `load` makes of the run's newest usable checkpoint and its meta.json; None if the
+    run has none at all.
 
-    Newer ones that cannot be used are named on stderr. Raises ConfigError if none can be used.
+    Newer ones that cannot be used, for which `load` may raise CheckpointError, are named on stderr.
+    Raises ConfigError if none can be used. Of several processes all have to call this.
     """
-    refused: list[str] = []
-    for path in checkpoint.checkpoints(folder / CHECKPOINTS):
+    refused: list[str] = []  # whole on the first process
+    while found := processes.agreed(lambda: _newest_intact(folder, refused)):
+        try:
+            loaded = load(Path(found[0]), found[1])
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused if processes.is_first() else ():
+            complain(f"warning: {reason}: using the one before")
+        return loaded
+    return None
+
+
+def _newest_intact(folder: Path, refused: list[str]) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint that is as it was written, after as many as were `refused`."""
+    for path in checkpoint.checkpoints(folder / CHECKPOINTS)[len(refused) :]:
         try:
             meta = checkpoint.read_meta(path)
-            if meta.get("run") != identity(folder):
+            if meta["run"] != identity(folder):
                 raise CheckpointError(f"{path}: belongs to another run")
         except CheckpointError as error:
             refused.append(str(error))
             continue
-        for reason in refused:
-            complain(f"warning: {reason}: using the one before")
         return path, meta
     if refused:
         raise ConfigError(f"{folder}: no checkpoint can be used: {refused[0]}")
@@ -211,5 +227,5 @@ def _set_status(folder: Path, word: str) -> None:
     """Write the status if possible: a full disk must not hide what happened to the run."""
     try:
         _write_status(folder, _read_status(folder) | {"status": word})
-    except (OSError, ValueError, TypeError):
+    except UNREADABLE:
         return

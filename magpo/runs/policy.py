@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from magpo import config, contract, envs, plugins
 from magpo.config.members import Member, text
@@ -73,29 +73,48 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
     """
     folder = Path(folder).expanduser()
     module = system or _system(folder)
-    found = folders.newest_checkpoint(folder)
-    if found is None:
+    algorithm = contract.algorithm(module)
+    trained = folders.newest_checkpoint(folder, partial(_load, module, algorithm))
+    if trained is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
-    path, meta = found
-    run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
-    for name in plugins.require(run.imports, module):
+    for name in plugins.require(trained.config.imports, module):
         complain(f"warning: {name} is not what it was when the run was trained")
+    return trained
+
+
+def _load(
+    module: ModuleType, algorithm: Algorithm, path: Path, meta: Mapping[str, Any]
+) -> TrainedRun:
+    """Load a checkpoint's best policies. Raises CheckpointError unless they can act."""
+    record = checkpoint.load_named(path, meta, "record")
     try:
-        record = checkpoint.load_named(path, meta, "record")
-        env = TypeAdapter(EnvSpec).validate_json(json.dumps(meta["env"]), strict=True)
-        score, chunk = record["best.score"], record["best.chunk"]
-        if len(score) != len(run.members):
-            raise CheckpointError(f"parameters of {len(score)} members, not {len(run.members)}")
-    except (CheckpointError, ValidationError, KeyError) as error:
-        raise ConfigError(f"{path}: {str(error).partition(chr(10))[0]}") from error
-    params = config.nested(
-        {
-            key.removeprefix("best.params."): array
-            for key, array in record.items()
-            if key.startswith("best.params.")
-        }
-    )
-    return TrainedRun(run, contract.algorithm(module), env, params, score, chunk)
+        run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
+        best: Any = config.nested(record)["best"]
+        trained = TrainedRun(run, algorithm, EnvSpec(**meta["env"]), **best)
+        number, leaves = len(run.members), jax.tree.leaves(best)
+        of_one = {trained.score.shape[1:], trained.chunk.shape[1:]}
+        whole = all(x.shape[:1] == (number,) and x.dtype != np.float64 for x in leaves)
+        if not whole or of_one != {()}:
+            raise ConfigError(f"not 32 bits for each of {number} members")
+        _rehearse(build(trained, 0))
+    except Exception as error:  # what a system raises that meets parameters not its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path}: its policies cannot act: {reason}") from error
+    checkpoint.check_best(path, trained.score, trained.chunk, trained.params)
+    return trained
+
+
+def _rehearse(policy: "TrainedPolicy") -> None:
+    """Trace `act` on observations of the shapes that the policy was trained on."""
+
+    def act() -> Any:
+        env = policy.env
+        view = jnp.zeros((env.num_agents, env.num_features))
+        mask = jnp.ones((env.num_agents, env.action_dim), bool)
+        observation = Observation(agents_view=view, action_mask=mask, step_count=jnp.int32(0))
+        return policy.act(policy.initial_carry(), observation, jax.random.key(0))
+
+    jax.eval_shape(act)
 
 
 def _system(folder: Path) -> ModuleType:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from magpo.runs import checkpoint, folders
 from magpo.runs.checkpoint import CheckpointError
 from magpo.types import EnvSpec
 
-MEMBERS = ("seeds", "vary")  # the keys that say which members a run has
+# Keys, or groups of keys, on which the meaning of a state depends, even where its shapes do not.
+FIXED = ("seeds", "vary", "num_envs", "rollout_length", "eval_episodes", "network")
+FIXED += ("run.system", "run.env", "run.budget", "run.tuned")
 
 
 class Start(NamedTuple):
@@ -37,24 +39,26 @@ class Start(NamedTuple):
     log_records: int  # the records in it; 0: the checkpoint does not say
 
 
-def start(folder: Path, config: RunConfig, state: Any, best: Any) -> Start | None:
+def start(
+    folder: Path, config: RunConfig, state: Any, best: Any, evaluation: Mapping[str, Any]
+) -> Start | None:
     """Load the run's newest usable checkpoint, or return None if the run has none yet.
 
-    The leaves of `state` and `best` have the shapes, dtypes and shardings to load. Raises
-    ConfigError if none of the run's checkpoints is usable, if the configuration changed, or if a
-    finished run has no checkpoint.
+    The leaves of `state` and `best` have the shapes, dtypes and shardings to load, those of
+    `evaluation` the shapes and dtypes of an evaluation's metrics. Raises ConfigError if none of the
+    run's checkpoints is usable, if the configuration changed, or if a finished run has no
+    checkpoint.
     """
-    found = processes.agreed(lambda: folders.newest_checkpoint(folder))
-    if found is None:
+
+    def load(path: Path, meta: dict[str, Any]) -> Start:
+        _check_same(folder, path, meta, config, checkpoint.difference(meta, "state", state))
+        return _load(path, meta, config, state, best, evaluation)
+
+    loaded = folders.newest_checkpoint(folder, load)
+    if loaded is None:
         processes.agreed(lambda: _begin_again(folder, config))
-        return None
-    path, meta = found
-    _check_same(folder, meta, config)
-    try:
-        loaded = _load(Path(path), meta, config, state, best)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
-    processes.agreed(lambda: _take_over(folder, config, loaded.chunk))
+    else:
+        processes.agreed(lambda: _take_over(folder, config, loaded.chunk))
     return loaded
 
 
@@ -78,31 +82,38 @@ def _begin_again(folder: Path, config: RunConfig) -> None:
     _take_over(folder, config, chunk=0)
 
 
-def _check_same(folder: Path, meta: dict[str, Any], config: RunConfig) -> None:
-    """Raise ConfigError if the run cannot, or may not, continue with this configuration."""
+def _check_same(
+    folder: Path, path: Path, meta: dict[str, Any], config: RunConfig, misfit: str
+) -> None:
+    """Raise ConfigError if the run cannot, or may not, continue with this configuration, and
+    CheckpointError if it is the same, and the checkpoint of another."""
     new = configuration.dump(config) | {"with": _with()}
-    _check_changes(folder, meta["config"] | {"with": meta["with"]}, new, config)
+    old = meta["config"] | {"with": meta["with"]}
     if meta["steps_per_chunk"] != config.steps_per_chunk:
-        raise ConfigError(
-            f"resume={folder}: the steps between two evaluations must stay "
-            f"{meta['steps_per_chunk']}, not {config.steps_per_chunk}"
+        misfit = (
+            f"the steps between two evaluations must stay {meta['steps_per_chunk']}, not "
+            f"{config.steps_per_chunk}"
         )
     if meta["chunk"] > config.num_evaluations:
-        raise ConfigError(
-            f"resume={folder}: num_evaluations must be at least {meta['chunk']}, what it has, "
-            f"not {config.num_evaluations}"
+        misfit = (
+            f"num_evaluations must be at least {meta['chunk']}, what it has, not "
+            f"{config.num_evaluations}"
         )
+    if misfit and not configuration.differences(old, new):
+        raise CheckpointError(f"{path}: {misfit}")
+    _check_changes(folder, old, new, config, misfit)
 
 
 def _check_changes(
-    folder: Path, old: dict[str, Any], new: dict[str, Any], config: RunConfig
+    folder: Path, old: dict[str, Any], new: dict[str, Any], config: RunConfig, misfit: str = ""
 ) -> None:
-    """Raise ConfigError if a value differs that may not."""
+    """Raise ConfigError if a value differs that may not, or with which there is a misfit."""
     changed = configuration.differences(old, new)
-    fixed = [key for key in changed if key.partition(".")[0] in MEMBERS]
-    if fixed:
-        listed = "; ".join(f"{key}: {changed[key]}" for key in fixed)
-        raise ConfigError(f"resume={folder}: the members of a run cannot change: {listed}")
+    fixed = [key for key in changed if key in FIXED or key.partition(".")[0] in FIXED]
+    if fixed or misfit:
+        listed = "; ".join(f"{key}: {changed[key]}" for key in fixed or changed)
+        because = "" if fixed else f", because {misfit}"
+        raise ConfigError(f"resume={folder}: cannot change: {listed}{because}")
     if refused := {k: text for k, text in changed.items() if k not in config.allow_changes}:
         listed = "; ".join(f"{key}: {text}" for key, text in refused.items())
         raise ConfigError(
@@ -119,15 +130,21 @@ def _with() -> dict[str, str]:
     return {"magpo": __version__, "jax": jax.__version__, "devices": present}
 
 
-def _load(path: Path, meta: dict[str, Any], config: RunConfig, state: Any, best: Any) -> Start:
+def _load(
+    path: Path,
+    meta: dict[str, Any],
+    config: RunConfig,
+    state: Any,
+    best: Any,
+    evaluation: Mapping[str, Any],
+) -> Start:
     num_members, chunk = len(config.members), meta["chunk"]
-    names = [name.removeprefix("history.") for name in meta["arrays"].get("record", ())]
-    shape = chunk + 1, num_members, config.eval_episodes
-    history: dict[str, Any] = {n: np.zeros(shape, np.float32) for n in names if "." not in n}
-    history["wall_s"] = np.zeros(shape[:1])
+    history = {n: np.zeros((chunk + 1, *x.shape), x.dtype) for n, x in evaluation.items()}
+    history["wall_s"] = np.zeros(chunk + 1)
     state = checkpoint.load(path, meta, "state", state)
     record = checkpoint.load(path, meta, "record", {"best": best, "history": history})
-    history = record["history"]
+    (score, chunks, params), history = record["best"], record["history"]
+    checkpoint.check_best(path, score, chunks, (params, state.params))
     wall_s = history.pop("wall_s")
     measurements = [
         Measurement(
@@ -140,9 +157,8 @@ def _load(path: Path, meta: dict[str, Any], config: RunConfig, state: Any, best:
         )
         for index in range(chunk + 1)
     ]
-    return Start(
-        chunk, state, record["best"], measurements, meta["log_bytes"], meta.get("log_records", 0)
-    )
+    log_records = meta.get("log_records", 0)
+    return Start(chunk, state, record["best"], measurements, meta["log_bytes"], log_records)
 
 
 class Saver:

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -273,9 +275,51 @@ def test_interruption_leaves_complete_files(config, monkeypatch, capsys):
     ]
 
 
-def test_an_interrupt_lost_in_a_garbage_collection_is_not_lost(config, monkeypatch):
+@pytest.fixture
+def _signals(monkeypatch):
+    """Signals that a test may send to this process."""
     monkeypatch.setattr(interrupts, "received", [])
-    monkeypatch.setattr(loop.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    interrupts.answered()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals")
+def test_an_interrupt_lost_in_a_garbage_collection_is_raised_again(capfd):
+    def collect(*args):
+        if not interrupts.received:
+            signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, interrupts.stop)
+    gc.callbacks.append(collect)
+    gc.collect()
+    gc.callbacks.remove(collect)
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(60)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with contextlib.suppress(ValueError):
+            time.sleep(0.5)  # to complete files: not interrupted again
+    assert capfd.readouterr().err == ""
+
+
+def test_a_process_that_does_not_answer_ends(monkeypatch):
+    monkeypatch.setattr(interrupts, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(interrupts, "received", [signal.SIGTERM])
+    monkeypatch.setattr(interrupts.os, "_exit", sys.exit)
+    interrupts._put_off()
+    with pytest.raises(SystemExit, match="143"):
+        interrupts._end_at_deadline()
+    interrupts.answered()
+
+
+@pytest.mark.usefixtures("_signals")
+def test_an_interrupt_that_was_lost_ends_the_run(config, monkeypatch):
     update = Console.update
 
     def interrupted(self, measurement):
@@ -324,15 +368,12 @@ def test_exit_codes(config, monkeypatch, capsys, error, code, line):
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.usefixtures("_signals")
 def test_a_launchers_job_ends_with_the_signals_code(monkeypatch):
-    monkeypatch.setattr(interrupts, "received", [])
     monkeypatch.setattr(loop, "run", lambda *args: signal.raise_signal(signal.SIGTERM))
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            loop._job(None, None)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with pytest.raises(SystemExit) as stop:
+        loop._job(None, None)
     assert stop.value.code == 143
 
 

@@ -5,11 +5,12 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 
-from experiment.counting import SEEDS, K, records, run
+from experiment.counting import HYPER, SEEDS, SYSTEM, K, records, run
 from magpo.errors import ConfigError
 from magpo.experiment import loop
 from magpo.report.console import Console
@@ -267,10 +268,10 @@ def test_another_runs_checkpoint_is_refused(config, monkeypatch):
     [
         (
             {"seeds": SEEDS[::-1], "allow_changes": ("seeds",)},
-            r"the members of a run cannot change: seeds: \[3, 11, 4\], now \[4, 11, 3\]$",
+            r"cannot change: seeds: \[3, 11, 4\], now \[4, 11, 3\]$",
         ),
         ({"precision": "bfloat16"}, "precision: float32, now bfloat16"),
-        ({"num_envs": 2}, "num_envs: 4, now 2"),
+        ({"num_envs": 2}, "cannot change: num_envs: 4, now 2$"),
     ],
 )
 def test_a_changed_config_is_refused_with_the_difference(config, change, message):
@@ -288,10 +289,18 @@ def test_another_version_is_refused(config, monkeypatch):
     run(config, resume=str(folder), allow_changes=("with.magpo",))
 
 
-def test_other_shapes_are_refused_though_allowed(config):
-    folder = run(config).folder
-    with pytest.raises(ConfigError, match=r"has float32\[3, 4\] walked, this run float32\[3, 2\]"):
-        run(config, resume=str(folder), num_envs=2, allow_changes=("num_envs",))
+def test_what_changes_shapes_cannot_change(config, monkeypatch):
+    folder, init = run(config).folder, SYSTEM.init
+
+    def other(setup, env, key):
+        return init(setup, env, key)._replace(walked=jnp.zeros((4, setup.hyper.repeats)))
+
+    monkeypatch.setattr(SYSTEM, "init", other)
+    twice = dataclasses.replace(config.algorithm, hyper=dataclasses.replace(HYPER, repeats=2))
+    message = r"cannot change: system.repeats: 1, now 2, because state has float32\[3, 4\] walked"
+    for allowed in ((), ("system.repeats",)):
+        with pytest.raises(ConfigError, match=message):
+            run(config, resume=str(folder), algorithm=twice, allow_changes=allowed)
 
 
 def test_a_refused_resume_changes_nothing(config):
