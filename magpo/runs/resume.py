@@ -24,8 +24,10 @@ from magpo.runs.checkpoint import CheckpointError
 from magpo.types import EnvSpec
 
 # Keys, or groups of keys, on which the meaning of a state depends, even where its shapes do not.
-FIXED = ("seeds", "vary", "num_envs", "rollout_length", "eval_episodes", "network")
-FIXED += ("run.system", "run.env", "run.budget", "run.tuned")
+FIXED = (
+    *("run.system", "run.env", "run.budget", "run.tuned", "network"),
+    *("seeds", "vary", "num_envs", "rollout_length", "eval_episodes"),
+)
 
 
 class Start(NamedTuple):
