@@ -1,5 +1,7 @@
 """`python -m magpo` lists the commands."""
 
+from magpo.files import printing
+
 COMMANDS = """\
 python -m magpo.systems.<system> env=<suite>/<task> [key=value ...]
                                               train; --help lists all keys
@@ -11,4 +13,5 @@ python -m magpo.render run=<folder>           show an episode; or env=<suite>/<t
 python -m magpo.export run=<folder>           write a policy that needs JAX alone"""
 
 if __name__ == "__main__":
-    print(COMMANDS)
+    with printing():
+        print(COMMANDS)

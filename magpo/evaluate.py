@@ -8,6 +8,7 @@ on another if the shapes allow; env.<option>=<value> changes the task.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,10 +16,14 @@ import jax.numpy as jnp
 
 from magpo.config.schema import PositiveInt, Seed, UserPath
 from magpo.contract import Algorithm
+from magpo.files import printing
 from magpo.types import Array, Environment, TimeStep
 
 if TYPE_CHECKING:
     from magpo.runs.policy import TrainedRun
+
+
+BATCH = 1024  # episodes of a member that `python -m magpo.evaluate` plays at once
 
 
 class _Episodes(NamedTuple):
@@ -121,6 +126,7 @@ class Request:
     options: dict[str, Any]
 
 
+@printing()
 def main() -> None:
     """Run `python -m magpo.evaluate run=<folder> [key=value ...]`."""
     from magpo.config import cli
@@ -144,18 +150,21 @@ def _main(request: Request) -> None:
     places = trained.places(setting=request.vary)
     env = policy.make_env(trained, request.env, request.options)
     algorithm, setup = trained.algorithm, policy.make_setup(trained, env)
-    member_keys = jax.random.split(jax.random.key(request.seed), len(trained.score))
 
-    @jax.jit
-    @jax.vmap
-    def play(params: Any, key: Array) -> dict[str, Array]:
-        return evaluate(algorithm, setup, env, params, key, request.episodes, request.greedy)
+    @partial(jax.jit, static_argnums=2)
+    @partial(jax.vmap, in_axes=(0, 0, None))
+    def play(params: Any, key: Array, size: int) -> dict[str, Array]:
+        return evaluate(algorithm, setup, env, params, key, size, request.greedy)
 
     chosen = jnp.array(places)
     params = jax.tree.map(lambda x: x[chosen], trained.params)
-    metrics = jax.device_get(play(params, member_keys[chosen]))  # (members, episodes) each
-    names = list(dict.fromkeys(["episode_return", env.headline, "episode_length"]))
-    means = {name: metrics[name].mean(-1) for name in names}
+    key = jax.random.key(request.seed)
+    means = dict.fromkeys(["episode_return", env.headline, "episode_length"], 0.0)
+    for left in range(request.episodes, 0, -BATCH):
+        keys, size = jax.random.split(key, len(trained.score))[chosen], min(left, BATCH)
+        metrics = jax.device_get(play(params, keys, size))  # (members, size) each
+        means = {n: m + metrics[n].sum(-1) / request.episodes for n, m in means.items()}
+        key = jax.random.fold_in(key, left)
     title = f"{trained.config.system} on {env.name}, {request.episodes} episodes each"
     _show(title, trained, places, means)
 

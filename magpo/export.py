@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from magpo.config import cli
 from magpo.config.schema import NonNegativeInt, Seed, UserPath
 from magpo.errors import ConfigError
+from magpo.files import printing
 from magpo.runs.policy import TrainedPolicy, load_policy
 from magpo.types import Array, Observation
 
@@ -99,6 +100,7 @@ class Request:
     agent: NonNegativeInt
 
 
+@printing()
 def main() -> None:
     """Run `python -m magpo.export run=<folder>`."""
     defaults: dict[str, Any] = {"run": ..., "out": None, "seed": None, "vary": {}, "agent": 0}

@@ -15,6 +15,7 @@ from magpo import envs
 from magpo.config import cli
 from magpo.config.schema import PositiveInt, Seed, UserPath
 from magpo.errors import ConfigError
+from magpo.files import printing
 from magpo.runs import policy
 from magpo.types import Array, Environment
 
@@ -122,6 +123,7 @@ class Request:
             raise ValueError("vary.<key>=<value> chooses a policy: it needs run=<folder>")
 
 
+@printing()
 def main() -> None:
     """Run `python -m magpo.render`."""
     defaults: dict[str, Any] = {"run": None, "env": None, "options": {}, "vary": {}, "out": None}

@@ -9,7 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from magpo.files import printing
 
+
+@printing()
 def show(module: str, what: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print the table of `python -m <module> [--markdown]`; the first column has names.
 

@@ -152,6 +152,7 @@ def _hydra_app(system: str | ModuleType, run: Run, config_dir: Path | None) -> N
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
     name, folders = compose.locate(system, config_dir)
@@ -179,7 +180,7 @@ def _hydra_app(system: str | ModuleType, run: Run, config_dir: Path | None) -> N
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     try:
         hydra.main(config_path=None, config_name=f"magpo_{name}", version_base="1.3")(job)()
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException, FileNotFoundError, PermissionError) as error:
         raise ConfigError(str(error).partition("\n")[0]) from error
 
 

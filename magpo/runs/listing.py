@@ -18,7 +18,7 @@ from rich.text import Text
 
 from magpo import config as configuration
 from magpo.config.members import short_key
-from magpo.files import UNREADABLE
+from magpo.files import UNREADABLE, printing
 from magpo.runs.folders import CONFIG, STATUS, status
 
 RETURN = b"eval/episode_return"
@@ -102,6 +102,7 @@ def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
     return returns[-num_members:]
 
 
+@printing()
 def main() -> None:
     """Run `python -m magpo.runs [results]`."""
     parser = argparse.ArgumentParser(

@@ -24,8 +24,9 @@ from magpo.runs.checkpoint import CheckpointError
 from magpo.types import EnvSpec
 
 TIME_SHARE = 0.02  # the largest share of a run's time that writing checkpoints may take
-# Keys, or groups of keys, on which the meaning of a state depends, even where its shapes do not.
-FIXED = ("run", "seeds", "vary", "num_envs", "rollout_length", "eval_episodes", "network")
+# The keys, or groups of keys, on which the state's meaning depends: what a member is, and what the
+# episodes under way are.
+FIXED = ("run", "env", "network", "seeds", "vary", "num_envs", "rollout_length", "eval_episodes")
 
 
 class Start(NamedTuple):
