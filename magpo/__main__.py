@@ -1,5 +1,7 @@
 """`python -m magpo` lists the commands."""
 
+from magpo.files import printing
+
 COMMANDS = """\
 python -m magpo.systems.<system> env=<suite>/<task> [key=value ...]
                                               train; --help lists all keys
@@ -13,4 +15,5 @@ python -m magpo.export run=<folder>           write a policy that needs JAX alon
 All take import=<file or module>, of a system or a task of your own."""
 
 if __name__ == "__main__":
-    print(COMMANDS)
+    with printing():
+        print(COMMANDS)

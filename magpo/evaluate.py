@@ -7,6 +7,7 @@ on another if the shapes allow; env.<option>=<value> changes the task.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -18,6 +19,9 @@ from magpo.types import Array, Environment, TimeStep
 
 if TYPE_CHECKING:
     from magpo.runs.policy import TrainedRun
+
+
+BATCH = 1024  # episodes of a member that `python -m magpo.evaluate` plays at once
 
 
 class _Episodes(NamedTuple):
@@ -130,18 +134,21 @@ def _main(
     places = trained.places(setting=vary)
     task = policy.make_env(trained, env, options)
     algorithm, setup = trained.algorithm, policy.make_setup(trained, task)
-    member_keys = jax.random.split(jax.random.key(seed), len(trained.score))
 
-    @jax.jit
-    @jax.vmap
-    def play(params: Any, key: Array) -> dict[str, Array]:
-        return evaluate(algorithm, setup, task, params, key, episodes, greedy)
+    @partial(jax.jit, static_argnums=2)
+    @partial(jax.vmap, in_axes=(0, 0, None))
+    def play(params: Any, key: Array, size: int) -> dict[str, Array]:
+        return evaluate(algorithm, setup, task, params, key, size, greedy)
 
     chosen = jnp.array(places)
     params = jax.tree.map(lambda x: x[chosen], trained.params)
-    metrics = jax.device_get(play(params, member_keys[chosen]))  # (members, episodes) each
-    names = list(dict.fromkeys(["episode_return", task.headline, "episode_length"]))
-    means = {name: metrics[name].mean(-1) for name in names}
+    key = jax.random.key(seed)
+    means = dict.fromkeys(["episode_return", task.headline, "episode_length"], 0.0)
+    for left in range(episodes, 0, -BATCH):
+        keys, size = jax.random.split(key, len(trained.score))[chosen], min(left, BATCH)
+        metrics = jax.device_get(play(params, keys, size))  # (members, size) each
+        means = {n: m + metrics[n].sum(-1) / episodes for n, m in means.items()}
+        key = jax.random.fold_in(key, left)
     title = f"{trained.config.system} on {task.name}, {episodes} episodes each"
     _show(title, trained, places, means)
 

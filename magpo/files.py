@@ -3,8 +3,8 @@ standard streams that cannot be written."""
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +37,22 @@ def complain(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         _discard(sys.stderr)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """End without a traceback where standard output cannot be written; silently where nobody reads
+    it any more, as with `| head`."""
+    try:
+        yield
+        print(end="", flush=True)
+    except OSError as error:
+        if error.filename is not None:  # another file
+            raise
+        _discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            complain(f"error: standard output cannot be written: {error.strerror}")
+        sys.exit(1)
 
 
 def flush_output() -> None:

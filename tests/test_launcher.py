@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 from magpo.runs import listing
@@ -31,6 +32,26 @@ def test_a_sweep_runs_on_the_launchers_local_executor(tmp_path):
     assert [run.status for run in found] == ["finished"] * 2
     configs = [yaml.safe_load((run.folder / "config.yaml").read_text()) for run in found]
     assert sorted(config["system"]["delta"] for config in configs) == [1.2, 1.4]
+
+
+def test_a_sweep_whose_jobs_change_folder_writes_where_it_was_started(tmp_path):
+    command = [*MODULE, "--multirun", "hydra.job.chdir=true", *SHORT, "results_dir=out"]
+    command += ["system.delta=1.2,1.4", "hydra.sweep.subdir='${hydra.job.num}'"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = sorted(str(run.folder) for run in listing.summaries(tmp_path))
+    printed = [line for line in done.stdout.splitlines() if line.startswith("results: ")]
+    assert printed == [f"results: {folder}" for folder in found] and len(found) == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"magpo", "sweeps"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("key", ["sweep.subdir", "sweep.dir"])
+def test_an_unknown_interpolation_is_one_line(tmp_path, key):
+    command = [*MODULE, "--multirun", *SHORT, f"hydra.{key}='${{nope}}'"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: Interpolation key 'nope' not found\n"
 
 
 def test_the_slurm_launchers_config_composes():

@@ -249,6 +249,9 @@ def test_evaluate_plays_every_seed(folder, monkeypatch, capsys):
     assert " 9.000" in out
     arguments = [f"run={folder}", "episodes=3", f"env={TASK}", "env.time_limit=5"]
     assert " 5.000" in call(monkeypatch, capsys, evaluate, *arguments)[1]
+    monkeypatch.setattr(evaluate, "BATCH", 2)  # 2 episodes, and 1
+    code, out, _ = call(monkeypatch, capsys, evaluate, f"run={folder}", "episodes=3")
+    assert code == 0 and " 9.000" in out
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,21 @@ def test_with_sanitisers(tmp_path):
     assert played.returncode == 0, played.stderr
 
 
+@pytest.mark.parametrize("command", ["magpo", "magpo.systems", "magpo.evaluate"])
+def test_output_that_nobody_reads(tmp_path, command):
+    """As with `| head`."""
+    unread, pipe = os.pipe()
+    os.close(unread)
+    for stdout, code, error in ((pipe, 1, ""), (os.open("/dev/full", os.O_WRONLY), 1, "error: ")):
+        arguments = [sys.executable, "-m", command]
+        done = subprocess.run(
+            arguments, cwd=tmp_path, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+        )
+        os.close(stdout)
+        assert done.returncode == code and done.stderr.startswith(error)
+        assert done.stderr.count("\n") == bool(error), done.stderr
+
+
 def test_the_package_lists_its_commands(tmp_path):
     done = started("-m", "magpo", cwd=tmp_path)
     assert done.returncode == 0 and "python -m magpo.evaluate" in done.stdout

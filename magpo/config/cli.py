@@ -20,7 +20,7 @@ from magpo.config import compose
 from magpo.config.schema import RunConfig, dump, float_keys, nested, unknown_key, validate
 from magpo.envs import registry
 from magpo.errors import ConfigError
-from magpo.files import complain
+from magpo.files import complain, printing
 
 Run = Callable[[ModuleType, RunConfig], object]
 
@@ -46,6 +46,7 @@ def main(system: str | ModuleType, run: Run, config_dir: Path | None = None) -> 
             run(module, compose.load(module, arguments, config_dir))
 
 
+@printing()
 def command(usage: str | None, run: Callable[..., object]) -> None:
     """Call a function with the command line's arguments, checked by the types of its parameters, or
     print the usage: with --help, and where arguments are needed and there are none.
@@ -75,6 +76,8 @@ def command(usage: str | None, run: Callable[..., object]) -> None:
             bound.arguments.update(vars(validate(schema, given)), **others)
             run(*bound.args, **bound.kwargs)
         except OSError as error:
+            if error.filename is None:  # standard output
+                raise
             raise ConfigError(str(error)) from error
 
 
@@ -181,6 +184,7 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
     name, folders = compose.locate(module, config_dir)
@@ -205,7 +209,7 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     try:
         hydra.main(config_path=None, config_name=f"magpo_{name}", version_base="1.3")(job)()
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException, FileNotFoundError, PermissionError) as error:
         raise ConfigError(str(error).partition("\n")[0]) from error
 
 

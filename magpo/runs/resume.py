@@ -23,9 +23,10 @@ from magpo.runs import checkpoint, folders
 from magpo.runs.checkpoint import CheckpointError
 from magpo.types import EnvSpec
 
-# Keys, or groups of keys, on which the meaning of a state depends, even where its shapes do not.
+# The keys, or groups of keys, on which the state's meaning depends: what a member is, and what the
+# episodes under way are.
 FIXED = (
-    *("run.system", "run.env", "run.budget", "run.tuned", "network"),
+    *("run.system", "run.env", "run.budget", "run.tuned", "env", "network"),
     *("seeds", "vary", "num_envs", "rollout_length", "eval_episodes"),
 )
 
