@@ -1,5 +1,6 @@
 """JAX on the CPU, with one compilation cache for all tests and the processes they start."""
 
+import gc
 import os
 import sys
 from importlib import metadata
@@ -19,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     # Tests run little of what they compile: unoptimised, that takes a third of the time.
     os.environ.setdefault("XLA_FLAGS", QUICK)
+    # Tracing makes many objects that live: looking for garbage so often takes a fifth of its time.
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture

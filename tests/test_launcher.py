@@ -6,7 +6,9 @@ import sys
 import pytest
 import yaml
 
+from magpo.config import cli
 from magpo.runs import listing
+from magpo.systems import magpo
 
 SHORT = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
@@ -54,17 +56,21 @@ def test_an_unknown_interpolation_is_one_line(tmp_path, key):
     assert done.stderr == "error: Interpolation key 'nope' not found\n"
 
 
-def test_the_slurm_launchers_config_composes():
-    command = [*MODULE, "hydra/launcher=slurm", *SHORT, "--cfg", "hydra"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    launcher = yaml.safe_load(done.stdout)["hydra"]["launcher"]
+def printed(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["magpo.py", *arguments])
+    cli.main(magpo, None)
+    return capsys.readouterr().out
+
+
+def test_the_slurm_launchers_config_composes(monkeypatch, capsys):
+    out = printed(monkeypatch, capsys, "hydra/launcher=slurm", *SHORT, "--cfg", "hydra")
+    launcher = yaml.safe_load(out)["hydra"]["launcher"]
     assert launcher["gpus_per_node"] == 1 and launcher["timeout_min"] == 1440
     assert launcher["_target_"].endswith("SlurmLauncher")
 
 
-def test_flags_that_exclude_each_other_are_one_line():
-    command = [*MODULE, "--multirun", "--cfg", "job", *SHORT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "error: --multirun and --cfg do not go together\n"
+def test_flags_that_exclude_each_other_are_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        printed(monkeypatch, capsys, "--multirun", "--cfg", "job", *SHORT)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: --multirun and --cfg do not go together\n"

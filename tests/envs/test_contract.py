@@ -1,4 +1,4 @@
-"""What every environment promises: all tasks, under auto-reset and random legal actions."""
+"""What every environment promises: all tasks traced, those of different code or size played."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import pytest
 
 from envs.conftest import random_actions
 from magpo import envs
+from magpo.envs import registry
 from magpo.envs.wrappers import AutoReset
 from magpo.types import EnvSpec, StepType, action_spec, spec
 
@@ -25,6 +26,13 @@ OPTIONS = {
     "mabrax/humanoid-9-8": {"mapping": "corrected"},
     "smax/smacv2_5_units": {"ends": "released"},
 }
+# Played under auto-reset and random legal actions: all code, and of one code a small and a large.
+PLAYED = [
+    *OPTIONS,
+    *("coordsum/3x10-30", "lbf/15x15-4p-5f", "connector/con-5x5x3a", "connector/con-10x10x10a"),
+    *("mpe/simple_spread_3ag", "rware/tiny-2ag", "rware/large-8ag", "smax/3m"),
+    *("smax/3s5z_vs_3s6z", "mabrax/hopper-3x1"),
+]
 
 
 class Played:
@@ -54,25 +62,29 @@ class Played:
         self.first, self.actions, self.timesteps = self.run(1)
 
 
-@pytest.fixture(scope="module", params=envs.tasks())
-def played(request):
-    return Played(request.param)
-
-
-def test_a_scan_can_carry_the_state(played):
+@pytest.mark.parametrize("task", envs.tasks())
+def test_a_scan_can_carry_the_state_and_sees_what_was_promised(task):
     """Same structure, shapes and dtypes after reset and step, and nothing weakly typed."""
-    env = played.env
+    env = envs.make(task, global_state=True, **OPTIONS.get(task, {}))
     state, first = jax.eval_shape(env.reset, jax.random.key(0))
     after = jax.eval_shape(env.step, state, action_spec(env))
     assert jax.tree.structure((state, first)) == jax.tree.structure(after)
     for leaf, other in zip(jax.tree.leaves((state, first)), jax.tree.leaves(after), strict=True):
         assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
         assert not leaf.weak_type and not other.weak_type
+    for found, promised in zip(first.observation, env.observation_spec, strict=True):
+        assert (found.shape, found.dtype) == (promised.shape, promised.dtype)
+    assert first.reward.shape == (env.num_agents,) and env.headline in first.metrics
+    assert EnvSpec(**json.loads(json.dumps(dataclasses.asdict(spec(env))))) == spec(env)
 
 
-def test_what_a_policy_depends_on_can_be_saved(played):
-    saved = json.loads(json.dumps(dataclasses.asdict(spec(played.env))))
-    assert EnvSpec(**saved) == spec(played.env)
+def test_every_suite_is_played():
+    assert {task.partition("/")[0] for task in PLAYED} == registry.SUITES.keys()
+
+
+@pytest.fixture(scope="module", params=PLAYED)
+def played(request):
+    return Played(request.param)
 
 
 def test_shapes_and_dtypes_are_the_specs(played):

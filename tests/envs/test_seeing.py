@@ -1,4 +1,4 @@
-"""What is shown of the environments: pictures, the table of tasks, the README's example."""
+"""What is shown of the environments: pictures, the README's example."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from magpo import config, envs, experiment, render
+from magpo import config, experiment, render
 from magpo.systems import magpo as system
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -85,13 +85,6 @@ def test_bad_requests_are_one_line(arguments, message, monkeypatch, capsys):
         render.main()
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and message in err
-
-
-def test_the_readmes_table_is_the_commands():
-    command = [sys.executable, "-m", "magpo.envs", "--markdown"]
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert table in README
-    assert len(table.splitlines()) == 2 + len(envs.tasks())
 
 
 def test_the_readmes_own_environment_trains(tmp_path):

@@ -151,7 +151,7 @@ def test_ctrl_c_while_the_files_are_finished_loses_none(config, monkeypatch):
 
     monkeypatch.setattr(Writer, "__enter__", wrapped)
     with pytest.raises(KeyboardInterrupt):
-        run(dataclasses.replace(config, absolute_metric=False))
+        run(counting.plotted(config), absolute_metric=False)
     (folder,) = Path(config.results_dir).glob("*/*/*/*")
     steps = {record["env_steps"] for record in counting.records(folder)}
     assert max(steps) == K * config.steps_per_chunk

@@ -51,7 +51,7 @@ def metrics(folder):
 
 
 def on_devices(number, *overrides):
-    flags = f"--xla_force_host_platform_device_count={number}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={number}"
     command = [sys.executable, "-c", CHILD, "-", *overrides]
     env = os.environ | {"XLA_FLAGS": flags}
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -67,12 +67,9 @@ def alone(tmp_path_factory):
     return metrics(experiment.run(magpo, configuration.load("magpo", [*SMALL, results])).folder)
 
 
-@pytest.mark.parametrize(
-    ("number", "mesh"), [(4, "'member': 2, 'env': 2"), (8, "'member': 2, 'env': 4")]
-)
-def test_spread_over_devices_it_is_the_same_run(alone, tmp_path, number, mesh):
-    out = on_devices(number, *SMALL, f"results_dir={tmp_path}")
-    assert mesh in out and "communication True" in out
+def test_spread_over_devices_it_is_the_same_run(alone, tmp_path):
+    out = on_devices(8, *SMALL, f"results_dir={tmp_path}")
+    assert "'member': 2, 'env': 4" in out and "communication True" in out
     (folder,) = tmp_path.glob("*/*/*/*")
     spread = metrics(folder)
     assert spread.keys() == alone.keys()

@@ -27,6 +27,7 @@ from experiment.counting import (
     N,
     U,
     expected_returns,
+    plotted,
     records,
     run,
 )
@@ -255,7 +256,7 @@ def test_interruption_leaves_complete_files(config, monkeypatch, capsys):
 
     monkeypatch.setattr(Console, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(config)
+        run(plotted(config))
     folder = Path(capsys.readouterr().out.rsplit("here is in ", 1)[1].strip())
     assert max(line["env_steps"] for line in records(folder)) == 2 * config.steps_per_chunk
     data = json.loads((folder / "marl_eval.json").read_text())

@@ -16,6 +16,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import magpo
+from experiment import counting
 from experiment.counting import (
     HYPER,
     SEEDS,
@@ -24,6 +25,7 @@ from experiment.counting import (
     Count,
     K,
     expected_returns,
+    plotted,
     records,
     run,
 )
@@ -43,9 +45,19 @@ SETTINGS = [
 ]
 
 
+def varied(config):
+    return dataclasses.replace(config, vary=VARY, seeds=SEEDS[:2])
+
+
 @pytest.fixture
 def vary(config):
-    return dataclasses.replace(config, vary=VARY, seeds=SEEDS[:2])
+    return varied(config)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run from beginning to end, to read only."""
+    return run(varied(counting.settings(tmp_path_factory.mktemp("whole"))))
 
 
 def alone(config, setting, **changes):
@@ -72,8 +84,8 @@ def test_nothing_varied_is_one_setting(config):
     np.testing.assert_array_equal(config.member_hyper().shift, np.zeros(3))
 
 
-def test_a_member_is_the_run_of_its_value_alone(vary):
-    together = run(vary)
+def test_a_member_is_the_run_of_its_value_alone(vary, whole):
+    together = whole
     for i, setting in enumerate(SETTINGS):
         places = slice(2 * i, 2 * i + 2)
         single = alone(vary, setting)
@@ -88,8 +100,8 @@ def test_a_member_is_the_run_of_its_value_alone(vary):
     assert len(set(finals)) > 2  # the settings do differ
 
 
-def test_members_in_batches_are_the_same_run(vary):
-    together, apart = run(vary), run(vary, seeds_per_batch=3)
+def test_members_in_batches_are_the_same_run(vary, whole):
+    together, apart = whole, run(vary, seeds_per_batch=3)
     jax.tree.map(np.testing.assert_array_equal, together.params, apart.params)
     same_logs(together.folder, apart.folder)
     with pytest.raises(ConfigError, match="must divide the 12 members of a device, not 5"):
@@ -108,18 +120,18 @@ experiment.run(counting, run)
 """
 
 
-@pytest.mark.parametrize(("number", "mesh"), [(4, "4, 'env': 1"), (8, "4, 'env': 2")])
-def test_over_devices_it_is_the_same_run(tmp_path, monkeypatch, number, mesh):
+def test_over_devices_it_is_the_same_run(tmp_path):
     overrides = ["env=test/count", "vary.system.shift=[0,3]", "seeds=[3,11]", "num_envs=4"]
     overrides += ["total_steps=120", f"num_evaluations={K}", "eval_episodes=3"]
     here = configuration.load(SYSTEM, [*overrides, f"results_dir={tmp_path / 'here'}"])
     one = experiment.run(SYSTEM, here).folder
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number}"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", ON_DEVICES, *overrides, f"results_dir={tmp_path / 'there'}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"{{'member': {mesh}}}" in done.stdout
+    assert "{'member': 4, 'env': 2}" in done.stdout
     (spread,) = (tmp_path / "there").glob("*/*/*/*")
     same_logs(spread, one)
 
@@ -159,8 +171,8 @@ def test_make_sees_every_setting(vary):
         run(vary, vary={"system.shift": (0.0, 13.0)})
 
 
-def test_records_carry_the_varied_values(vary, config):
-    result = run(vary)
+def test_records_carry_the_varied_values(vary, config, whole):
+    result = whole
     lines = records(result.folder)
     found = {(r["seed"], r["system.shift"], r["system.bound"]) for r in lines}
     assert found == {(seed, *setting.values()) for seed, setting in vary.members}
@@ -175,8 +187,8 @@ def test_records_carry_the_varied_values(vary, config):
     assert not any("system." in key for record in plain for key in record)
 
 
-def test_marl_eval_has_an_algorithm_for_each_setting(vary):
-    data = json.loads((run(vary).folder / "marl_eval.json").read_text())["test"]["count"]
+def test_marl_eval_has_an_algorithm_for_each_setting(whole):
+    data = json.loads((whole.folder / "marl_eval.json").read_text())["test"]["count"]
     assert list(data) == [
         f"counting shift={shift} bound={bound}"
         for shift in ("0", "3")
@@ -262,7 +274,7 @@ def test_the_console_shows_the_best_setting_and_a_row_for_each_member(vary, caps
 
 
 def test_the_curve_is_drawn(vary):
-    data = (run(vary).folder / "learning_curve.png").read_bytes()
+    data = (run(plotted(vary)).folder / "learning_curve.png").read_bytes()
     assert data.startswith(b"\x89PNG")
 
 
@@ -292,8 +304,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(vary, monkeypatch, chunk):
 @pytest.mark.parametrize(
     "vary_now", [{}, {"system.shift": (0.0, 4.0)}, VARY | {"system.bound": (2.0,)}]
 )
-def test_other_members_are_refused_though_allowed(vary, vary_now):
-    folder = run(vary).folder
+def test_other_members_are_refused_though_allowed(vary, whole, vary_now):
+    folder = whole.folder
     changes = ("vary.system.shift", "vary.system.bound", "vary")
     with pytest.raises(ConfigError, match=r"members of a run cannot change: vary\.") as error:
         run(vary, resume=str(folder), vary=vary_now, allow_changes=changes)
@@ -318,8 +330,8 @@ def test_auto_takes_the_run_that_varies_the_same(vary, monkeypatch):
     assert run(vary, resume="auto").folder == first
 
 
-def test_the_list_of_runs_has_members_and_varied_keys(vary, monkeypatch, capsys):
-    result = run(vary)
+def test_the_list_of_runs_has_members_and_varied_keys(whole, monkeypatch, capsys):
+    result = whole
     (summary,) = listing.summaries(result.folder)
     assert (summary.num_members, summary.varied) == (12, ("system.shift", "system.bound"))
     last = result.measurements[-1].evaluation["episode_return"].mean(-1)
@@ -333,16 +345,15 @@ def test_the_list_of_runs_has_members_and_varied_keys(vary, monkeypatch, capsys)
 
 
 @pytest.fixture
-def trained(vary, monkeypatch):
+def trained(whole, monkeypatch):
     monkeypatch.setattr(policy, "_system", lambda folder: SYSTEM)
-    result = run(vary, logger=dataclasses.replace(vary.logger, console=False))
-    return result, policy.read(result.folder, SYSTEM)
+    return whole, policy.read(whole.folder, SYSTEM)
 
 
 def test_a_policy_is_loaded_by_member(trained, vary):
     result, read = trained
     folder = result.folder
-    assert read.config == dataclasses.replace(vary, logger=read.config.logger)
+    assert read.config == dataclasses.replace(vary, results_dir=read.config.results_dir)
     best = magpo.load_policy(folder, system=SYSTEM)
     at = int(np.argmax(result.best.score))
     jax.tree.map(
@@ -421,13 +432,13 @@ def test_export_and_render_take_a_member(trained, monkeypatch, capsys, tmp_path)
     assert chosen[0] in (7, 9, 11) and chosen[1] in range(6, 12)
 
 
-def test_a_run_that_varies_is_plotted_by_setting(vary, tmp_path):
+def test_a_run_that_varies_is_plotted_by_setting(vary, whole):
     script = Path(__file__).parents[2] / "scripts" / "plot.py"
     spec = util.spec_from_file_location("plot_members", script)
     plot = util.module_from_spec(spec)
     sys.modules["plot_members"] = plot
     spec.loader.exec_module(plot)
-    result = run(vary)
+    result = whole
     lines = {line.label: line for line in plot.pool(plot.find([result.folder]))}
     assert len(lines) == 6 and "COUNTING (shift=3.0, bound=null)" in lines
     finals = result.measurements[-1].evaluation["episode_return"].mean(-1)

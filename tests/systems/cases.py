@@ -1,6 +1,8 @@
-"""The seven systems, as small as they get, and what the tests have to know of each."""
+"""The systems, as small as they get, and what the tests have to know of each."""
 
 import importlib
+import inspect
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,21 +29,55 @@ GUIDED = [
 ]
 RECURRENT = ["network.actor.hidden_dim=8", "network.critic.hidden_dim=6"]
 SEQUENCE = ["network.embed_dim=8", "network.n_head=2"]
+PROBED_GUIDED = [
+    "system.actor_lr=0.003",
+    "system.num_minibatches=1",
+    "network.guider.embed_dim=16",
+    "network.guider.chunk_size=6",
+    "network.learner.hidden_dim=16",
+]
+PROBED_RECURRENT = [
+    "system.actor_lr=0.003",
+    "system.critic_lr=0.01",
+    "system.num_minibatches=1",
+    "network.actor.hidden_dim=16",
+    "network.critic.hidden_dim=16",
+]
+PROBED_SEQUENCE = ["system.actor_lr=0.003", "network.embed_dim=16"]
+
+
+class Small(NamedTuple):
+    """A system's overrides."""
+
+    system: str
+    own: list[str]
+    probed: tuple[str, ...] | list[str] = ()  # what it solves the probes with
+
+
+# Every system by its name, then variants.
 CASES = {
-    "magpo": ["magpo", *GUIDED],
-    "magpo, mat": ["magpo", *GUIDED, "network.guider.kind=mat"],
-    "ctds": ["ctds", *GUIDED],
-    "mappo": ["mappo", *RECURRENT, "system.recurrent_chunk_size=4"],
-    "ippo": ["mappo", *RECURRENT, "system.critic_input=observation"],
-    "happo": ["happo", *RECURRENT, "system.recurrent_chunk_size=4"],
-    "mat": ["mat", *SEQUENCE],
-    "sable": ["sable", *SEQUENCE, "network.chunk_size=4"],
-    "sable, no memory": ["sable", *SEQUENCE, "network.memory=false"],
-    "gpae": ["gpae_mappo", *RECURRENT, "system.reuse=3"],
-    "gae": ["gpae_mappo", *RECURRENT, "system.advantage=gae", "system.reuse=1"],
-    "gpae, no memory": ["gpae_mappo", *RECURRENT, "network.actor.memory=false"],
+    "magpo": Small("magpo", GUIDED, PROBED_GUIDED),
+    "ctds": Small("ctds", GUIDED, PROBED_GUIDED),
+    "mappo": Small("mappo", [*RECURRENT, "system.recurrent_chunk_size=4"], PROBED_RECURRENT),
+    "happo": Small("happo", [*RECURRENT, "system.recurrent_chunk_size=4"], PROBED_RECURRENT),
+    "mat": Small("mat", SEQUENCE, PROBED_SEQUENCE),
+    "sable": Small(
+        "sable",
+        [*SEQUENCE, "network.chunk_size=4"],
+        [*PROBED_SEQUENCE, "system.num_minibatches=1", "network.chunk_size=6"],
+    ),
+    "gpae_mappo": Small(
+        "gpae_mappo",
+        [*RECURRENT, "system.reuse=3"],
+        [*PROBED_RECURRENT, "system.anneal_lr=false", "system.ent_coef=0.01"],
+    ),
+    "magpo, mat": Small("magpo", [*GUIDED, "network.guider.kind=mat"]),
+    "ippo": Small("mappo", [*RECURRENT, "system.critic_input=observation"]),
+    "sable, no memory": Small("sable", [*SEQUENCE, "network.memory=false"]),
+    "gae": Small("gpae_mappo", [*RECURRENT, "system.advantage=gae", "system.reuse=1"]),
+    "gpae, no memory": Small("gpae_mappo", [*RECURRENT, "network.actor.memory=false"]),
 }
-SEVEN = ["magpo", "ctds", "mappo", "happo", "mat", "sable", "gpae"]
+SYSTEMS = config.systems()
 
 
 class Case(NamedTuple):
@@ -50,9 +86,10 @@ class Case(NamedTuple):
     env: Environment
 
 
+@cache
 def build(name: str, task: str = LBF, *overrides: str) -> Case:
     """A system on episodes that are cut off at 5 steps: a rollout of 8 has ends in it."""
-    system, *own = CASES[name]
+    system, own, _ = CASES[name]
     options = config.load(system, [f"env={task}", *SHARED, *own, *overrides])
     values = options.env.options | {"time_limit": 5}
     global_state = options.algorithm.needs_global_state
@@ -74,27 +111,34 @@ def sharpened(state: Any) -> Any:
     return state._replace(params=jax.tree.map(lambda x: x * 2.0, state.params))
 
 
+@cache
+def jitted(function: Any) -> Any:
+    """Of a system, compiled once for whatever calls it."""
+    return jax.jit(function, static_argnums=(0, 1))
+
+
 def differences(case: Case, state: Any) -> dict[str, jax.Array]:
     """Between what a rollout from `state` stored and what training recomputes of it: all zero."""
-    module, setup, env = case
+    _, collected, *_ = jitted(case.module.rollout)(case.setup, case.env, state)
+    return jax.jit(partial(_recomputed, case.module, case.setup))(state, collected)
+
+
+def _recomputed(module: Any, setup: Any, state: Any, collected: Any) -> dict[str, jax.Array]:
     key, hyper = jax.random.key(0), state.hyper
-    name = module.__name__.rpartition(".")[2]
-    if name == "gpae_mappo":
-        _, trajectory, _ = module.rollout(setup, env, state)
-        estimates = module.estimate(setup, state.params, trajectory)
+    if hasattr(module, "estimate"):  # what the others store, GPAE recomputes for its old rollouts
+        estimates = module.estimate(setup, state.params, collected)
         fields = dict.fromkeys(module.Batch._fields, estimates.value)
-        fields |= {"steps": trajectory.steps, "carry": trajectory.carry}
+        fields |= {"steps": collected.steps, "carry": collected.carry}
         _, metrics = module.losses(state.params, setup, hyper, module.Batch(**fields), key)
         return {
             "log_prob": estimates.log_ratio,
             "ratio": metrics["policy/ratio_std"],
             "value": metrics["loss/value"],
         }
-    _, collected = module.rollout(setup, env, state)
-    arguments = (setup,) if name == "sable" else ()
-    batch = module.sequences(*arguments, hyper, collected)
+    takes_setup = "setup" in inspect.signature(module.sequences).parameters
+    batch = module.sequences(*([setup] if takes_setup else []), hyper, collected)
     batch = batch._replace(target=batch.steps.value)
-    if name == "happo":
+    if hasattr(module, "of_agent"):  # no loss of all agents together
 
         def log_ratio(agent):
             part = module.of_agent(batch, agent)

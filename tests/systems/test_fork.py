@@ -6,21 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from test_ways import SMALL
+
 import magpo
 from magpo import files
-
-SMALL = [
-    "env=lbf/2s-8x8-2p-2f-coop",
-    "num_envs=4",
-    "rollout_length=8",
-    "total_steps=64",
-    "num_evaluations=2",
-    "eval_episodes=2",
-    "env.time_limit=9",
-    "network.actor.hidden_dim=8",
-    "network.critic.hidden_dim=8",
-    "logger.plot=false",
-]
 
 
 def test_a_copy_outside_the_package_trains(tmp_path):
@@ -33,7 +22,7 @@ def test_a_copy_outside_the_package_trains(tmp_path):
         command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "results" / "my_mappo" / "lbf").glob("*/*")
+    (folder,) = (tmp_path / "results" / "my_mappo" / "coordsum").glob("*/*")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {record["system"] for record in records} == {"my_mappo"}
     assert max(record["env_steps"] for record in records) == 64

@@ -52,7 +52,7 @@ def test_without_actions_the_value_is_the_states_alone():
 
 
 def settings(**changes):
-    return dataclasses.replace(cases.build("gpae").setup.config.hyper, **changes)
+    return dataclasses.replace(cases.build("gpae_mappo").setup.config.hyper, **changes)
 
 
 @pytest.mark.parametrize("trace", ["dt", "st", "it", "none"])
@@ -99,7 +99,7 @@ def test_off_policy_advantages_are_the_slow_sum():
 
 
 def test_one_of_the_last_rollouts_is_drawn_of_each_environment():
-    _, setup, env = cases.build("gpae")  # reuse 3, 6 environments
+    _, setup, env = cases.build("gpae_mappo")  # reuse 3, 6 environments
     state = jax.eval_shape(lambda key: gpae.init(setup, env, key), jax.random.key(0))
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.buffer)
     given = {"buffer": empty, "num_rollouts": jnp.int32(0), "hyper": setup.config.hyper}
@@ -153,4 +153,4 @@ def test_gae_blames_nobody(stopped):
 
 def test_only_smax_has_agents_that_stop():
     with pytest.raises(ConfigError, match="anomaly_probability is for smax"):
-        cases.build("gpae", "lbf/2s-8x8-2p-2f-coop", "system.anomaly_probability=0.1")
+        cases.build("gpae_mappo", "lbf/2s-8x8-2p-2f-coop", "system.anomaly_probability=0.1")

@@ -13,8 +13,8 @@ import pytest
 from magpo import config
 from magpo.evaluate import evaluate
 from magpo.types import spec
+from systems.cases import PROBED_GUIDED
 from systems.probe import LENGTH, Kind, Probe
-from systems.test_probes import GUIDED
 
 
 def train(name):
@@ -26,7 +26,7 @@ def train(name):
     own = ["system.actor_lr=0.001", "system.ent_coef=0.1", "total_steps=153600"]
     shared = ["num_envs=64", "rollout_length=12", "num_evaluations=1"]
     task = ["env=lbf/2s-8x8-2p-2f-coop", "tuned=false"]
-    algorithm = config.load(name, [*task, *shared, *GUIDED, *own]).algorithm
+    algorithm = config.load(name, [*task, *shared, *PROBED_GUIDED, *own]).algorithm
     env = Probe(Kind.COMPLEMENTED)
     setup = module.make(algorithm, spec(env))
 

@@ -10,20 +10,21 @@ import pytest
 
 import magpo
 from magpo import config, experiment, export
-from magpo.contract import Deployed, Parameters
+from magpo.contract import Deployed, Parameters, as_data
 from magpo.errors import ConfigError
-from magpo.runs import policy
-from magpo.types import Observation
+from magpo.runs import checkpoint, policy
+from magpo.types import Observation, spec
 from systems import cases
 
 TASK, N, B = "lbf/2s-8x8-2p-2f-coop", 2, 3
 
 
-@pytest.fixture(scope="module", params=cases.SEVEN)
+@pytest.fixture(scope="module", params=cases.SYSTEMS)
 def run(request, tmp_path_factory):
-    """A run of two chunks and two seeds, and its name."""
-    system, *own = cases.CASES[request.param]
+    """A run of two chunks, two seeds and four settings, and its name."""
+    system, own, _ = cases.CASES[request.param]
     overrides = [*cases.SHARED, *own, f"env={TASK}", "env.time_limit=9", "seeds=[7,2]"]
+    overrides += ["vary.system.actor_lr=[0.0002,0.01]", "vary.system.gamma=[0.9,0.8]"]
     overrides += ["num_evaluations=2", "eval_episodes=2", "absolute_metric=false"]
     overrides += ["logger.plot=false", f"results_dir={tmp_path_factory.mktemp('results')}"]
     module = cases.build(request.param).module
@@ -52,6 +53,30 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
     assert records(copy) == records(folder)
     before, after = policy.read(folder), policy.read(copy)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+def test_a_member_trains_the_same_alone(run):
+    """Its seed, and its hyperparameters, which are data of one program."""
+    _, module, folder = run
+    settings, place = policy.read(folder).config, 5
+    seed, setting = settings.members[place]
+    env = experiment.make_env(settings)
+    setup = module.make(settings.algorithm_of(setting), spec(env))
+    key = experiment.member_inputs(settings).train_keys[place]
+    state = jax.jit(module.init, static_argnums=(0, 1))(setup, env, key)
+    state = state._replace(hyper=as_data(setup.config.hyper))
+    for _ in range(2):
+        state, metrics = jax.jit(module.train_chunk, static_argnums=(0, 1))(setup, env, state)
+    (newest, _) = checkpoint.checkpoints(folder / "checkpoints")
+    among = checkpoint.load_named(newest, checkpoint.read_meta(newest), "state")
+    alone = checkpoint._named(state.params)
+    assert {f"params.{name}" for name in alone} <= among.keys()
+    for name, value in alone.items():
+        np.testing.assert_allclose(value, among[f"params.{name}"][place], atol=5e-4)
+    last = [r for r in records(folder) if (r["name"], r["env_steps"]) == ("loss/value", 96)]
+    (loss,) = (r["value"] for r in last if r["seed"] == seed and setting.items() <= r.items())
+    np.testing.assert_allclose(metrics["loss/value"][0], loss, atol=5e-4)
+    assert len({r["value"] for r in last}) == 8
 
 
 def observation_of(env):
