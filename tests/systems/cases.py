@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magpo import config, envs
+from magpo import config, envs, plugins
 from magpo.types import Environment, spec
 
 LBF = "lbf/2s-8x8-2p-2f-coop"
@@ -77,7 +77,7 @@ CASES = {
     "gae": Small("gpae_mappo", [*RECURRENT, "system.advantage=gae", "system.reuse=1"]),
     "gpae, no memory": Small("gpae_mappo", [*RECURRENT, "network.actor.memory=false"]),
 }
-SYSTEMS = config.systems()
+SYSTEMS = plugins.of_package()
 
 
 class Case(NamedTuple):
