@@ -15,7 +15,7 @@ LAYERS = [
     *("errors", "types", "files", "tables", "metrics", "optimiser"),
     *("envs", "networks", "contract", "plugins"),
     *("config", "hardware", "report", "runs"),
-    *("evaluate", "experiment", "export", "render", "systems"),
+    *("evaluate", "experiment", "export", "render", "systems", "__main__"),
 ]
 # What a system, which people copy, may use.
 FOR_SYSTEMS = {

@@ -7,57 +7,45 @@ import sys
 import time
 from _thread import start_new_thread  # in a signal handler, threading's locks could be taken
 from types import FrameType
-from typing import Any
 
-PATIENCE_S = 60.0  # for a process that neither ends nor answers: far more than any step of an end
+PATIENCE_S = 60.0  # for a process that runs no Python any more: far more than any step of its end
 received: list[int] = []  # those that asked this process to stop
 _deadline = math.inf
 
 
 def stop(signum: int, frame: FrameType | None) -> None:
-    """Handle a signal: raise KeyboardInterrupt, and again wherever it was lost.
+    """Handle a signal: raise KeyboardInterrupt, and again where it was lost.
 
-    Python drops what is raised inside a garbage collection, and libraries may catch it. A process
-    that runs no Python any more is ended.
+    Python drops what is raised inside a garbage collection, and libraries may catch it.
     """
+    global _deadline
     signal.signal(signum, signal.SIG_DFL)  # a second one kills
     received.append(signum)
-    sys.unraisablehook = _report_unraisable
+    sys.unraisablehook = lambda lost: None
     if hasattr(signal, "setitimer"):  # not on Windows
-        _put_off()
+        _deadline = time.monotonic() + PATIENCE_S
         start_new_thread(_end_at_deadline, ())
         signal.signal(signal.SIGALRM, _again)
         signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
     raise KeyboardInterrupt
 
 
-def check() -> None:
-    """Raise a KeyboardInterrupt that was lost."""
-    if received:
-        raise KeyboardInterrupt
-
-
 def answered() -> None:
     """Raise it no more: the run has ended."""
     global _deadline
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, 0)
     _deadline = math.inf
 
 
 def _again(signum: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt unless one is on its way, and files are being completed."""
+    global _deadline
     error = sys.exc_info()[1]
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
-    if error is None:
-        raise KeyboardInterrupt
-    _put_off()
-
-
-def _put_off() -> None:
-    global _deadline
-    _deadline = time.monotonic() + PATIENCE_S
+    if _deadline < math.inf:
+        if error is None:
+            raise KeyboardInterrupt
+        _deadline = time.monotonic() + PATIENCE_S
 
 
 def _end_at_deadline() -> None:
@@ -65,8 +53,3 @@ def _end_at_deadline() -> None:
         if time.monotonic() > _deadline:
             os._exit(128 + received[0])
         time.sleep(0.2)
-
-
-def _report_unraisable(unraisable: Any) -> None:
-    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-        sys.__unraisablehook__(unraisable)

@@ -75,15 +75,13 @@ def main(system: ModuleType | str) -> None:
     try:
         cli.main(plugins.module_of(system) if isinstance(system, str) else system, _job)
         flush_output()
-        interrupts.check()
     except BaseException as error:
+        code = 1
         if interrupts.received or isinstance(error, KeyboardInterrupt):  # libraries may wrap it
             code = 128 + (interrupts.received or [signal.SIGINT])[0]
-        elif isinstance(error, DivergenceError | LoggingError | BrokenPipeError):
-            if not isinstance(error, BrokenPipeError):  # --help | head
-                complain(f"error: {error}")
-            code = 1
-        else:
+        elif isinstance(error, DivergenceError | LoggingError):
+            complain(f"error: {error}")
+        elif not isinstance(error, BrokenPipeError):  # --help | head
             raise
         processes.leave()
         flush_output()

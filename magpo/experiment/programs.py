@@ -17,7 +17,7 @@ from magpo.config.schema import RunConfig
 from magpo.contract import Algorithm
 from magpo.errors import ConfigError
 from magpo.evaluate import evaluate
-from magpo.experiment import checks, interrupts
+from magpo.experiment import checks
 from magpo.hardware import devices
 from magpo.types import Array, Environment, spec
 
@@ -200,7 +200,6 @@ def compile_programs(
 
     pool, futures = ThreadPoolExecutor(1), {}
     for name, shaped in arguments.items():
-        interrupts.check()
         futures[name] = pool.submit(finish, name, getattr(programs, name).lower(*shaped))
     pool.shutdown(wait=False)  # waiting here could not be interrupted
     return Programs(**{name: future.result() for name, future in futures.items()})

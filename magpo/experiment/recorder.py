@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from magpo.config.schema import RunConfig
-from magpo.experiment import interrupts
 from magpo.experiment.programs import Best
 from magpo.report.console import Console
 from magpo.report.measurements import Measurement, defined
@@ -85,11 +84,9 @@ class Recorder:
 
 
 def _get(tree: Any) -> Any:
-    """Return the arrays' values once they are computed; answer signals while waiting."""
+    """Return the arrays' values once they are computed; waiting so that signals are answered."""
     pause = 1e-4
     while not all(array.is_ready() for array in jax.tree.leaves(tree)):
-        interrupts.check()
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
-    interrupts.check()
     return jax.device_get(tree)

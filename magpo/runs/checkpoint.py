@@ -129,10 +129,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     damage."""
     try:
         manifest, files = json.loads((folder / MANIFEST).read_bytes()), _files(folder)
-        for name, checksum in (dict.fromkeys([META]) | manifest).items():
-            if name not in files or _sha256(folder / name) != checksum:
-                what = "damaged" if name in files else "missing"
-                raise CheckpointError(f"{folder}: {name} is {what}")
+        for name, checksum in ({META: None} | manifest).items():
+            if name not in files:
+                raise CheckpointError(f"{folder}: {name} is missing")
+            if _sha256(folder / name) != checksum:
+                raise CheckpointError(f"{folder}: {name} is damaged")
         meta: dict[str, Any] = json.loads((folder / META).read_bytes())
         if (found := meta.get("format")) != FORMAT:
             raise CheckpointError(
@@ -165,9 +166,8 @@ def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any
         raise CheckpointError(f"{folder}: {misfit}")
     names = _named(template)
     restored = _restore(folder / part, names)
-    structure = jax.tree.structure(template)
     arrays = [_unstored(restored[name], leaf) for name, leaf in names.items()]
-    return jax.tree.unflatten(structure, arrays)
+    return jax.tree.unflatten(jax.tree.structure(template), arrays)
 
 
 def difference(meta: Mapping[str, Any], part: str, template: Any) -> str:
@@ -187,9 +187,9 @@ def load_named(folder: Path, meta: Mapping[str, Any], part: str) -> dict[str, np
     CheckpointError."""
     described = meta["arrays"].get(part, {})
     arrays = _restore(folder / part, dict.fromkeys(described))
-    for name, (dtype, shape) in described.items():
-        if not dtype.startswith("key<") and _describe(arrays.get(name)) != [dtype, shape]:
-            raise CheckpointError(f"{folder}: {part} has no {dtype}{shape} {name}")
+    for name, wanted in described.items():
+        if not wanted[0].startswith("key<") and _describe(arrays.get(name)) != wanted:
+            raise CheckpointError(f"{folder}: {part} has no {_text(wanted)} {name}")
     return {name: np.asarray(arrays[name]) for name in described}
 
 

@@ -55,7 +55,16 @@ def start(
 
     def load(path: Path, meta: dict[str, Any]) -> Start:
         _check_same(folder, path, meta, config, checkpoint.difference(meta, "state", state))
-        return _load(path, meta, config, state, best, evaluation)
+        chunk = meta["chunk"]
+        history = {n: np.zeros((chunk + 1, *x.shape), x.dtype) for n, x in evaluation.items()}
+        template = {"best": best, "history": history | {"wall_s": np.zeros(chunk + 1)}}
+        loaded = checkpoint.load(path, meta, "state", state)
+        record = checkpoint.load(path, meta, "record", template)
+        score, chunks, params = record["best"]
+        checkpoint.check_best(path, score, chunks, (params, loaded.params))
+        measured = _measurements(config, **record["history"])
+        kept = meta["log_bytes"], meta.get("log_records", 0)
+        return Start(chunk, loaded, record["best"], measured, *kept)
 
     loaded = folders.newest_checkpoint(folder, load)
     if loaded is None:
@@ -92,16 +101,10 @@ def _check_same(
     CheckpointError if it is the same, and the checkpoint of another."""
     new = configuration.dump(config) | {"with": _with()}
     old = meta["config"] | {"with": meta["with"]}
-    if meta["steps_per_chunk"] != config.steps_per_chunk:
-        misfit = (
-            f"the steps between two evaluations must stay {meta['steps_per_chunk']}, not "
-            f"{config.steps_per_chunk}"
-        )
     if meta["chunk"] > config.num_evaluations:
-        misfit = (
-            f"num_evaluations must be at least {meta['chunk']}, what it has, not "
-            f"{config.num_evaluations}"
-        )
+        misfit = f"it has had {meta['chunk']} evaluations"
+    if (steps := meta["steps_per_chunk"]) != config.steps_per_chunk:
+        misfit = f"an evaluation must follow {steps} steps, not {config.steps_per_chunk}"
     if misfit and not configuration.differences(old, new):
         raise CheckpointError(f"{path}: {misfit}")
     _check_changes(folder, old, new, config, misfit)
@@ -133,35 +136,21 @@ def _with() -> dict[str, str]:
     return {"magpo": __version__, "jax": jax.__version__, "devices": present}
 
 
-def _load(
-    path: Path,
-    meta: dict[str, Any],
-    config: RunConfig,
-    state: Any,
-    best: Any,
-    evaluation: Mapping[str, Any],
-) -> Start:
-    num_members, chunk = len(config.members), meta["chunk"]
-    history = {n: np.zeros((chunk + 1, *x.shape), x.dtype) for n, x in evaluation.items()}
-    history["wall_s"] = np.zeros(chunk + 1)
-    state = checkpoint.load(path, meta, "state", state)
-    record = checkpoint.load(path, meta, "record", {"best": best, "history": history})
-    (score, chunks, params), history = record["best"], record["history"]
-    checkpoint.check_best(path, score, chunks, (params, state.params))
-    wall_s = history.pop("wall_s")
-    measurements = [
+def _measurements(
+    config: RunConfig, /, wall_s: np.ndarray, **history: np.ndarray
+) -> list[Measurement]:
+    """Return the measurements of a checkpoint's record, without training metrics."""
+    return [
         Measurement(
             chunk=index,
-            env_steps=(index * config.steps_per_chunk,) * num_members,
-            wall_s=float(wall_s[index]),
+            env_steps=(index * config.steps_per_chunk,) * len(config.members),
+            wall_s=float(at),
             evaluation={name: values[index] for name, values in history.items()},
             training={},
             timing={},
         )
-        for index in range(chunk + 1)
+        for index, at in enumerate(wall_s)
     ]
-    log_records = meta.get("log_records", 0)
-    return Start(chunk, state, record["best"], measurements, meta["log_bytes"], log_records)
 
 
 class Saver:

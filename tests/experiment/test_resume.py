@@ -220,7 +220,7 @@ def test_a_finished_run_can_be_made_longer(config):
     with pytest.raises(ConfigError, match=r"num_evaluations: 3, now 5.*allow_changes=\["):
         run(config, **changes)
     changes["allow_changes"] = ("total_steps", "num_evaluations")
-    with pytest.raises(ConfigError, match="must stay 24, not 36"):
+    with pytest.raises(ConfigError, match="must follow 24 steps, not 36"):
         run(config, **changes, total_steps=config.steps_per_chunk * 9)
     run(config, **changes)
     same_logs(short.folder, whole.folder)
