@@ -8,7 +8,7 @@ SYSTEMS := $(filter-out __%,$(basename $(notdir $(wildcard magpo/systems/*.py)))
 JOBS ?= 2
 SMOKE_TASKS ?= coordsum/3x10-30 rware/tiny-2ag lbf/2s-8x8-2p-2f-coop connector/con-5x5x3a \
 	mpe/simple_spread_3ag smax/3m mabrax/hopper-3x1
-SMOKE_FEW ?= mabrax/hopper-3x1
+SMOKE_FEW ?= mpe/simple_spread_3ag
 SMOKE_RUNS := $(SMOKE_TASKS:%=smoke/%/magpo) \
 	$(foreach system,$(filter-out magpo,$(SYSTEMS)),$(SMOKE_FEW:%=smoke/%/$(system)))
 SMOKE := budget=quick tuned=false num_envs=4 rollout_length=16 total_steps=256 num_evaluations=2 \

@@ -21,7 +21,6 @@ OPTIONS = {
     "coordsum/8x15-100": {"observation": "scaled"},
     "lbf/8x8-2p-2f-coop": {"ends": "released"},
     "mpe/simple_spread_5ag": {"ends": "released", "action_range": "released"},
-    "mabrax/halfcheetah-6x1": {"mapping": "corrected"},
     "mabrax/ant-8x1": {"mapping": "corrected", "backend": "spring"},
     "mabrax/humanoid-9-8": {"mapping": "corrected"},
     "smax/smacv2_5_units": {"ends": "released"},

@@ -12,6 +12,7 @@ import yaml
 from magpo import envs, files
 from magpo.config import cli
 from magpo.envs import __main__ as tasks_table
+from magpo.envs import registry
 from magpo.types import action_spec
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +103,7 @@ BOARDS = {
 
 @cache
 def made(task):
-    return envs.make(task)
+    return registry.make(task)
 
 
 def test_tasks_are_the_papers_and_two_more():

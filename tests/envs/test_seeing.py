@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from systems import cases
 
 from magpo import config, experiment, render
 from magpo.systems import magpo as system
@@ -49,12 +50,7 @@ def test_mabrax_is_a_page_of_braxs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_trained_policy_is_shown(tmp_path, monkeypatch, capsys):
-    overrides = [
-        *("env=lbf/2s-8x8-2p-2f-coop", "env.time_limit=9", "tuned=false", "num_envs=4"),
-        *("rollout_length=16", "total_steps=64", "num_evaluations=1", "eval_episodes=2"),
-        *("network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"),
-        f"results_dir={tmp_path}",
-    ]
+    overrides = [*cases.short_run("magpo"), f"results_dir={tmp_path}"]
     folder = experiment.run(system, config.load("magpo", overrides)).folder
     out = tmp_path / "a.gif"
     printed = rendered(monkeypatch, capsys, f"run={folder}", "greedy=true", f"out={out}")

@@ -16,19 +16,15 @@ from magpo.runs import checkpoint, policy
 from magpo.types import Observation, spec
 from systems import cases
 
-TASK, N, B = "lbf/2s-8x8-2p-2f-coop", 2, 3
+N, B = 2, 3
 
 
 @pytest.fixture(scope="module", params=cases.SYSTEMS)
 def run(request, tmp_path_factory):
-    """A run of two chunks, two seeds and four settings, and its name."""
-    system, own, _ = cases.CASES[request.param]
-    overrides = [*cases.SHARED, *own, f"env={TASK}", "env.time_limit=9", "seeds=[7,2]"]
-    overrides += ["vary.system.actor_lr=[0.0002,0.01]", "vary.system.gamma=[0.9,0.8]"]
-    overrides += ["num_evaluations=2", "eval_episodes=2", "absolute_metric=false"]
-    overrides += ["logger.plot=false", f"results_dir={tmp_path_factory.mktemp('results')}"]
+    """A run and its name."""
+    overrides = [*cases.short_run(request.param), f"results_dir={tmp_path_factory.mktemp('runs')}"]
     module = cases.build(request.param).module
-    result = experiment.run(module, config.load(system, overrides))
+    result = experiment.run(module, config.load(request.param, overrides))
     return request.param, module, result.folder
 
 
@@ -109,7 +105,7 @@ def test_what_is_deployed_is_what_the_card_says(run):
             action, carry = alone.act(carry, own, key, greedy=True)
         np.testing.assert_array_equal(action, actions[:, agent])
     data, description = export.export(alone)
-    assert len(data) > 1000 and description["task"] == TASK
+    assert len(data) > 1000 and description["task"] == cases.LBF
 
 
 def test_agents_share_parameters_where_the_card_says_so(run):
