@@ -79,20 +79,18 @@ def lbf(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
 
 def connector(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
     """Paths in their agents' colours, targets as squares."""
-    from magpo.envs.connector import FOV, PATH, TARGET, WHOSE
+    from jumanji.environments.routing.connector.constants import PATH, TARGET
 
     _board(axes, env.grid_size, env.grid_size)
-    cells = state.cells.reshape(env.width, env.width)[FOV:-FOV, FOV:-FOV]
-    whose, what = cells >> WHOSE, cells & ((1 << WHOSE) - 1)
-    for row, column in np.argwhere(what == PATH):
+    whose, what = np.divmod(state.grid - 1, TARGET)
+    for row, column in np.argwhere(what == PATH - 1):
         _square(axes, row, column, colour(whose[row, column]), size=0.3)
-    for row, column in np.argwhere(what == TARGET):
+    for row, column in np.argwhere((what == TARGET - 1) & (state.grid > 0)):
         agent = whose[row, column]
         _square(axes, row, column, colour(agent))
         axes.text(column, row, str(agent), ha="center", va="center", fontsize=7)
-    for agent, head in enumerate(state.heads):
-        row, column = np.array(divmod(head, env.width)) - FOV
-        _agent(axes, agent, row, column, acts=head == state.targets[agent])
+    for agent, (row, column) in enumerate(state.agents.position):
+        _agent(axes, agent, row, column, acts=state.agents.connected[agent])
 
 
 def rware(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
