@@ -65,45 +65,6 @@ class Result:
     params: Any  # (M, ...) the policy at the end
 
 
-def main(system: ModuleType | str) -> None:
-    """Run the command line of a system: its module, or its file, however that was started.
-
-    Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
-    """
-    signal.signal(signal.SIGINT, interrupts.stop)
-    signal.signal(signal.SIGTERM, interrupts.stop)
-    try:
-        cli.main(plugins.module_of(system) if isinstance(system, str) else system, _job)
-        flush_output()
-    except BaseException as error:
-        code = 1
-        if interrupts.received or isinstance(error, KeyboardInterrupt):  # libraries may wrap it
-            code = 128 + (interrupts.received or [signal.SIGINT])[0]
-        elif isinstance(error, DivergenceError | LoggingError):
-            complain(f"error: {error}")
-        elif not isinstance(error, BrokenPipeError):  # --help | head
-            raise
-        processes.leave()
-        flush_output()
-        os._exit(code)  # an orderly exit would first wait for the chunk that is under way
-
-
-def _job(module: ModuleType, config: RunConfig) -> None:
-    """Run in this process, or in a launcher's, which would ignore SIGTERM."""
-    main_catches = signal.getsignal(signal.SIGTERM) is interrupts.stop
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupts.stop)
-    try:
-        run(module, config)
-    except KeyboardInterrupt:
-        if main_catches or not interrupts.received:
-            raise
-        interrupts.answered()
-        sys.exit(128 + interrupts.received[0])
-    finally:
-        flush_output()
-
-
 def run(
     module: ModuleType,
     config: RunConfig,
@@ -131,7 +92,7 @@ def run(
         traced = programs.train_chunk.trace(shapes.state)
     needed_bytes = footprint.estimate(traced, shapes.state, devices.layout(config).mesh)
     with ExitStack() as stack:
-        folder = Path(processes.agreed(lambda: _claimed_folder(config, stack)))
+        folder = Path(processes.agreed(lambda: resume.claimed(config, stack)))
         start = None
         if config.resume:
             evaluation = programs.evaluate.eval_shape(shapes.params, shapes.keys, np.int32(0))
@@ -141,49 +102,38 @@ def run(
         return _run(programs, shapes, needed_bytes, env, config, folder, start, sinks)
 
 
-@contextmanager
-def _named(module: ModuleType) -> Iterator[None]:
-    """Name the system's file in a ConfigError about what it returns."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{Path(str(module.__file__)).name}: {error}") from error
-
-
-def _check_env(env: Environment, config: RunConfig) -> None:
-    """Raise ConfigError unless a user's environment does what `magpo.types` says, and provides
-    exactly the global state this system needs."""
-    if not type(env).__module__.startswith("magpo.envs."):
-        try:
-            envs.check(env)
-        except ValueError as error:
-            first, *others = str(error).split("\n")
-            more = f" (and {len(others)} more: magpo.envs.check)" if others else ""
-            raise ConfigError(first + more) from error
-    needed = config.algorithm.needs_global_state
-    if needed != (env.observation_spec.global_state is not None):
-        raise ConfigError(
-            f"{config.system} as configured needs an environment with global_state={needed}: "
-            f"magpo.envs.make(..., global_state={needed})"
-        )
-
-
-def _claimed_folder(config: RunConfig, stack: ExitStack) -> Path:
-    """Create the run's folder, or claim the one being resumed, and lock it."""
-    if config.resume not in (None, "auto"):
-        folder = Path(str(config.resume))
-        stack.enter_context(folders.working(folder))
-        return folder
-    while True:
-        found = folders.newest_unfinished(config) if config.resume else None
-        folder = found or folders.create(config)
-        try:
-            stack.enter_context(folders.working(folder))
-        except ConfigError:
-            if found is None:
-                raise
-            continue  # another job was faster
-        return folder
+def _train(
+    programs: Programs, config: RunConfig, recorder: Recorder, saver: Saver, start: Start | None
+) -> Result:
+    """Train, evaluate and save chunk after chunk. `programs` are compiled."""
+    train_keys, evaluation_keys, hyper = member_inputs(config)
+    last, training = config.num_evaluations, dict[str, Array]()
+    if start is None:
+        first, best, state = 0, None, programs.init(train_keys, hyper)
+    else:  # with the hyperparameters of the configuration, which may have been changed
+        first, best, state = start.chunk + 1, start.best, start.state._replace(hyper=hyper)
+        if first <= last:
+            state, training = programs.train_chunk(state)
+    for index in range(first, last + 1):
+        params, finite = programs.snapshot(state)
+        evaluation = programs.evaluate(params, evaluation_keys, np.int32(index))
+        returns = evaluation["episode_return"]
+        best = programs.keep_best(best or no_best(config, params), params, returns, np.int32(index))
+        copy = programs.copy(state) if index > 0 and config.keep else None
+        measured = finite, evaluation, training
+        if index < last:  # the device goes on while the host waits for what was measured
+            state, training = programs.train_chunk(state)
+        recorder.record(index, *measured)
+        if copy is not None:
+            saver.offer(index, copy, best, recorder.measurements)
+    assert best is not None
+    absolute = None
+    if config.absolute_metric:
+        indices = map(np.int32, range(last + 1, last + 1 + ABSOLUTE_EVALUATIONS))
+        parts = [programs.evaluate(best.params, evaluation_keys, index) for index in indices]
+        absolute = recorder.record_absolute(best, parts)
+    params, _ = programs.snapshot(state)
+    return Result(saver.folder, recorder.measurements, absolute, best, params)
 
 
 def _run(
@@ -271,40 +221,6 @@ def _other_sinks(
     return sinks
 
 
-def _train(
-    programs: Programs, config: RunConfig, recorder: Recorder, saver: Saver, start: Start | None
-) -> Result:
-    """Train, evaluate and save chunk after chunk. `programs` are compiled."""
-    train_keys, evaluation_keys, hyper = member_inputs(config)
-    last, training = config.num_evaluations, dict[str, Array]()
-    if start is None:
-        first, best, state = 0, None, programs.init(train_keys, hyper)
-    else:  # with the hyperparameters of the configuration, which may have been changed
-        first, best, state = start.chunk + 1, start.best, start.state._replace(hyper=hyper)
-        if first <= last:
-            state, training = programs.train_chunk(state)
-    for index in range(first, last + 1):
-        params, finite = programs.snapshot(state)
-        evaluation = programs.evaluate(params, evaluation_keys, np.int32(index))
-        returns = evaluation["episode_return"]
-        best = programs.keep_best(best or no_best(config, params), params, returns, np.int32(index))
-        copy = programs.copy(state) if index > 0 and config.keep else None
-        measured = finite, evaluation, training
-        if index < last:  # the device goes on while the host waits for what was measured
-            state, training = programs.train_chunk(state)
-        recorder.record(index, *measured)
-        if copy is not None:
-            saver.offer(index, copy, best, recorder.measurements)
-    assert best is not None
-    absolute = None
-    if config.absolute_metric:
-        indices = map(np.int32, range(last + 1, last + 1 + ABSOLUTE_EVALUATIONS))
-        parts = [programs.evaluate(best.params, evaluation_keys, index) for index in indices]
-        absolute = recorder.record_absolute(best, parts)
-    params, _ = programs.snapshot(state)
-    return Result(saver.folder, recorder.measurements, absolute, best, params)
-
-
 def _of_best(result: Result) -> Measurement:
     """Return the evaluations behind `result.best` as one measurement; its steps differ by
     member."""
@@ -315,3 +231,69 @@ def _of_best(result: Result) -> Measurement:
     }
     steps = tuple(m.env_steps[place] for place, m in enumerate(chosen))
     return result.measurements[-1]._replace(env_steps=steps, evaluation=scores)
+
+
+@contextmanager
+def _named(module: ModuleType) -> Iterator[None]:
+    """Name the system's file in a ConfigError about what it returns."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{Path(str(module.__file__)).name}: {error}") from error
+
+
+def _check_env(env: Environment, config: RunConfig) -> None:
+    """Raise ConfigError unless a user's environment does what `magpo.types` says, and provides
+    exactly the global state this system needs."""
+    if not type(env).__module__.startswith("magpo.envs."):
+        try:
+            envs.check(env)
+        except ValueError as error:
+            first, *others = str(error).split("\n")
+            more = f" (and {len(others)} more: magpo.envs.check)" if others else ""
+            raise ConfigError(first + more) from error
+    needed = config.algorithm.needs_global_state
+    if needed != (env.observation_spec.global_state is not None):
+        raise ConfigError(
+            f"{config.system} as configured needs an environment with global_state={needed}: "
+            f"magpo.envs.make(..., global_state={needed})"
+        )
+
+
+def main(system: ModuleType | str) -> None:
+    """Run the command line of a system: its module, or its file, however that was started.
+
+    Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    """
+    signal.signal(signal.SIGINT, interrupts.stop)
+    signal.signal(signal.SIGTERM, interrupts.stop)
+    try:
+        cli.main(plugins.module_of(system) if isinstance(system, str) else system, _job)
+        flush_output()
+    except BaseException as error:
+        code = 1
+        if interrupts.received or isinstance(error, KeyboardInterrupt):  # libraries may wrap it
+            code = 128 + (interrupts.received or [signal.SIGINT])[0]
+        elif isinstance(error, DivergenceError | LoggingError):
+            complain(f"error: {error}")
+        elif not isinstance(error, BrokenPipeError):  # --help | head
+            raise
+        processes.leave()
+        flush_output()
+        os._exit(code)  # an orderly exit would first wait for the chunk that is under way
+
+
+def _job(module: ModuleType, config: RunConfig) -> None:
+    """Run in this process, or in a launcher's, which would ignore SIGTERM."""
+    main_catches = signal.getsignal(signal.SIGTERM) is interrupts.stop
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupts.stop)
+    try:
+        run(module, config)
+    except KeyboardInterrupt:
+        if main_catches or not interrupts.received:
+            raise
+        interrupts.answered()
+        sys.exit(128 + interrupts.received[0])
+    finally:
+        flush_output()

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,27 @@ class Start(NamedTuple):
     measurements: list[Measurement]  # all so far, without training metrics
     log_bytes: int  # the length of metrics.jsonl by then
     log_records: int  # the records in it; 0: the checkpoint does not say
+
+
+def claimed(config: RunConfig, stack: ExitStack) -> Path:
+    """Create the run's folder, or choose the one to resume, and lock it until `stack` closes.
+
+    Raises ConfigError.
+    """
+    if config.resume not in (None, "auto"):
+        folder = Path(str(config.resume))
+        stack.enter_context(folders.working(folder))
+        return folder
+    while True:
+        found = folders.newest_unfinished(config) if config.resume else None
+        folder = found or folders.create(config)
+        try:
+            stack.enter_context(folders.working(folder))
+        except ConfigError:
+            if found is None:
+                raise
+            continue  # another job was faster
+        return folder
 
 
 def start(
