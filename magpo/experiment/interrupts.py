@@ -33,6 +33,8 @@ def stop(signum: int, frame: FrameType | None) -> None:
 def answered() -> None:
     """Raise it no more: the run has ended."""
     global _deadline
+    if _deadline < math.inf:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     _deadline = math.inf
 
 
@@ -42,10 +44,9 @@ def _again(signum: int, frame: FrameType | None) -> None:
     error = sys.exc_info()[1]
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
-    if _deadline < math.inf:
-        if error is None:
-            raise KeyboardInterrupt
-        _deadline = time.monotonic() + PATIENCE_S
+    if error is None:
+        raise KeyboardInterrupt
+    _deadline = time.monotonic() + PATIENCE_S
 
 
 def _end_at_deadline() -> None:

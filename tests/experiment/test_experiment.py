@@ -310,13 +310,11 @@ def test_an_interrupt_lost_in_a_garbage_collection_is_raised_again(capfd):
 
 
 def test_a_process_that_does_not_answer_ends(monkeypatch):
-    monkeypatch.setattr(interrupts, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(interrupts, "_deadline", 0.0)
     monkeypatch.setattr(interrupts, "received", [signal.SIGTERM])
     monkeypatch.setattr(interrupts.os, "_exit", sys.exit)
-    interrupts._put_off()
     with pytest.raises(SystemExit, match="143"):
         interrupts._end_at_deadline()
-    interrupts.answered()
 
 
 @pytest.mark.usefixtures("_signals")
