@@ -289,7 +289,6 @@ def test_the_table_leaves_out_what_is_not_installed(monkeypatch, capsys):
         return made(task)
 
     monkeypatch.setattr(envs, "make", make)
-    monkeypatch.setattr(sys, "argv", ["magpo.envs"])
     tasks_table.main()
     out, err = capsys.readouterr()
     assert "smax/3m" in out and "mabrax" not in out
@@ -299,7 +298,7 @@ def test_the_table_leaves_out_what_is_not_installed(monkeypatch, capsys):
 def test_the_readmes_table_is_the_commands(monkeypatch, capsys):
     monkeypatch.setattr(envs, "make", made)
     monkeypatch.setattr(sys, "argv", ["magpo.envs", "--markdown"])
-    tasks_table.main()
+    cli.command(tasks_table.__doc__, tasks_table.main)
     table = capsys.readouterr().out
     assert table in (ROOT / "README.md").read_text()
     assert len(table.splitlines()) == 2 + len(envs.tasks())
