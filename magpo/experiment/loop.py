@@ -1,5 +1,6 @@
 """Run one experiment."""
 
+import gc
 import os
 import signal
 import sys
@@ -267,6 +268,7 @@ def main(system: ModuleType | str) -> None:
     """
     signal.signal(signal.SIGINT, interrupts.stop)
     signal.signal(signal.SIGTERM, interrupts.stop)
+    gc.set_threshold(50_000, 20, 100)  # tracing makes many objects, and little garbage
     try:
         cli.main(plugins.module_of(system) if isinstance(system, str) else system, _job)
         flush_output()
