@@ -17,14 +17,14 @@ from pathlib import Path
 from pkgutil import iter_modules
 from traceback import extract_tb
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from magpo import contract
 from magpo.envs import registry
 from magpo.errors import ConfigError
 
 SYSTEMS = Path(__file__).resolve().parent / "systems"
-FILE = "_file_"  # begins the names of modules made of files: a file may have a package's name
+FILE = "_file_"  # begins the names of modules made from files, which may have a package's name
 
 
 class Plugin(NamedTuple):
@@ -36,7 +36,7 @@ class Plugin(NamedTuple):
 
 
 _plugins: list[Plugin] = []
-_modules: dict[Path, ModuleType] = {}  # made of files
+_modules: dict[Path, ModuleType] = {}  # made from files
 
 
 def load(imports: Sequence[str] = ()) -> None:
@@ -56,9 +56,18 @@ def _load_installed() -> None:
 
 
 def _load(name: str, shown: str) -> None:
-    """Import a module or a file. Raises ConfigError if that fails, registers nothing, or registers
-    what another plugin has."""
+    """Import a module or a file. Raises ConfigError, and leaves no task registered, if that fails,
+    registers nothing, or registers what another plugin has."""
     before = dict(registry.registered)
+    try:
+        _import(name, shown, before)
+    except ConfigError:
+        registry.registered.clear()
+        registry.registered.update(before)
+        raise
+
+
+def _import(name: str, shown: str, before: Mapping[str, Any]) -> None:
     is_file = name.endswith(".py") or "/" in name
     if is_file and not Path(name).expanduser().is_file():
         raise ConfigError(f"{shown}: no such file")
@@ -78,7 +87,6 @@ def _load(name: str, shown: str) -> None:
         raise ConfigError(f"{shown}: registers no task (magpo.envs.register); {reason}")
     for other in _plugins:
         if taken := set(tasks) & set(other.tasks):
-            registry.registered.update(before)
             raise ConfigError(f"{shown}: {_file(other.module)} has registered {min(taken)} already")
         if not reason and other.is_system and system_name(other.module) == system_name(module):
             raise ConfigError(f"{shown}: {_file(other.module)} is a system of that name already")
@@ -131,7 +139,7 @@ def systems() -> list[str]:
 
 
 def system(name: str, imports: Mapping[str, str] | None = None) -> ModuleType:
-    """Return the system of a name: that of a run's `imports` before the package's before others.
+    """Return the system of this name. One that a run's `imports` record comes before the package's.
 
     Raises ConfigError.
     """
@@ -183,7 +191,7 @@ def _as_recorded(module: ModuleType, imports: Mapping[str, str]) -> str | None:
 
 
 def _name(module: ModuleType) -> str:
-    """Return a module's name, of one made of a file that of the file."""
+    """Return a module's name, or its file's name if it was made from a file."""
     from_file = module.__name__.startswith(FILE) or module.__name__ == "__main__"
     return _file(module).name if from_file else module.__name__
 

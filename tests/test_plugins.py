@@ -147,6 +147,7 @@ def test_jobs_of_a_sweep_import_too(home):
         ("", ["b.py"], r"^import=b\.py: no such file$"),
         ("", ["nowhere.at_all"], r"^import=nowhere\.at_all: ModuleNotFoundError: No module named"),
         (REGISTERS.format(task="lbf/mine"), ["a.py"], "'lbf/mine': name it <a suite of your own>"),
+        (REGISTERS.format(task="own/a") + "1 / 0", ["a.py"], "ZeroDivisionError"),
         (REGISTERS.format(task="own/a"), ["a.py", "c.py"], r"c\.py: .*a\.py has registered own/a"),
     ],
 )
@@ -156,6 +157,7 @@ def test_an_import_that_cannot_be_used(tmp_path, monkeypatch, text, imports, mes
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         plugins.load(imports)
+    assert [task for p in plugins._plugins for task in p.tasks] == list(registry.registered)
 
 
 def test_two_systems_of_one_name(home):

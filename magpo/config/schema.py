@@ -125,7 +125,7 @@ class RunConfig:
     logger: LoggerConfig
     results_dir: UserPath
     keep: NonNegativeInt  # checkpoints; 0: none are written
-    checkpoint_share: Annotated[PositiveFloat, Field(le=1)]  # of the run's time, for writing them
+    checkpoint_share: Annotated[PositiveFloat, Field(le=1)]  # of the run's time
     resume: UserPath | None  # a run's folder, or "auto"
     allow_changes: tuple[str, ...]  # keys that may differ from those of the run that is resumed
     distributed: DistributedConfig

@@ -47,9 +47,10 @@ BACKENDS = ("positional", "spring", "generalized", "mjx")
 
 
 def _humanoid(index: int) -> int | None:
-    """Where brax has what MuJoCo's humanoid has at `index`, for which jaxmarl's mapping was made:
-    22 positions, 23 velocities, inertia (10) and velocity (6) of each of 14 bodies, 23 forces, and
-    contact forces. brax has 11 bodies, no world and no feet apart from the shins, and no contacts.
+    """Return where brax has what MuJoCo's humanoid, for which jaxmarl's mapping was made, has at
+    `index`: 22 positions, 23 velocities, inertia (10) and velocity (6) of each of 14 bodies, 23
+    forces, and contact forces. brax has 11 bodies, no world and no feet apart from the shins, and no
+    contacts.
     """
     links = [None, 0, 1, 2, 3, 4, None, 5, 6, None, 7, 8, 9, 10]  # by MuJoCo's body
     if index < 45:
@@ -78,7 +79,7 @@ def _quiet() -> Iterator[None]:
 
 
 def splits() -> dict[str, tuple[Indices, Indices]]:
-    """What each agent sees of a body, and what it moves, as jaxmarl has it, and two of our own."""
+    """Return what each agent sees and moves of each body: jaxmarl's splits and two of our own."""
     seen, moved = mabrax._agent_observation_mapping, mabrax._agent_action_mapping
     listed = {
         name: (

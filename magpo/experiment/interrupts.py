@@ -31,7 +31,7 @@ def stop(signum: int, frame: FrameType | None) -> None:
 
 
 def answered() -> None:
-    """Raise it no more: the run has ended."""
+    """Stop raising KeyboardInterrupt: the run has ended."""
     global _deadline
     if _deadline < math.inf:
         signal.setitimer(signal.ITIMER_REAL, 0)

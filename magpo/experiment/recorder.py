@@ -84,7 +84,7 @@ class Recorder:
 
 
 def _get(tree: Any) -> Any:
-    """Return the arrays' values once they are computed; waiting so that signals are answered."""
+    """Return the arrays' values once they are computed, and let signals through meanwhile."""
     pause = 1e-4
     while not all(array.is_ready() for array in jax.tree.leaves(tree)):
         time.sleep(pause)
