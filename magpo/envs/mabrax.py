@@ -49,8 +49,8 @@ BACKENDS = ("positional", "spring", "generalized", "mjx")
 def _humanoid(index: int) -> int | None:
     """Return where brax has what MuJoCo's humanoid, for which jaxmarl's mapping was made, has at
     `index`: 22 positions, 23 velocities, inertia (10) and velocity (6) of each of 14 bodies, 23
-    forces, and contact forces. brax has 11 bodies, no world and no feet apart from the shins, and no
-    contacts.
+    forces, and contact forces. brax has 11 bodies, no world and no feet apart from the shins, and
+    no contacts.
     """
     links = [None, 0, 1, 2, 3, 4, None, 5, 6, None, 7, 8, 9, 10]  # by MuJoCo's body
     if index < 45:
