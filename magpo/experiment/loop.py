@@ -34,7 +34,7 @@ from magpo.experiment.programs import (
 )
 from magpo.experiment.recorder import DivergenceError, Recorder
 from magpo.files import complain, flush_output
-from magpo.hardware import devices, footprint, processes
+from magpo.hardware import devices, processes
 from magpo.hardware.devices import set_up_jax
 from magpo.report.console import Console
 from magpo.report.measurements import Measurement, Run
@@ -90,8 +90,7 @@ def run(
     with _named(module):
         shapes = shapes_of(algorithm, programs, config)
         checks.check_act(algorithm, setup, env, shapes.params)
-        traced = programs.train_chunk.trace(shapes.state)
-    needed_bytes = footprint.estimate(traced, shapes.state, devices.layout(config).mesh)
+        programs.train_chunk.trace(shapes.state)  # checks what it returns; kept for compiling
     with ExitStack() as stack:
         folder = Path(processes.agreed(lambda: resume.claimed(config, stack)))
         start = None
@@ -100,7 +99,7 @@ def run(
             start = resume.start(folder, config, shapes.state, shapes.best, evaluation)
         if processes.is_first():
             stack.enter_context(folders.recorded(folder))
-        return _run(programs, shapes, needed_bytes, env, config, folder, start, sinks)
+        return _run(programs, shapes, env, config, folder, start, sinks)
 
 
 def _train(
@@ -140,7 +139,6 @@ def _train(
 def _run(
     programs: Programs,
     shapes: Shapes,
-    needed_bytes: int,
     env: Environment,
     config: RunConfig,
     folder: Path,
@@ -168,9 +166,10 @@ def _run(
     try:
         with Writer(sinks, console.warn) as writer:
             console.header(env, shapes.params, shapes.state.params)
-            console.footprint(needed_bytes, footprint.available())
             with console.compiling(programs._fields) as done:
                 programs = compile_programs(programs, shapes, config, done.append)
+            needed = devices.memory_needed(programs.train_chunk)
+            console.footprint(needed, devices.memory_available())
             recorder = Recorder(config, writer, console, earlier)
             saver = Saver(config, folder, writer, log, spec(env))
             try:

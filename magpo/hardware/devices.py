@@ -119,6 +119,19 @@ def layout(config: RunConfig) -> Layout:
     return Layout(mesh, at_once)
 
 
+def memory_needed(train_chunk: Any) -> int:
+    """Return the bytes that the compiled chunk, its state and a saved copy take on each device."""
+    sizes = train_chunk.memory_analysis()
+    return int(2 * sizes.argument_size_in_bytes + sizes.temp_size_in_bytes)
+
+
+def memory_available() -> int:
+    """Return the bytes that a device of this process has."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(stats.get("bytes_limit", of_machine // jax.local_device_count()))
+
+
 def set_up_jax(config: RunConfig) -> None:
     """Set platform, precision and compilation cache, and join other processes, before JAX computes.
 

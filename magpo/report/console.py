@@ -146,8 +146,8 @@ class Console:
         return rows | ({"members": product} if vary else {})
 
     def footprint(self, needed: int, available: int) -> None:
-        """Print the bytes needed on each device, before they are taken."""
-        self.line(f"memory: about {short(needed)} of {short(available)} bytes on each device")
+        """Print the bytes that training will take on each device."""
+        self.line(f"memory: {short(needed)} of {short(available)} bytes on each device")
         if needed > available:
             self.warn("that is too much: num_envs, or seeds_per_batch, makes it less")
 

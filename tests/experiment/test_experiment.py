@@ -107,6 +107,7 @@ def test_next_chunk_is_dispatched_before_metrics_are_read(config, monkeypatch):
         record(self, index, *args)
 
     monkeypatch.setattr(loop, "compile_programs", spy_compile)
+    monkeypatch.setattr(loop.devices, "memory_needed", lambda train_chunk: 0)
     monkeypatch.setattr(recorder.Recorder, "record", spy_record)
     run(config)
     assert events == [event for index in range(K) for event in ("train", index)] + [K]
@@ -381,6 +382,7 @@ def test_console_has_one_line_per_evaluation_and_the_end(config, capsys):
     result = run(config)
     out = capsys.readouterr().out
     assert sum(" of 120 steps" in line for line in out.splitlines()) == K + 1
+    assert "memory: " in out and "too much" not in out
     assert "120 per seed, 127 rounded down to whole chunks" in out
     assert "Rewards are sparse" not in out
     assert out.rstrip().endswith(f"results: {result.folder}")
