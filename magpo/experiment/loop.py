@@ -154,7 +154,7 @@ def _run(
         members=config.members,
         headline=env.headline,
         steps_per_update=config.steps_per_update,
-        name=folders.name(folder),
+        name=folders.about(folder)["name"],
     )
     console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
     sinks: list[Sink] = []  # of the first process
@@ -192,33 +192,22 @@ def _sinks(
     own: Sequence[Callable[[Run], Sink]],
     warn: Callable[[str], None],
 ) -> list[Sink]:
-    """Make all sinks. Raises ConfigError if their files cannot be written."""
-    kept_bytes, kept_records = (start.log_bytes, start.log_records) if start else (0, 0)
+    """Make all sinks, and give them a resumed run's earlier measurements. Raises ConfigError if
+    their files cannot be written."""
+    plot: list[Callable[[Run], Sink]] = [LearningCurve] if config.logger.plot else []
     with folders.writable(info.folder):
-        log = JsonLines(info, kept_bytes, warn, kept_records)
-        return [log, *_other_sinks(info, config, start, own)]
-
-
-def _other_sinks(
-    info: Run, config: RunConfig, start: Start | None, own: Sequence[Callable[[Run], Sink]]
-) -> list[Sink]:
-    """Make all sinks but metrics.jsonl, and give them a resumed run's earlier measurements."""
-    makers: list[Callable[[Run], Sink]] = [
-        MarlEval,
-        *([LearningCurve] if config.logger.plot else []),
-        *own,
-    ]
-    sinks: list[Sink] = [make(info) for make in makers]
-    for measurement in start.measurements if start else ():
-        for sink in sinks:
-            sink.write(measurement)
-    if config.logger.tensorboard:
-        resumed_at = start.measurements[-1].env_steps[0] if start else -1
-        sinks.append(TensorBoard(info, resumed_at if config.resume else None))
+        log = JsonLines(info, start.log_bytes if start else 0, warn)
+        sinks: list[Sink] = [make(info) for make in (MarlEval, *plot, *own)]
+        for measurement in start.measurements if start else ():
+            for sink in sinks:
+                sink.write(measurement)
+        if config.logger.tensorboard:
+            resumed_at = start.measurements[-1].env_steps[0] if start else -1
+            sinks.append(TensorBoard(info, resumed_at if config.resume else None))
     if config.logger.neptune:
         configs = [configuration.dump_setting(config, m.setting) for m in config.members]
         sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, configs))
-    return sinks
+    return [log, *sinks]
 
 
 def _of_best(result: Result) -> Measurement:

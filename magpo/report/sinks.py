@@ -28,42 +28,27 @@ class Sink(Protocol):
 class JsonLines:
     """metrics.jsonl: one value a line, in the order of `scalars`.
 
-    The file is written again if somebody removes, replaces or shortens it, and lines that others
-    append stay. For that, the rows are kept in memory too, compressed to a tenth or less.
+    The file is written again if somebody removes, replaces or changes it, and lines that others
+    added stay. For that, the rows are kept in memory too, compressed to a tenth or less.
     """
 
     def __init__(
-        self,
-        run: Run,
-        keep_bytes: int = 0,
-        warn: Callable[[str], None] = lambda text: None,
-        keep_records: int = 0,
+        self, run: Run, keep_bytes: int = 0, warn: Callable[[str], None] = lambda text: None
     ) -> None:
-        """Append after the first `keep_bytes` of the file, those that a resumed run keeps.
-
-        `keep_records`: the number of records in them, 0 if unknown.
-        """
+        """Append after the first `keep_bytes` of the file, those that a resumed run keeps."""
         self.run, self.warn = run, warn
         self.path = run.folder / "metrics.jsonl"
         self.file = self.path.open("a+b", buffering=0)
         kept = self.path.read_bytes()[:keep_bytes]
+        damaged = sum(not _is_record(line) for line in kept.splitlines())
+        if damaged or len(kept) < keep_bytes:
+            missing = keep_bytes - len(kept)
+            self.warn(f"{self.path}: damaged lines: {damaged}, missing bytes: {missing}")
         self.size = kept.rfind(b"\n") + 1  # bytes surely on file, whole lines
-        self.records = keep_records
-        self._check(kept, keep_bytes)
-        self.begun = False
+        self.file.truncate(self.size)
         self.unwritten = bytearray()
         self.rows: dict[int | None, bytes] = {-1: zlib.compress(kept[: self.size], 1)}  # by chunk
         self.ends: dict[int | None, int] = {}  # bytes, by chunk
-        self.counts: dict[int | None, int] = {}  # records up to there, by chunk
-
-    def _check(self, kept: bytes, size: int) -> None:
-        """Warn if these bytes lack something of what a checkpoint counted."""
-        lines = kept.splitlines()
-        sound = sum(map(_is_record, lines))
-        damaged = len(lines) - sound
-        missing = max(self.records - len(lines), int(len(kept) < size and not damaged))
-        if damaged or missing:
-            self.warn(f"{self.path}: damaged lines: {damaged}, missing: {missing}")
 
     def write(self, measurement: Measurement) -> None:
         run, rows = self.run, bytearray()
@@ -84,39 +69,29 @@ class JsonLines:
         self.rows[measurement.chunk] = zlib.compress(rows, 1)
         self.unwritten += rows
         self.ends[measurement.chunk] = self.size + len(self.unwritten)
-        self.records += rows.count(b"\n")
-        self.counts[measurement.chunk] = self.records
         with contextlib.suppress(OSError):  # a full disk: tried again, and raised, by `save`
             self._append()
 
     def _append(self) -> None:
         """Write the rows of this attempt and those that an earlier one, on a full disk, left."""
-        if not self._is_whole():
+        if not self._is_as_left():
             self._write_again()
-        if not self.unwritten:
-            return  # what a resumed run will write anew stays until then
-        if not self.begun:
-            self.file.truncate(self.size)
-            self.begun = True
-        self._follow_others()
         while self.unwritten:
             written = self.file.write(self.unwritten)
             del self.unwritten[:written]
             self.size += written
 
-    def _is_whole(self) -> bool:
-        """Return whether the path still leads to the open file, and to all that was written."""
+    def _is_as_left(self) -> bool:
+        """Return whether the path still leads to the open file, and that is as it was left."""
         try:
             there = self.path.stat()
         except FileNotFoundError:
             return False
         same = os.path.samestat(there, os.fstat(self.file.fileno()))
-        return same and there.st_size >= self.size
+        return same and there.st_size == self.size
 
     def _write_again(self) -> None:
         """Write all rows, after the lines of others that the file has now."""
-        self.warn(f"{self.path} was removed, replaced or shortened: all records are written again")
-        self.warn = lambda text: None
         rows = {chunk: zlib.decompress(block) for chunk, block in self.rows.items()}
         ours = {line for block in rows.values() for line in block.split(b"\n")}
         *found, last = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
@@ -127,22 +102,11 @@ class JsonLines:
         write_aside(self.path, lambda aside: aside.write_bytes(others + b"".join(rows.values())))
         self.file.close()
         self.file = self.path.open("a+b", buffering=0)
-        self.size, self.begun = len(others), True
+        self.size = len(others)
         for chunk, block in rows.items():
             self.size += len(block)
             self.ends[chunk] = self.size
         self.unwritten.clear()
-
-    def _follow_others(self) -> None:
-        """Move on to the end of what others appended, with a newline if that lacks one."""
-        appended = os.fstat(self.file.fileno()).st_size - self.size
-        if appended > 0:
-            self.file.seek(-1, os.SEEK_END)
-            newline = b"" if self.file.read(1) == b"\n" else b"\n"
-            self.unwritten[:0] = newline
-            moved = appended + len(newline)
-            self.ends = {c: end + moved * (end > self.size) for c, end in self.ends.items()}
-            self.size += appended
 
     def save(self) -> None:
         self._append()

@@ -45,8 +45,8 @@ def create(config: RunConfig) -> Path:
                 continue
         write_config(folder, config)
         began = datetime.now().isoformat(timespec="seconds")
-        about = {"id": uuid.uuid4().hex, "name": folder.name, "began": began}
-        _write_status(folder, about | {"status": "running"})
+        facts = {"id": uuid.uuid4().hex, "name": folder.name, "began": began}
+        _write_status(folder, facts | {"status": "running"})
     except OSError as error:
         raise ConfigError(
             f"results_dir={config.results_dir}: cannot write there: {error.strerror}"
@@ -74,28 +74,23 @@ def write_config(folder: Path, config: RunConfig) -> None:
     write_aside(folder / CONFIG, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def identity(folder: Path) -> str:
-    """Return the id that the run's checkpoints carry. Raises ConfigError."""
+def about(folder: Path) -> dict[str, str]:
+    """Return run.json: the run's id, the name its folder had when it began, its status. Raises
+    ConfigError."""
     try:
-        return str(_read_status(folder)["id"])
+        found: dict[str, str] = json.loads((folder / STATUS).read_bytes())
+        return {"id": "", "name": folder.resolve().name, "status": "unknown"} | found
     except UNREADABLE as error:
         raise ConfigError(f"{folder / STATUS}: cannot be read") from error
 
 
-def name(folder: Path) -> str:
-    """Return the name that the run's folder had when it began; older runs do not record it."""
-    with suppress(*UNREADABLE):
-        return str(_read_status(folder)["name"])
-    return folder.resolve().name
-
-
-def mend(folder: Path, config: RunConfig, run_id: str, run_name: str) -> bool:
+def mend(folder: Path, config: RunConfig, about: dict[str, str]) -> bool:
     """Restore config.yaml and run.json if the folder was removed; return whether it was."""
     if (folder / STATUS).exists():
         return False
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
-    _write_status(folder, {"id": run_id, "name": run_name, "status": "running"})
+    _write_status(folder, about | {"status": "running"})
     return True
 
 
@@ -124,7 +119,7 @@ def _newest_intact(folder: Path, refused: list[str]) -> tuple[Path, dict[str, An
     for path in checkpoint.checkpoints(folder / CHECKPOINTS)[len(refused) :]:
         try:
             meta = checkpoint.read_meta(path)
-            if meta["run"] != identity(folder):
+            if meta["run"] != about(folder)["id"]:
                 raise CheckpointError(f"{path}: belongs to another run")
         except CheckpointError as error:
             refused.append(str(error))
@@ -136,20 +131,16 @@ def _newest_intact(folder: Path, refused: list[str]) -> tuple[Path, dict[str, An
 
 
 def status(folder: Path) -> str:
-    """Return running, finished, stopped, or the reason: interrupted, failed."""
+    """Return running, finished, stopped, or the reason: interrupted, failed; "unknown" if run.json
+    cannot be read."""
     with _try_lock(folder, shared=True) as free:
         if not free:
             return "running"
-        last = last_status(folder)
+        try:
+            last = about(folder)["status"]
+        except ConfigError:
+            return "unknown"
     return "stopped" if last == "running" else last
-
-
-def last_status(folder: Path) -> str:
-    """Return the status in run.json, whoever works there; "unknown" if it cannot be read."""
-    try:
-        return str(_read_status(folder)["status"])
-    except UNREADABLE:
-        return "unknown"
 
 
 @contextmanager
@@ -213,19 +204,12 @@ def _try_lock(folder: Path, attempts: int = 1, shared: bool = False) -> Iterator
         yield free
 
 
-def _read_status(folder: Path) -> dict[str, Any]:
-    about: dict[str, Any] = json.loads((folder / STATUS).read_bytes())
-    return about
-
-
-def _write_status(folder: Path, about: dict[str, Any]) -> None:
-    text = json.dumps(about, indent=2) + "\n"
+def _write_status(folder: Path, facts: dict[str, str]) -> None:
+    text = json.dumps(facts, indent=2) + "\n"
     write_aside(folder / STATUS, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _set_status(folder: Path, word: str) -> None:
     """Write the status if possible: a full disk must not hide what happened to the run."""
-    try:
-        _write_status(folder, _read_status(folder) | {"status": word})
-    except UNREADABLE:
-        return
+    with suppress(ConfigError, OSError):
+        _write_status(folder, about(folder) | {"status": word})

@@ -91,16 +91,10 @@ def _load(
         run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
         best: Any = config.nested(record)["best"]
         trained = TrainedRun(run, algorithm, EnvSpec(**meta["env"]), **best)
-        number, leaves = len(run.members), jax.tree.leaves(best)
-        of_one = {trained.score.shape[1:], trained.chunk.shape[1:]}
-        whole = all(x.shape[:1] == (number,) and x.dtype != np.float64 for x in leaves)
-        if not whole or of_one != {()}:
-            raise ConfigError(f"not 32 bits for each of {number} members")
         _rehearse(build(trained, 0))
     except Exception as error:  # what a system raises that meets parameters not its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path}: its policies cannot act: {reason}") from error
-    checkpoint.check_best(path, trained.score, trained.chunk, trained.params)
     return trained
 
 
@@ -146,7 +140,7 @@ class TrainedPolicy:
         """Return the recurrent state at the start of an episode, (*batch[, N], ...) each."""
         size = int(np.prod(batch_shape, dtype=int))
         carry = self.algorithm.initial_carry(self.setup, (size,))
-        return jax.tree.map(partial(_outwards, self, batch_shape), carry)
+        return jax.tree.map(partial(self._outwards, batch_shape), carry)
 
     def act(
         self, carry: Any, observation: Observation, key: Array, greedy: bool = False
@@ -158,47 +152,33 @@ class TrainedPolicy:
                 (*batch); N is absent if the policy is one agent's.
             greedy: the most likely action instead of a sampled one.
         """
-        acted: tuple[Array, Any] = _act(self, self.params, carry, observation, key, greedy)
+        acted: tuple[Array, Any] = self._act(self.params, carry, observation, key, greedy)
         return acted
 
+    @partial(jax.jit, static_argnames=("self", "greedy"))
+    def _act(
+        self, params: Any, carry: Any, observation: Observation, key: Array, greedy: bool
+    ) -> tuple[Array, Any]:
+        batch_shape = observation.step_count.shape
 
-def _outwards(policy: TrainedPolicy, batch_shape: tuple[int, ...], x: Array) -> Array:
-    """Reshape (B, N, ...), as a system has it, to (*batch[, N], ...)."""
-    x = x[:, 0] if policy.one_agent else x
-    return x.reshape(*batch_shape, *x.shape[1:])
+        def inwards(x: Array) -> Array:
+            x = x.reshape(-1, *x.shape[len(batch_shape) :])
+            return x[:, None] if self.one_agent else x
 
+        inner = Observation(
+            agents_view=inwards(observation.agents_view),
+            action_mask=inwards(observation.action_mask),
+            step_count=observation.step_count.reshape(-1),
+        )
+        carry = jax.tree.map(inwards, carry)
+        action, carry = self.algorithm.act(self.setup, params, carry, inner, key, greedy)
+        outwards = partial(self._outwards, batch_shape)
+        return outwards(action), jax.tree.map(outwards, carry)
 
-@partial(jax.jit, static_argnames=("policy", "greedy"))
-def _act(
-    policy: TrainedPolicy,
-    params: Any,
-    carry: Any,
-    observation: Observation,
-    key: Array,
-    greedy: bool,
-) -> tuple[Array, Any]:
-    batch_shape = observation.step_count.shape
-    rank = len(batch_shape)
-
-    def inwards(x: Array, agents: bool) -> Array:
-        x = x.reshape(-1, *x.shape[rank:])
-        return x[:, None] if agents and policy.one_agent else x
-
-    outwards = partial(_outwards, policy, batch_shape)
-    inner = Observation(
-        agents_view=inwards(observation.agents_view, agents=True),
-        action_mask=inwards(observation.action_mask, agents=True),
-        step_count=inwards(observation.step_count, agents=False),
-    )
-    action, carry = policy.algorithm.act(
-        policy.setup,
-        params,
-        jax.tree.map(partial(inwards, agents=True), carry),
-        inner,
-        key,
-        greedy,
-    )
-    return outwards(action), jax.tree.map(outwards, carry)
+    def _outwards(self, batch_shape: tuple[int, ...], x: Array) -> Array:
+        """Reshape (B, N, ...), as a system has it, to (*batch[, N], ...)."""
+        x = x[:, 0] if self.one_agent else x
+        return x.reshape(*batch_shape, *x.shape[1:])
 
 
 def load_policy(

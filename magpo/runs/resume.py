@@ -40,7 +40,6 @@ class Start(NamedTuple):
     best: Any  # (M, ...)
     measurements: list[Measurement]  # all so far, without training metrics
     log_bytes: int  # the length of metrics.jsonl by then
-    log_records: int  # the records in it; 0: the checkpoint does not say
 
 
 def claimed(config: RunConfig, stack: ExitStack) -> Path:
@@ -82,11 +81,8 @@ def start(
         template = {"best": best, "history": history | {"wall_s": np.zeros(chunk + 1)}}
         loaded = checkpoint.load(path, meta, "state", state)
         record = checkpoint.load(path, meta, "record", template)
-        score, chunks, params = record["best"]
-        checkpoint.check_best(path, score, chunks, (params, loaded.params))
         measured = _measurements(config, **record["history"])
-        kept = meta["log_bytes"], meta.get("log_records", 0)
-        return Start(chunk, loaded, record["best"], measured, *kept)
+        return Start(chunk, loaded, record["best"], measured, meta["log_bytes"])
 
     loaded = folders.newest_checkpoint(folder, load)
     if loaded is None:
@@ -108,8 +104,7 @@ def _take_over(folder: Path, config: RunConfig, chunk: int) -> None:
 
 def _begin_again(folder: Path, config: RunConfig) -> None:
     """Prepare a run that ended before its first checkpoint to start again."""
-    folders.identity(folder)
-    if folders.last_status(folder) == "finished":
+    if folders.about(folder)["status"] == "finished":
         raise ConfigError(f"resume={folder}: finished, and has no checkpoint to continue from")
     old = configuration.plain_values(folder / folders.CONFIG)
     _check_changes(folder, old, configuration.dump(config), config)
@@ -187,7 +182,7 @@ class Saver:
         """Take `log` on the first process, None on the others."""
         self.config, self.writer, self.log, self.env = config, writer, log, env
         self.folder = folder
-        self.run_id, self.run_name = folders.identity(folder), folders.name(folder)
+        self.about = folders.about(folder)
         self.next = 0.0
         self.idle = threading.Event()
         self.idle.set()
@@ -227,18 +222,16 @@ class Saver:
         start = time.monotonic()
         root = self.folder / folders.CHECKPOINTS
         try:
-            log_bytes, log_records = self._save_log(chunk) if self.log else (0, 0)
             evaluations = [m.evaluation for m in measurements]
             history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}
             history["wall_s"] = np.array([m.wall_s for m in measurements])
             meta = {
-                "run": self.run_id,
+                "run": self.about["id"],
                 "config": configuration.dump(self.config),
                 "with": _with(),
                 "env": asdict(self.env),
                 "steps_per_chunk": self.config.steps_per_chunk,
-                "log_bytes": log_bytes,
-                "log_records": log_records,
+                "log_bytes": self._save_log(chunk) if self.log else 0,
             }
             parts = {"state": state, "record": {"best": best, "history": history}}
             checkpoint.save(root, chunk, parts, meta)
@@ -248,11 +241,11 @@ class Saver:
             self.next = start + (time.monotonic() - start) / self.config.checkpoint_share
             self.idle.set()
 
-    def _save_log(self, chunk: int) -> tuple[int, int]:
-        """Bring metrics.jsonl up to date, in a restored folder if it was removed; return where this
-        chunk ends in it: after how many bytes, and how many records."""
+    def _save_log(self, chunk: int) -> int:
+        """Bring metrics.jsonl up to date, in a restored folder if it was removed; return after how
+        many of its bytes this chunk ends."""
         assert self.log is not None
-        if folders.mend(self.folder, self.config, self.run_id, self.run_name):
+        if folders.mend(self.folder, self.config, self.about):
             self.writer.warn(f"{self.folder} was removed: made again")
         self.log.save()
-        return self.log.ends[chunk], self.log.counts[chunk]
+        return self.log.ends[chunk]

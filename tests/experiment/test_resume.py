@@ -127,8 +127,8 @@ def test_a_log_that_lost_records_is_named(config, monkeypatch, capsys):
     stop_after(monkeypatch, dataclasses.replace(config, resume=str(folder)), 4)
     (warning,) = (line for line in capsys.readouterr().out.splitlines() if "damaged" in line)
     newest = checkpoint.checkpoints(folder / "checkpoints")[0]
-    missing = checkpoint.read_meta(newest)["log_records"] - 8
-    assert warning == f"warning: {log}: damaged lines: 1, missing: {missing}"
+    missing = checkpoint.read_meta(newest)["log_bytes"] - len(cut)
+    assert warning == f"warning: {log}: damaged lines: 1, missing bytes: {missing}"
     assert {record["env_steps"] for record in records(folder)} >= {0, 96}
 
 
@@ -140,7 +140,7 @@ def test_damaged_lines_of_a_log_are_counted(config, monkeypatch, capsys):
         lines[place] = other.ljust(len(lines[place]) - 1) + b"\n"
     log.write_bytes(b"".join(lines))
     run(config, resume=str(folder))
-    assert f"warning: {log}: damaged lines: 5, missing: 0\n" in capsys.readouterr().out
+    assert f"warning: {log}: damaged lines: 5, missing bytes: 0\n" in capsys.readouterr().out
 
 
 def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
