@@ -193,6 +193,11 @@ class TensorBoard:
         for writer in self.writers:
             writer.flush()
 
+    def close(self) -> None:
+        """Write what is still queued: `flush` does not wait for it."""
+        for writer in self.writers:
+            writer.close()
+
 
 def require_neptune() -> None:
     """Raise ConfigError if Neptune's client is not installed."""
