@@ -240,11 +240,11 @@ def cut(path):
 @pytest.mark.parametrize("spoil", [replaced, edited, cut, lambda path: path.write_bytes(b"")])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_json_lines_lose_nothing_when_others_write_the_file(tmp_path, spoil, resumed):
-    run = make_run(tmp_path)
-    sink = JsonLines(run)
+    told, run = [], make_run(tmp_path)
+    sink = JsonLines(run, warn=told.append)
     sink.write(measure(0, episode_return=[1, 2]))
     if resumed:
-        sink = JsonLines(run, sink.size)
+        sink = JsonLines(run, sink.size, told.append)
     sink.write(measure(1, episode_return=[3, 4]))
     for _ in range(2):
         spoil(tmp_path / "metrics.jsonl")
@@ -255,6 +255,7 @@ def test_json_lines_lose_nothing_when_others_write_the_file(tmp_path, spoil, res
     assert logged_returns(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert len(set(rows)) == len(rows)
     assert ({"mine": 1} in records) == (spoil is edited)
+    assert len(told) == 1 and "written again" in told[0]
     again = JsonLines(run, sink.ends[1])
     again.write(measure(2, episode_return=[7, 8]))
     assert logged_returns(tmp_path) == [1, 2, 3, 4, 7, 8]

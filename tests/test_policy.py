@@ -81,11 +81,20 @@ def of_params(convert):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (of_params(lambda x: x * np.nan), "out of range"),
+        (of_params(np.float64), "not 32 bits for each of 2 members"),
+        (of_params(lambda x: x[:1]), "not 32 bits for each of 2 members"),
         (of_params(lambda x: np.concatenate([x, x], -1)), "its policies cannot act"),
         (of_params(lambda x: None), "its policies cannot act"),
         (lambda meta, record: record.pop("best.score"), "its policies cannot act"),
+        (lambda meta, record: record.update({"best.score": np.full(2, np.nan)}), "not 32 bits"),
+        (lambda meta, record: record.update({"best.chunk": np.int32([1, 9])}), "out of range"),
+        (lambda meta, record: record.update({"best.chunk": np.int32([[1], [1]])}), "not 32 bits"),
+        (lambda meta, record: meta["env"].update(num_agents=4), "is not of 4 agents x 5"),
+        (lambda meta, record: meta["env"].update(num_agents="3"), "env.num_agents must be"),
+        (lambda meta, record: meta["config"].update(seeds=[7]), "for each of 1 members"),
         (lambda meta, record: meta["config"].pop("network"), "network is missing"),
-        (lambda meta, record: meta.pop("config"), "its policies cannot act: 'config'"),
+        (lambda meta, record: meta.pop("config"), "meta.json: config is missing"),
     ],
 )
 def test_a_wrong_checkpoint_is_named_and_the_one_before_used(

@@ -92,6 +92,8 @@ class JsonLines:
 
     def _write_again(self) -> None:
         """Write all rows, after the lines of others that the file has now."""
+        self.warn(f"{self.path} was changed by another program: all records are written again")
+        self.warn = lambda text: None
         rows = {chunk: zlib.decompress(block) for chunk, block in self.rows.items()}
         ours = {line for block in rows.values() for line in block.split(b"\n")}
         *found, last = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]

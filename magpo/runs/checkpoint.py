@@ -18,16 +18,20 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
 
+from magpo.config.schema import PositiveInt, validate
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 from magpo.hardware import processes
+from magpo.types import EnvSpec
 
 FORMAT = 2  # 1: without hyperparameters in the state
 META, MANIFEST = "meta.json", "manifest.json"
@@ -35,6 +39,22 @@ META, MANIFEST = "meta.json", "manifest.json"
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message is one line and names it."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The schema of meta.json."""
+
+    format: int
+    chunk: PositiveInt
+    run: str
+    config: dict[str, Any]
+    made_with: Annotated[dict[str, str], Field(alias="with")]
+    env: EnvSpec
+    steps_per_chunk: int
+    log_bytes: Annotated[int, Field(ge=0)]
+    arrays: dict[str, dict[str, tuple[str, tuple[int, ...]]]]  # dtype and shape, by part and name
+    log_records: int = 0  # of checkpoints before version 0.1
 
 
 def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
@@ -104,27 +124,35 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's meta.json. Raises CheckpointError if a file is not as it was written.
-    Files that others added, as desktops do, are no damage."""
+    """Read a checkpoint's meta.json. Raises CheckpointError if a file is not as it was written, or
+    meta.json contradicts its schema or itself. Files that others added, as desktops do, are no
+    damage."""
     try:
         manifest, files = json.loads((folder / MANIFEST).read_bytes()), _files(folder)
-        for name, checksum in manifest.items():
+        for name, checksum in ({META: None} | manifest).items():
             if name not in files:
                 raise CheckpointError(f"{folder}: {name} is missing")
             if _sha256(folder / name) != checksum:
                 raise CheckpointError(f"{folder}: {name} is damaged")
         meta: dict[str, Any] = json.loads((folder / META).read_bytes())
-        found, chunk = meta["format"], meta["chunk"]
+        if (found := meta.get("format")) != FORMAT:
+            raise CheckpointError(
+                f"{folder}: has checkpoint format {found!r}, this version of magpo reads {FORMAT}"
+            )
+        env = validate(Meta, meta).env
     except CheckpointError:
         raise
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {META}: {error}") from error
     except UNREADABLE as error:
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{folder}: has checkpoint format {found!r}, this version of magpo reads {FORMAT}"
-        )
-    if chunk != int(folder.name):
-        raise CheckpointError(f"{folder}: is the checkpoint of chunk {chunk!r}")
+    if meta["chunk"] != int(folder.name):
+        raise CheckpointError(f"{folder}: is the checkpoint of chunk {meta['chunk']!r}")
+    seen = {"agents_view": env.num_features, "action_mask": env.action_dim}
+    for name, (_, shape) in meta["arrays"].get("state", {}).items():
+        size = seen.get(name.rpartition(".")[2])
+        if size is not None and shape[-2:] != [env.num_agents, size]:
+            raise CheckpointError(f"{folder}: {name} is not of {env.num_agents} agents x {size}")
     return meta
 
 
@@ -157,7 +185,22 @@ def difference(meta: Mapping[str, Any], part: str, template: Any) -> str:
 def load_named(folder: Path, meta: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
     """Load one part of a checkpoint as NumPy arrays by name, random keys as their numbers. Raises
     CheckpointError."""
-    return _restore(folder / part, dict.fromkeys(meta["arrays"].get(part, {})))
+    described = meta["arrays"].get(part, {})
+    arrays = _restore(folder / part, dict.fromkeys(described))
+    for name, wanted in described.items():
+        if not wanted[0].startswith("key<") and _describe(arrays.get(name)) != wanted:
+            raise CheckpointError(f"{folder}: {part} has no {_text(wanted)} {name}")
+    return {name: np.asarray(arrays[name]) for name in described}
+
+
+def check_best(folder: Path, score: Any, chunk: Any, params: Any) -> None:
+    """Raise CheckpointError unless members' best policies are numbers, of this checkpoint or an
+    earlier one. Of several processes all have to call it."""
+    leaves = jax.tree.leaves(params)
+    finite = jax.jit(lambda xs: jnp.stack([jnp.isfinite(x).all() for x in xs]).all())(leaves)
+    late = (np.asarray(chunk) < 0) | (np.asarray(chunk) > int(folder.name))
+    if np.isnan(score).any() or late.any() or not finite:
+        raise CheckpointError(f"{folder}: a parameter, score or chunk is out of range")
 
 
 def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
@@ -171,6 +214,10 @@ def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
 
     try:
         with _checkpointer() as checkpointer:
+            stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
+            for name, leaf in template.items():
+                if leaf is not None and _describe(stored[name]) != _describe_stored(leaf):
+                    raise TypeError(name)  # to load it would convert it
             restored: dict[str, Any] = checkpointer.restore(
                 folder.absolute(),
                 restore_args={name: argument(leaf) for name, leaf in template.items()},
@@ -209,6 +256,10 @@ def _is_key(leaf: Any) -> bool:
 
 def _stored(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _describe_stored(leaf: Any) -> list[Any]:
+    return _describe(jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf)
 
 
 def _unstored(array: Any, leaf: Any) -> Any:

@@ -91,10 +91,16 @@ def _load(
         run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
         best: Any = config.nested(record)["best"]
         trained = TrainedRun(run, algorithm, EnvSpec(**meta["env"]), **best)
+        number, leaves = len(run.members), jax.tree.leaves(best)
+        of_one = {trained.score.shape[1:], trained.chunk.shape[1:]}
+        whole = all(x.shape[:1] == (number,) and x.dtype != np.float64 for x in leaves)
+        if not whole or of_one != {()}:
+            raise ConfigError(f"not 32 bits for each of {number} members")
         _rehearse(build(trained, 0))
     except Exception as error:  # what a system raises that meets parameters not its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path}: its policies cannot act: {reason}") from error
+    checkpoint.check_best(path, trained.score, trained.chunk, trained.params)
     return trained
 
 

@@ -81,6 +81,8 @@ def start(
         template = {"best": best, "history": history | {"wall_s": np.zeros(chunk + 1)}}
         loaded = checkpoint.load(path, meta, "state", state)
         record = checkpoint.load(path, meta, "record", template)
+        score, chunks, params = record["best"]
+        checkpoint.check_best(path, score, chunks, (params, loaded.params))
         measured = _measurements(config, **record["history"])
         return Start(chunk, loaded, record["best"], measured, meta["log_bytes"])
 

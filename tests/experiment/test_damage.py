@@ -66,8 +66,8 @@ def spoil(path, rng):
         file.unlink()
 
 
-KINDS = ("shape", "dtype", "name", "run", "format", "chunk", "part", "arrays", "gone")
-KINDS = (*KINDS, "nested", "steps", "metric")
+KINDS = ("shape", "dtype", "name", "run", "format", "chunk", "part", "arrays", "gone", "type")
+KINDS = (*KINDS, "nested", "steps", "value", "double", "metric")
 
 
 def falsify(path, other, rng, kind):
@@ -96,10 +96,22 @@ def falsify(path, other, rng, kind):
         meta["arrays"] = json.loads((other / "meta.json").read_text())["arrays"]
     elif kind == "gone":
         del meta["arrays"][rng.choice(["state", "record"])]
+    elif kind == "type":
+        key = rng.choice([key for key in meta if key != "log_records"])
+        meta[key] = rng.choice([None, [], "x", -1.5, "gone"])
+        if meta[key] == "gone":
+            del meta[key]
     elif kind == "nested":
         (path / "meta.json").write_text("[" * 200_000)
     elif kind == "steps":
         meta["steps_per_chunk"] += 1
+    elif kind in ("value", "double"):
+        record = checkpoint.load_named(path, meta, "record")
+        name = rng.choice([name for name in record if name.startswith("best.")])
+        record[name] = record[name] * 1e9 if name == "best.chunk" else record[name] * np.nan
+        if kind == "double":
+            record[name] = np.zeros(record[name].shape, np.float64)
+        rewrite(path, "record", record)
     else:
         record = checkpoint.load_named(path, meta, "record")
         record["history.new"] = record.pop("history.episode_return")
