@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from magpo import envs
 from magpo.config import cli
 from magpo.config.schema import PositiveInt, Seed, UserPath
+from magpo.envs.wrappers import random_action
 from magpo.errors import ConfigError
 from magpo.runs import policy
-from magpo.types import Array, Environment
+from magpo.types import Environment
 
 USAGE = """\
 usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
@@ -54,7 +54,7 @@ def play(
         if acting:
             action, carry = acting.act(carry, timestep.observation, key, greedy)
         else:
-            action = _random_action(env, timestep.observation.action_mask, key)
+            action = random_action(env, timestep.observation.action_mask, key)
         state, timestep = step(state, action)
         states.append(state)
         views.append(timestep.observation.agents_view)
@@ -64,12 +64,6 @@ def play(
             break
     states, views = jax.device_get((states, views))
     return Episode(states, views, np.stack(actions), np.array(rewards))
-
-
-def _random_action(env: Environment, mask: Array, key: Array) -> Array:
-    if env.action_kind == "continuous":
-        return jax.random.uniform(key, mask.shape, minval=-1.0)
-    return jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf))
 
 
 def write_gif(path: Path, env: Environment, episode: Episode) -> None:

@@ -50,13 +50,6 @@ class Connector:
         generator = LegacyRandomWalkGenerator(self.grid_size, self.num_agents)
         self.simulator = Simulator(generator, time_limit=self.time_limit)
 
-    @property
-    def observation_spec(self) -> Observation:
-        num_features = 4 + 2 * WINDOW**2
-        return wrappers.observation_spec(
-            self.num_agents, num_features, self.action_dim, self.global_state
-        )
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.reset(key)
         return state, restart(self.num_agents, self._observe(state), self._metrics(raw))

@@ -50,14 +50,6 @@ class CoordSum:
             observation=("raw", "scaled", "one_hot"),
         )
 
-    @property
-    def observation_spec(self) -> Observation:
-        num_features = self.max_target if self.observation == "one_hot" else 1
-        num_features += self.opponent_history == "per_target"
-        return wrappers.observation_spec(
-            self.num_agents, num_features, self.num_actions, self.global_state
-        )
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         rows = self.max_target if self.opponent_history == "per_target" else self.num_actions
         step_count = jnp.int32(0)

@@ -67,15 +67,6 @@ class Lbf:
             penalty=self.penalty,
         )
 
-    @property
-    def observation_spec(self) -> Observation:
-        return wrappers.observation_spec(
-            self.num_agents,
-            3 * (self.num_food + self.num_agents),
-            self.action_dim,
-            self.global_state,
-        )
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.reset(key)
         observation = self._observe(raw.observation)

@@ -160,16 +160,6 @@ class Mabrax:
     def terminates(self) -> str:
         return "" if self.split.startswith("halfcheetah") else "a fall"
 
-    @property
-    def observation_spec(self) -> Observation:
-        return wrappers.observation_spec(
-            self.num_agents,
-            max(map(len, self._seen)),
-            self.action_dim,
-            self.global_state,
-            self.simulator.env.observation_size,
-        )
-
     def reset(self, key: Array) -> tuple[Any, TimeStep]:
         state = wrappers.strong(self.simulator.env.reset(key))
         return state, restart(self.num_agents, self._observe(state), {})

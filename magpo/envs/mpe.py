@@ -47,12 +47,6 @@ class Mpe:
             max_steps=self.time_limit - 1,  # it looks before it counts
         )
 
-    @property
-    def observation_spec(self) -> Observation:
-        return wrappers.observation_spec(
-            self.num_agents, 6 * self.num_agents, self.action_dim, self.global_state
-        )
-
     def reset(self, key: Array) -> tuple[Any, TimeStep]:
         views, state = self.simulator.reset(key)
         state = state.replace(step=jnp.int32(0))

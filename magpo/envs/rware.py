@@ -56,15 +56,6 @@ class Rware:
         at_most(self, request_queue_size=len(generator.shelf_ids) - 1)
         self.simulator = RobotWarehouse(generator, time_limit=self.time_limit)
 
-    @property
-    def observation_spec(self) -> Observation:
-        return wrappers.observation_spec(
-            self.num_agents,
-            int(self.simulator.num_obs_features),
-            self.action_dim,
-            self.global_state,
-        )
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.reset(key)
         # Weakly typed in jumanji, which would make a scan that carries the state trace twice.

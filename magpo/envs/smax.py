@@ -69,16 +69,6 @@ class Smax:
         self.num_agents = self.simulator.num_allies
         self.action_dim = self.simulator.num_ally_actions
 
-    @property
-    def observation_spec(self) -> Observation:
-        return wrappers.observation_spec(
-            self.num_agents,
-            self.simulator.obs_size,
-            self.action_dim,
-            self.global_state,
-            self.simulator.state_size,
-        )
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         begin, battle = jax.random.split(key)
         views, state = self.simulator.reset(begin)
