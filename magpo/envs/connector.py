@@ -56,7 +56,7 @@ class Connector:
 
     def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.step(state, action)
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=raw.step_type,
             reward=jnp.full(self.num_agents, raw.reward.sum()),
             # jumanji's is each agent's, and 1 at the limit only for those that could go on.
@@ -64,7 +64,6 @@ class Connector:
             observation=self._observe(state),
             metrics=self._metrics(raw),
         )
-        return state, timestep
 
     def _metrics(self, raw: RawTimeStep[RawObservation]) -> dict[str, Array]:
         won = raw.extras["ratio_connections"] == 1.0

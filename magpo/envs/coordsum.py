@@ -75,14 +75,13 @@ class CoordSum:
             history=state.history.at[row, action[0]].add(1),  # a wrong sum is remembered too
         )
         last = step_count >= self.time_limit
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=jnp.where(last, StepType.LAST, StepType.MID).astype(jnp.int8),
             reward=jnp.full(self.num_agents, reward),
             discount=1.0 - last.astype(jnp.float32),
             observation=self._observe(state),
             metrics={},
         )
-        return state, timestep
 
     def _target(self, key: Array, step_count: Array) -> Array:
         return jax.random.randint(jax.random.fold_in(key, step_count), (), 0, self.max_target)

@@ -77,14 +77,13 @@ class Lbf:
         ids = jnp.arange(self.num_agents, dtype=state.agents.id.dtype)
         state = state.replace(agents=state.agents.replace(id=ids))
         state, raw = self.simulator.step(state, action)
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=raw.step_type,
             reward=jnp.full(self.num_agents, raw.reward.sum()),
             discount=wrappers.discount(raw.last(), raw.discount[0] > 0, self.ends),
             observation=self._observe(raw.observation),
             metrics=raw.extras,  # percent_eaten, 0 .. 100
         )
-        return state, timestep
 
     def _observe(self, raw: RawObservation) -> Observation:
         return wrappers.observe(raw.agents_view, raw.action_mask, raw.step_count, self.global_state)

@@ -84,14 +84,13 @@ class Smax:
         alive = battle.state.unit_alive
         allies, enemies = alive[: self.num_agents].any(), alive[self.num_agents :].any()
         last = dones["__all__"]
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=jnp.where(last, StepType.LAST, StepType.MID).astype(jnp.int8),
             reward=jnp.full(self.num_agents, rewards[self.simulator.agents[0]]),  # the team's
             discount=wrappers.discount(last, allies & enemies, self.ends),
             observation=self._observe(views, state),
             metrics={"win_rate": (allies & ~enemies).astype(jnp.float32)},
         )
-        return state, timestep
 
     def _observe(self, views: dict[str, Array], state: State) -> Observation:
         agents, legal = self.simulator.agents, self.simulator.get_avail_actions(state.battle)
