@@ -8,18 +8,19 @@ on another if the shapes allow; env.<option>=<value> changes the task.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from magpo import tables
+from magpo.config import cli, members
 from magpo.config.schema import PositiveInt, Seed, UserPath
 from magpo.contract import Algorithm
+from magpo.report.console import spread
+from magpo.runs import policy
+from magpo.runs.policy import TrainedRun
 from magpo.types import Array, Environment, TimeStep
-
-if TYPE_CHECKING:
-    from magpo.runs.policy import TrainedRun
-
 
 BATCH = 1024  # episodes of a member that `python -m magpo.evaluate` plays at once
 
@@ -113,8 +114,6 @@ usage: python -m magpo.evaluate run=<folder> [key=value ...]
 
 def main() -> None:
     """Run `python -m magpo.evaluate run=<folder> [key=value ...]`."""
-    from magpo.config import cli
-
     cli.command(USAGE, _main)
 
 
@@ -128,8 +127,6 @@ def _main(
     env: str | None = None,
     options: Mapping[str, Any] = {},
 ) -> None:
-    from magpo.runs import policy
-
     trained = policy.read(run)
     places = trained.places(setting=vary)
     task = policy.make_env(trained, env, options)
@@ -153,32 +150,22 @@ def _main(
     _show(title, trained, places, means)
 
 
-def _show(title: str, trained: "TrainedRun", places: Sequence[int], means: dict[str, Any]) -> None:
+def _show(title: str, trained: TrainedRun, places: Sequence[int], means: dict[str, Any]) -> None:
     """Print a row for each member, and each setting's mean over seeds."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from magpo.config import members
-    from magpo.report.console import spread
-
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title_justify="left")
-    table.title = title
-    for name in (*map(members.short_key, trained.config.vary), "seed", "trained steps", *means):
-        table.add_column(name, justify="right")
-    rows_of = dict[str, list[int]]()
-    for row, place in enumerate(places):
-        member = trained.config.members[place]
-        rows_of.setdefault(members.label(member.setting), []).append(row)
+    config = trained.config
+    columns = [*map(members.short_key, config.vary), "seed", "trained steps", *means]
+    chosen, rows = [config.members[place] for place in places], []
+    for row, (place, member) in enumerate(zip(places, chosen, strict=True)):
         values = [*map(members.text, member.setting.values()), str(member.seed)]
-        steps = int(trained.chunk[place]) * trained.config.steps_per_chunk
-        table.add_row(*values, f"{steps:,}", *(f"{mean[row]:.3f}" for mean in means.values()))
-    for rows in rows_of.values():
-        if len(rows) > 1:
-            setting = trained.config.members[places[rows[0]]].setting
+        steps = int(trained.chunk[place]) * config.steps_per_chunk
+        rows.append([*values, f"{steps:,}", *(f"{mean[row]:.3f}" for mean in means.values())])
+    for setting in config.settings:
+        of_setting = [row for row, member in enumerate(chosen) if member.setting == setting]
+        if len(of_setting) > 1:
             values = [*map(members.text, setting.values()), "mean", ""]
-            spreads = [spread(mean[rows]) for mean in means.values()]
-            table.add_row(*values, *spreads, style="bold")
-    Console(highlight=False).print(table)
+            rows.append([*values, *(spread(mean[of_setting]) for mean in means.values())])
+    print(title)
+    tables.show(columns, rows, justify="right")
 
 
 if __name__ == "__main__":

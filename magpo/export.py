@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from magpo.config import cli
 from magpo.config.schema import NonNegativeInt, Seed, UserPath
-from magpo.errors import ConfigError
 from magpo.runs.policy import TrainedPolicy, load_policy
 from magpo.types import Array, Observation
 
@@ -104,12 +103,9 @@ def _main(
     policy = load_policy(run, seed, vary, agent)
     data, description = export(policy)
     folder = Path(out or Path(run, "policy"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "policy.stablehlo").write_bytes(data)
-        (folder / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"out={folder}: cannot write there: {error.strerror}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "policy.stablehlo").write_bytes(data)
+    (folder / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
     print(f"{folder / 'policy.stablehlo'}: {len(data):,} bytes")
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from magpo import envs
 from magpo.config import cli
 from magpo.config.schema import PositiveInt, Seed, UserPath
+from magpo.envs.wrappers import random_action
 from magpo.errors import ConfigError
 from magpo.runs import policy
-from magpo.types import Array, Environment
+from magpo.types import Environment
 
 USAGE = """\
 usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
@@ -54,7 +54,7 @@ def play(
         if acting:
             action, carry = acting.act(carry, timestep.observation, key, greedy)
         else:
-            action = _random_action(env, timestep.observation.action_mask, key)
+            action = random_action(env, timestep.observation.action_mask, key)
         state, timestep = step(state, action)
         states.append(state)
         views.append(timestep.observation.agents_view)
@@ -66,17 +66,10 @@ def play(
     return Episode(states, views, np.stack(actions), np.array(rewards))
 
 
-def _random_action(env: Environment, mask: Array, key: Array) -> Array:
-    if env.action_kind == "continuous":
-        return jax.random.uniform(key, mask.shape, minval=-1.0)
-    return jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf))
-
-
 def write_gif(path: Path, env: Environment, episode: Episode) -> None:
     """Write a frame for each step: the state, the actions and the reward.
 
-    An environment of the user's is drawn by its method `draw(axes, state, action)`, where the
-    action is None at the end; without one, by what its agents see.
+    Where there is no picture of the suite's states, show what the agents see.
     """
     from matplotlib.animation import PillowWriter
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -85,7 +78,6 @@ def write_gif(path: Path, env: Environment, episode: Episode) -> None:
     from magpo.envs import pictures
 
     draw = pictures.DRAW.get(env.name.partition("/")[0])
-    own: Any = getattr(env, "draw", None)
     figure = Figure(figsize=(4.8, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -97,8 +89,6 @@ def write_gif(path: Path, env: Environment, episode: Episode) -> None:
             action = None if over else episode.actions[t]
             if draw is not None:
                 draw(axes, env, state, action)
-            elif own is not None:
-                own(axes, state, action)
             else:
                 pictures.views(axes, episode.views[t], action)
             reward = "the end" if over else f"reward {episode.rewards[t]:+.2f}"
@@ -152,10 +142,7 @@ def _main(
     if file.suffix.lower() != suffix:
         raise ConfigError(f"out={file}: must be a file's name that ends in {suffix}")
     episode = play(task, acting, steps, seed, greedy)
-    try:
-        (write_html if as_html else write_gif)(file, task, episode)
-    except OSError as error:
-        raise ConfigError(f"out={file}: cannot write there: {error.strerror}") from error
+    (write_html if as_html else write_gif)(file, task, episode)
     print(f"{file}: {len(episode.actions)} steps, return {episode.rewards.sum():.3f}")
 
 

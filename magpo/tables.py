@@ -3,14 +3,19 @@
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 
-def show(columns: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool) -> None:
-    """Print a table; the first column has names."""
+def show(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    markdown: bool = False,
+    justify: Literal["left", "right"] = "left",
+) -> None:
+    """Print a table; in Markdown the first column has names of code."""
     if markdown:
         print("|", " | ".join(columns), "|")
         print("|", " | ".join("---" for _ in columns), "|")
@@ -19,7 +24,7 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool) 
         return
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for name in columns:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, justify=justify, no_wrap=True)
     for cells in rows:
         table.add_row(*cells)
     console = Console(highlight=False)

@@ -64,9 +64,6 @@ class Environment(Protocol):
     @property
     def terminates(self) -> str: ...  # what ends an episode before its limit; "": nothing
 
-    @property
-    def observation_spec(self) -> Observation: ...  # leaves are jax.ShapeDtypeStruct
-
     def reset(self, key: Array) -> tuple[Any, TimeStep]: ...
 
     def step(self, state: Any, action: Array) -> tuple[Any, TimeStep]: ...
@@ -89,8 +86,9 @@ class EnvSpec:
 
 
 def spec(env: Environment) -> EnvSpec:
-    """Return an environment's EnvSpec."""
-    views = env.observation_spec
+    """Return an environment's EnvSpec. Traces `reset`, which tells what the agents see."""
+    _, first = jax.eval_shape(env.reset, jax.eval_shape(lambda: jax.random.key(0)))
+    views = first.observation
     return EnvSpec(
         name=env.name,
         num_agents=env.num_agents,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from magpo import envs, tables
 from magpo.config import cli
+from magpo.types import spec
 
 COLUMNS = ("task", "agents", "view", "actions", "steps", "terminates", "at the limit", "metric")
 
@@ -12,12 +13,11 @@ COLUMNS = ("task", "agents", "view", "actions", "steps", "terminates", "at the l
 def row(task: str) -> list[str]:
     """A task's cells; `view` is the length of an agent's, its one-hot id included."""
     env = envs.make(task)
-    view = env.observation_spec.agents_view.shape[-1]
     kind = "" if env.action_kind == "discrete" else " continuous"
     return [
         task,
         str(env.num_agents),
-        str(view),
+        str(spec(env).num_features),
         f"{env.action_dim}{kind}",
         str(env.time_limit),
         env.terminates or "-",

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magpo.envs.wrappers import random_action
 from magpo.types import Array, Environment, Observation, StepType, TimeStep, action_spec
 
 ATTRIBUTES = (
     *("name", "num_agents", "action_dim", "action_kind", "time_limit", "truncates", "headline"),
-    *("observation_spec", "reset", "step"),
+    *("reset", "step"),
 )
 EPISODES = 8  # played side by side
 
@@ -42,15 +43,14 @@ def _shapes(env: Environment) -> Iterator[str]:
         yield "reset must return a state and a TimeStep"
         return
     state, first = started
-    yield from _timestep(env, "reset", first)
+    yield from _differences("reset: ", _wanted(env, first), first, "as magpo.types says")
     stepped = jax.eval_shape(env.step, state, action_spec(env))
     if not _is_pair(stepped):
         yield "step must return a state and a TimeStep"
         return
     after, timestep = stepped
-    yield from _timestep(env, "step", timestep)
-    yield from _same("state", state, after)
-    yield from _same("metrics", first.metrics, timestep.metrics)
+    yield from _differences("step: ", _wanted(env, first), timestep, "as reset and magpo.types say")
+    yield from _differences("step: state", state, after, "as reset returns it")
     known = ("episode_return", "episode_length", *first.metrics)
     if env.headline not in known:
         yield f"headline must be one of {', '.join(known)}, not {env.headline!r}"
@@ -60,60 +60,53 @@ def _is_pair(returned: Any) -> bool:
     return isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], TimeStep)
 
 
-def _timestep(env: Environment, function: str, timestep: TimeStep) -> Iterator[str]:
-    """Compare a timestep's shapes and dtypes with what they must be."""
-    num_agents, spec = env.num_agents, env.observation_spec
-    views = getattr(spec.agents_view, "shape", (num_agents, "O"))
-    state = spec.global_state
-    wanted: dict[str, tuple[Any, Any, Any]] = {
-        "step_type": (timestep.step_type, (), jnp.int8),
-        "reward": (timestep.reward, (num_agents,), jnp.float32),
-        "discount": (timestep.discount, (), jnp.float32),
-        "observation.agents_view": (timestep.observation.agents_view, views, jnp.float32),
-        "observation.action_mask": (
-            *(timestep.observation.action_mask, (num_agents, env.action_dim), jnp.bool),
+def _wanted(env: Environment, first: TimeStep) -> TimeStep:
+    """Return a timestep's shapes and dtypes as they must be; the sizes of what is seen are reset's.
+
+    `magpo.types` leaves the metrics' dtypes open.
+    """
+    shaped: Any = jax.ShapeDtypeStruct
+    seen, state = first.observation, first.observation.global_state
+    return TimeStep(
+        step_type=shaped((), jnp.int8),
+        reward=shaped((env.num_agents,), jnp.float32),
+        discount=shaped((), jnp.float32),
+        observation=Observation(
+            agents_view=shaped((env.num_agents, *seen.agents_view.shape[-1:]), jnp.float32),
+            action_mask=shaped((env.num_agents, env.action_dim), jnp.bool),
+            step_count=shaped((), jnp.int32),
+            global_state=None if state is None else shaped((state.size,), jnp.float32),
         ),
-        "observation.step_count": (timestep.observation.step_count, (), jnp.int32),
-    }
-    if state is not None or timestep.observation.global_state is not None:
-        size = None if state is None else state.shape
-        wanted["observation.global_state"] = timestep.observation.global_state, size, jnp.float32
-    for name, value in timestep.metrics.items():
-        wanted[f"metrics[{name!r}]"] = value, (), None
-    for name, (value, shape, dtype) in wanted.items():
-        found = getattr(value, "shape", None), getattr(value, "dtype", None)
-        if found != (shape, found[1] if dtype is None else jnp.dtype(dtype)):
-            must = f"{jnp.dtype(dtype).name if dtype else ''}{list(shape or ())}"
-            is_now = "none" if found[0] is None else f"{found[1]}{list(found[0])}"
-            yield f"{function}: {name} must be {must}, as observation_spec and N say, not {is_now}"
+        metrics={name: shaped((), value.dtype) for name, value in first.metrics.items()},
+    )
 
 
-def _same(what: str, before: Any, after: Any) -> Iterator[str]:
-    """Compare the structure, shapes and dtypes of what reset and step return."""
-    layouts = [
+def _differences(what: str, wanted: Any, found: Any, why: str) -> Iterator[str]:
+    """Yield a line for each leaf whose shape or dtype is another than it must be."""
+    must, has = (
         {
-            jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+            jax.tree_util.keystr(path).removeprefix("."): f"{leaf.dtype}{list(leaf.shape)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
-        for tree in (before, after)
-    ]
-    for path in sorted({*layouts[0], *layouts[1]}):
-        old, new = (layout.get(path, "nothing") for layout in layouts)
+        for tree in (wanted, found)
+    )
+    for path in {**must, **has}:
+        old, new = must.get(path, "nothing"), has.get(path, "nothing")
         if old != new:
-            yield f"{what}{path} must be the same from reset and step: {old} and {new}"
+            yield f"{what}{path} must be {old}, {why}, not {new}"
 
 
 def _episodes(env: Environment) -> Iterator[str]:
     """Play EPISODES episodes to their time limit."""
     played: Any = jax.device_get(jax.jit(lambda key: _play(env, key))(jax.random.key(0)))
-    first, step_types, legal, counts = played  # (B,), (T, B), (T + 1, B), (T + 1, B)
-    if (first != StepType.FIRST).any():
+    step_types, legal, counts = played  # (T + 1, B) each
+    if (step_types[0] != StepType.FIRST).any():
         yield f"reset: step_type must be {StepType.FIRST} (FIRST)"
-    ends = step_types == StepType.LAST
-    if not ends.any(0).all():
+    ended = np.cumsum(step_types[1:] == StepType.LAST, axis=0) > 0
+    if not ended[-1].all():
         yield f"step: no episode may be longer than time_limit = {env.time_limit}: LAST must come"
-    alive = np.concatenate([np.ones((1, EPISODES), bool), np.cumsum(ends, 0) == 0])
-    if (alive[1:] & (step_types == StepType.FIRST)).any():
+    alive = np.concatenate([np.ones((1, EPISODES), bool), ~ended])
+    if (alive[1:] & (step_types[1:] == StepType.FIRST)).any():
         yield f"step: step_type must be {StepType.MID} (MID) or {StepType.LAST} (LAST)"
     if (alive & ~legal).any():
         yield "observation.action_mask must leave every agent a legal action"
@@ -121,26 +114,20 @@ def _episodes(env: Environment) -> Iterator[str]:
         yield "observation.step_count must be the number of steps since reset"
 
 
-def _play(env: Environment, key: Array) -> Any:
+def _play(env: Environment, key: Array) -> tuple[Array, Array, Array]:
+    """Return the step types, whether all agents have a legal action, and the step counts."""
     key_reset, key_steps = jax.random.split(key)
     state, first = jax.vmap(env.reset)(jax.random.split(key_reset, EPISODES))
 
-    def legal(observation: Observation) -> Array:
-        return observation.action_mask.any(-1).all(-1)
+    def kept(timestep: TimeStep) -> tuple[Array, Array, Array]:
+        seen = timestep.observation
+        return timestep.step_type, seen.action_mask.any(-1).all(-1), seen.step_count
 
     def step(loop: Any, key: Array) -> Any:
-        state, observation = loop
-        if env.action_kind == "discrete":
-            logits = jnp.where(observation.action_mask, 0.0, jnp.finfo(jnp.float32).min)
-            action = jax.random.categorical(key, logits).astype(jnp.int32)
-        else:
-            action = jax.random.uniform(key, observation.action_mask.shape, minval=-1.0)
-        state, timestep = jax.vmap(env.step)(state, action)
-        seen = timestep.step_type, legal(timestep.observation), timestep.observation.step_count
-        return (state, timestep.observation), seen
+        state, mask = loop
+        state, timestep = jax.vmap(env.step)(state, random_action(env, mask, key))
+        return (state, timestep.observation.action_mask), kept(timestep)
 
     keys = jax.random.split(key_steps, min(env.time_limit, 10_000))
-    _, (step_types, masks, counts) = jax.lax.scan(step, (state, first.observation), keys)
-    start = legal(first.observation)[None], first.observation.step_count[None]
-    masks, counts = (jnp.concatenate(x) for x in zip(start, (masks, counts), strict=True))
-    return first.step_type, step_types, masks, counts
+    _, after = jax.lax.scan(step, (state, first.observation.action_mask), keys)
+    return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), kept(first), after)

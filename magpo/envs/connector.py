@@ -50,20 +50,13 @@ class Connector:
         generator = LegacyRandomWalkGenerator(self.grid_size, self.num_agents)
         self.simulator = Simulator(generator, time_limit=self.time_limit)
 
-    @property
-    def observation_spec(self) -> Observation:
-        num_features = 4 + 2 * WINDOW**2
-        return wrappers.observation_spec(
-            self.num_agents, num_features, self.action_dim, self.global_state
-        )
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.reset(key)
         return state, restart(self.num_agents, self._observe(state), self._metrics(raw))
 
     def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.step(state, action)
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=raw.step_type,
             reward=jnp.full(self.num_agents, raw.reward.sum()),
             # jumanji's is each agent's, and 1 at the limit only for those that could go on.
@@ -71,7 +64,6 @@ class Connector:
             observation=self._observe(state),
             metrics=self._metrics(raw),
         )
-        return state, timestep
 
     def _metrics(self, raw: RawTimeStep[RawObservation]) -> dict[str, Array]:
         won = raw.extras["ratio_connections"] == 1.0

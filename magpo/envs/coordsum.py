@@ -50,14 +50,6 @@ class CoordSum:
             observation=("raw", "scaled", "one_hot"),
         )
 
-    @property
-    def observation_spec(self) -> Observation:
-        num_features = self.max_target if self.observation == "one_hot" else 1
-        num_features += self.opponent_history == "per_target"
-        return wrappers.observation_spec(
-            self.num_agents, num_features, self.num_actions, self.global_state
-        )
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         rows = self.max_target if self.opponent_history == "per_target" else self.num_actions
         step_count = jnp.int32(0)
@@ -83,14 +75,13 @@ class CoordSum:
             history=state.history.at[row, action[0]].add(1),  # a wrong sum is remembered too
         )
         last = step_count >= self.time_limit
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=jnp.where(last, StepType.LAST, StepType.MID).astype(jnp.int8),
             reward=jnp.full(self.num_agents, reward),
             discount=1.0 - last.astype(jnp.float32),
             observation=self._observe(state),
             metrics={},
         )
-        return state, timestep
 
     def _target(self, key: Array, step_count: Array) -> Array:
         return jax.random.randint(jax.random.fold_in(key, step_count), (), 0, self.max_target)

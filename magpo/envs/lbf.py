@@ -67,15 +67,6 @@ class Lbf:
             penalty=self.penalty,
         )
 
-    @property
-    def observation_spec(self) -> Observation:
-        return wrappers.observation_spec(
-            self.num_agents,
-            3 * (self.num_food + self.num_agents),
-            self.action_dim,
-            self.global_state,
-        )
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.reset(key)
         observation = self._observe(raw.observation)
@@ -86,14 +77,13 @@ class Lbf:
         ids = jnp.arange(self.num_agents, dtype=state.agents.id.dtype)
         state = state.replace(agents=state.agents.replace(id=ids))
         state, raw = self.simulator.step(state, action)
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=raw.step_type,
             reward=jnp.full(self.num_agents, raw.reward.sum()),
             discount=wrappers.discount(raw.last(), raw.discount[0] > 0, self.ends),
             observation=self._observe(raw.observation),
             metrics=raw.extras,  # percent_eaten, 0 .. 100
         )
-        return state, timestep
 
     def _observe(self, raw: RawObservation) -> Observation:
         return wrappers.observe(raw.agents_view, raw.action_mask, raw.step_count, self.global_state)

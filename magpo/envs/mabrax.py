@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,47 +22,43 @@ from magpo.types import Array, Observation, StepType, TimeStep, restart
 
 mabrax = simulators.load("mabrax.mabrax_env", needs="mabrax")
 mujoco = import_module("mujoco")  # brax has it
-Indices = dict[str, list[int]]  # by agent
+Indices = dict[str, np.ndarray]  # by agent
 
 # brax's ant: 0-4 torso, then 5 + 2l hip and 6 + 2l ankle of leg l, 13-18 the torso's velocities,
 # 19 + 2l and 20 + 2l the joints'. What an agent sees follows jaxmarl's ant_4x2: the torso, all
 # hips, and its own leg's ankle.
 ROOT, HIPS, ROOT_VELOCITIES = [0, 1, 2, 3, 4], [5, 7, 9, 11], [13, 14, 15, 16, 17, 18]
-ANT_8X1 = {
-    f"agent_{2 * leg + joint}": sorted(
+ANT_8X1 = [
+    sorted(
         {*ROOT, *ROOT_VELOCITIES, 6 + 2 * leg, 19 + 2 * leg + joint, 5 + 2 * leg}
         | (set(HIPS) if joint == 0 else set())
     )
     for leg in range(4)
     for joint in range(2)
-}
-WALKER2D_6X1 = {
-    "agent_0": [0, 2, 3, 5, 8, 9, 11],
-    "agent_1": [0, 2, 3, 4, 8, 9, 12],
-    "agent_2": [0, 3, 4, 8, 9, 13],
-    "agent_3": [0, 2, 5, 6, 8, 9, 14],
-    "agent_4": [0, 5, 6, 7, 8, 9, 15],
-    "agent_5": [0, 6, 7, 8, 9, 16],
-}
+]
+WALKER2D_6X1 = [
+    [0, 2, 3, 5, 8, 9, 11],
+    [0, 2, 3, 4, 8, 9, 12],
+    [0, 3, 4, 8, 9, 13],
+    [0, 2, 5, 6, 8, 9, 14],
+    [0, 5, 6, 7, 8, 9, 15],
+    [0, 6, 7, 8, 9, 16],
+]
+OWN = {"ant_8x1": ANT_8X1, "walker2d_6x1": WALKER2D_6X1}  # an agent moves the joint of its number
 BACKENDS = ("positional", "spring", "generalized", "mjx")
 
 
-def _humanoid(index: int) -> int | None:
-    """Return where brax has what MuJoCo's humanoid, for which jaxmarl's mapping was made, has at
-    `index`: 22 positions, 23 velocities, inertia (10) and velocity (6) of each of 14 bodies, 23
-    forces, and contact forces. brax has 11 bodies, no world and no feet apart from the shins, and
-    no contacts.
+def _humanoid() -> dict[int, int]:
+    """Return where brax has each value of MuJoCo's humanoid, for which jaxmarl's mapping was made:
+    22 positions, 23 velocities, inertia (10) and velocity (6) of each of 14 bodies, 23 forces, and
+    contact forces. brax has 11 bodies, no world and no feet apart from the shins, and no contacts.
     """
-    links = [None, 0, 1, 2, 3, 4, None, 5, 6, None, 7, 8, 9, 10]  # by MuJoCo's body
-    if index < 45:
-        return index
-    if index < 185:
-        link, place = links[(index - 45) // 10], (index - 45) % 10
-        return None if link is None else 45 + 10 * link + place
-    if index < 269:
-        link, place = links[(index - 185) // 6], (index - 185) % 6
-        return None if link is None else 155 + 6 * link + place
-    return index - 269 + 221 if index < 292 else None
+    bodies = [1, 2, 3, 4, 5, 7, 8, 10, 11, 12, 13]  # of MuJoCo's, those that brax has, in its order
+    kept = [*range(45)]
+    kept += [45 + 10 * body + place for body in bodies for place in range(10)]
+    kept += [185 + 6 * body + place for body in bodies for place in range(6)]
+    kept += range(269, 292)
+    return {index: place for place, index in enumerate(kept)}
 
 
 @contextmanager
@@ -81,29 +78,25 @@ def _quiet() -> Iterator[None]:
 def splits() -> dict[str, tuple[Indices, Indices]]:
     """Return what each agent sees and moves of each body: jaxmarl's splits and two of our own."""
     seen, moved = mabrax._agent_observation_mapping, mabrax._agent_action_mapping
-    listed = {
-        name: (
-            {agent: [int(i) for i in indices] for agent, indices in seen[name].items()},
-            {agent: [int(i) for i in indices] for agent, indices in moved[name].items()},
+    found = {name: jax.tree.map(np.asarray, (seen[name], moved[name])) for name in seen}
+    for name, views in OWN.items():
+        found[name] = (
+            {f"agent_{i}": np.array(view) for i, view in enumerate(views)},
+            {f"agent_{i}": np.array([i]) for i in range(len(views))},
         )
-        for name in seen
-    }
-    one_each = {agent: [i] for i, agent in enumerate(ANT_8X1)}
-    listed["ant_8x1"] = ANT_8X1, one_each
-    listed["walker2d_6x1"] = WALKER2D_6X1, dict(list(one_each.items())[:6])
-    return listed
+    return found
 
 
 def corrected(split: str, seen: Indices, moved: Indices) -> tuple[Indices, Indices]:
     """The split mended: jaxmarl's were made for other observations and another order of joints."""
     body = split.partition("_")[0]
     if body == "ant":  # brax moves leg 4 first
-        moved = {agent: [(i + 2) % 8 for i in indices] for agent, indices in moved.items()}
+        moved = {agent: (indices + 2) % 8 for agent, indices in moved.items()}
     if body == "halfcheetah":  # counted with x, which brax leaves out
-        seen = {agent: [i - 1 for i in indices] for agent, indices in seen.items()}
+        seen = {agent: indices - 1 for agent, indices in seen.items()}
     if body == "humanoid":
-        known = {a: [_humanoid(i) for i in indices] for a, indices in seen.items()}
-        seen = {a: [i for i in indices if i is not None] for a, indices in known.items()}
+        place = _humanoid()
+        seen = {a: np.array([place[i] for i in s.tolist() if i in place]) for a, s in seen.items()}
     return seen, moved
 
 
@@ -145,30 +138,18 @@ class Mabrax:
                 auto_reset=False,
                 homogenisation_method="max",
                 backend=self.backend,
-                agent_obs_mapping={agent: jnp.array(indices) for agent, indices in seen.items()},
-                agent_action_mapping={
-                    agent: jnp.array(indices) for agent, indices in moved.items()
-                },
+                agent_obs_mapping=jax.tree.map(jnp.array, seen),
+                agent_action_mapping=jax.tree.map(jnp.array, moved),
             )
         self.truncates = self.ends == "bootstrapped"
         self.num_agents = len(seen)
         self.action_dim = max(map(len, moved.values()))
         self._mask = np.array([np.arange(self.action_dim) < len(m) for m in moved.values()])
-        self._seen = [np.array(indices) for indices in seen.values()]
+        self._seen = [*seen.values()]
 
     @property
     def terminates(self) -> str:
         return "" if self.split.startswith("halfcheetah") else "a fall"
-
-    @property
-    def observation_spec(self) -> Observation:
-        return wrappers.observation_spec(
-            self.num_agents,
-            max(map(len, self._seen)),
-            self.action_dim,
-            self.global_state,
-            self.simulator.env.observation_size,
-        )
 
     def reset(self, key: Array) -> tuple[Any, TimeStep]:
         state = wrappers.strong(self.simulator.env.reset(key))
@@ -179,14 +160,13 @@ class Mabrax:
         joints = self.simulator.map_agents_to_global_action(actions)
         state = wrappers.strong(self.simulator.env.step(state, joints))
         last, truncated = state.done > 0, state.info["truncation"] > 0
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=jnp.where(last, StepType.LAST, StepType.MID).astype(jnp.int8),
             reward=jnp.full(self.num_agents, state.reward),
             discount=wrappers.discount(last, truncated, self.ends),
             observation=self._observe(state),
             metrics={},
         )
-        return state, timestep
 
     def _observe(self, state: Any) -> Observation:
         step_count = state.info["steps"].astype(jnp.int32)

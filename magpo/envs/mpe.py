@@ -47,12 +47,6 @@ class Mpe:
             max_steps=self.time_limit - 1,  # it looks before it counts
         )
 
-    @property
-    def observation_spec(self) -> Observation:
-        return wrappers.observation_spec(
-            self.num_agents, 6 * self.num_agents, self.action_dim, self.global_state
-        )
-
     def reset(self, key: Array) -> tuple[Any, TimeStep]:
         views, state = self.simulator.reset(key)
         state = state.replace(step=jnp.int32(0))
@@ -65,14 +59,13 @@ class Mpe:
         unused = jax.random.key(0)  # its noise is zero
         views, state, rewards, _, _ = self.simulator.step_env(unused, state, actions)
         last = state.done
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=jnp.where(last, StepType.LAST, StepType.MID).astype(jnp.int8),
             reward=jnp.stack([rewards[agent] for agent in self.simulator.agents]),
             discount=wrappers.discount(last, last, self.ends),
             observation=self._observe(views, state),
             metrics={},
         )
-        return state, timestep
 
     def _observe(self, views: dict[str, Array], state: Any) -> Observation:
         stacked = jnp.stack([views[agent] for agent in self.simulator.agents])

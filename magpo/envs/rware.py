@@ -56,32 +56,20 @@ class Rware:
         at_most(self, request_queue_size=len(generator.shelf_ids) - 1)
         self.simulator = RobotWarehouse(generator, time_limit=self.time_limit)
 
-    @property
-    def observation_spec(self) -> Observation:
-        return wrappers.observation_spec(
-            self.num_agents,
-            int(self.simulator.num_obs_features),
-            self.action_dim,
-            self.global_state,
-        )
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.reset(key)
-        # Weakly typed in jumanji, which would make a scan that carries the state trace twice.
-        carrying = state.agents.is_carrying.astype(jnp.int32)
-        state = state.replace(agents=state.agents._replace(is_carrying=carrying))
+        state = wrappers.strong(state)
         return state, restart(self.num_agents, self._observe(raw.observation), {})
 
     def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
         state, raw = self.simulator.step(state, action)
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=raw.step_type,
             reward=jnp.full(self.num_agents, raw.reward),  # already the team's
             discount=raw.discount,
             observation=self._observe(raw.observation),
             metrics={},
         )
-        return state, timestep
 
     def _observe(self, raw: RawObservation) -> Observation:
         return wrappers.observe(raw.agents_view, raw.action_mask, raw.step_count, self.global_state)

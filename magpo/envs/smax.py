@@ -69,16 +69,6 @@ class Smax:
         self.num_agents = self.simulator.num_allies
         self.action_dim = self.simulator.num_ally_actions
 
-    @property
-    def observation_spec(self) -> Observation:
-        return wrappers.observation_spec(
-            self.num_agents,
-            self.simulator.obs_size,
-            self.action_dim,
-            self.global_state,
-            self.simulator.state_size,
-        )
-
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         begin, battle = jax.random.split(key)
         views, state = self.simulator.reset(begin)
@@ -94,14 +84,13 @@ class Smax:
         alive = battle.state.unit_alive
         allies, enemies = alive[: self.num_agents].any(), alive[self.num_agents :].any()
         last = dones["__all__"]
-        timestep = TimeStep(
+        return state, TimeStep(
             step_type=jnp.where(last, StepType.LAST, StepType.MID).astype(jnp.int8),
             reward=jnp.full(self.num_agents, rewards[self.simulator.agents[0]]),  # the team's
             discount=wrappers.discount(last, allies & enemies, self.ends),
             observation=self._observe(views, state),
             metrics={"win_rate": (allies & ~enemies).astype(jnp.float32)},
         )
-        return state, timestep
 
     def _observe(self, views: dict[str, Array], state: State) -> Observation:
         agents, legal = self.simulator.agents, self.simulator.get_avail_actions(state.battle)

@@ -40,23 +40,11 @@ def observe(
     )
 
 
-def observation_spec(
-    num_agents: int,
-    num_features: int,
-    num_actions: int,
-    global_state: bool,
-    state_size: int | None = None,
-) -> Observation:
-    """The shapes and dtypes of what `observe` returns for F = num_features and, where the simulator
-    has a state of its own, G = state_size."""
-    shaped: Any = jax.ShapeDtypeStruct
-    whole = num_agents * num_features if state_size is None else state_size
-    return Observation(
-        agents_view=shaped((num_agents, num_agents + num_features), jnp.float32),
-        action_mask=shaped((num_agents, num_actions), jnp.bool),
-        step_count=shaped((), jnp.int32),
-        global_state=shaped((whole,), jnp.float32) if global_state else None,
-    )
+def random_action(env: Environment, mask: Array, key: Array) -> Array:
+    """Random legal actions, for a mask of (..., N, A)."""
+    if env.action_kind == "continuous":
+        return jax.random.uniform(key, mask.shape, minval=-1.0)
+    return jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf))
 
 
 def strong(tree: Any) -> Any:

@@ -242,7 +242,7 @@ def _check_env(env: Environment, config: RunConfig) -> None:
             more = f" (and {len(others)} more: magpo.envs.check)" if others else ""
             raise ConfigError(first + more) from error
     needed = config.algorithm.needs_global_state
-    if needed != (env.observation_spec.global_state is not None):
+    if needed != (spec(env).num_state_features is not None):
         raise ConfigError(
             f"{config.system} as configured needs an environment with global_state={needed}: "
             f"magpo.envs.make(..., global_state={needed})"

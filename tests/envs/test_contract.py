@@ -71,8 +71,12 @@ def test_a_scan_can_carry_the_state_and_sees_what_was_promised(task):
     for leaf, other in zip(jax.tree.leaves((state, first)), jax.tree.leaves(after), strict=True):
         assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
         assert not leaf.weak_type and not other.weak_type
-    for found, promised in zip(first.observation, env.observation_spec, strict=True):
-        assert (found.shape, found.dtype) == (promised.shape, promised.dtype)
+    seen = first.observation
+    assert seen.agents_view.shape[0] == env.num_agents and seen.agents_view.dtype == np.float32
+    assert (seen.action_mask.shape, seen.action_mask.dtype) == (
+        (env.num_agents, env.action_dim),
+        bool,
+    )
     assert first.reward.shape == (env.num_agents,)
     assert env.headline in {"episode_return", *first.metrics}
     assert EnvSpec(**json.loads(json.dumps(dataclasses.asdict(spec(env))))) == spec(env)
@@ -88,10 +92,10 @@ def played(request):
 
 
 def test_shapes_and_dtypes_are_the_specs(played):
-    env, spec = played.env, played.env.observation_spec
+    env, (_, first) = played.env, jax.eval_shape(played.env.reset, jax.random.key(0))
     assert played.actions.shape[2:] == action_spec(env).shape
     for timestep, lead in ((played.first, (B,)), (played.timesteps, (played.T, B))):
-        for found, promised in zip(timestep.observation, spec, strict=True):
+        for found, promised in zip(timestep.observation, first.observation, strict=True):
             assert (found.shape, found.dtype) == ((*lead, *promised.shape), promised.dtype)
         assert (timestep.step_type.shape, timestep.step_type.dtype) == (lead, np.int8)
         assert timestep.reward.shape == (*lead, env.num_agents)

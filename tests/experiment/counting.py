@@ -36,7 +36,6 @@ class Count:
 
     name, num_agents, action_dim, action_kind = "test/count", N, 4, "discrete"
     time_limit, truncates, headline = LENGTH, False, "episode_return"
-    observation_spec = Observation(jax.ShapeDtypeStruct((N, 1), jnp.float32), None, None)
 
     def __init__(self, name="test/count", global_state=False, walls=2):
         self.name = name

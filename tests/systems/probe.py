@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magpo.envs.wrappers import observation_spec, observe
+from magpo.envs.wrappers import observe
 from magpo.types import Array, Observation, StepType, TimeStep, restart
 
 LENGTH = 3  # steps of an episode
@@ -46,10 +46,6 @@ class Probe:
     time_limit: ClassVar = LENGTH
     truncates: ClassVar = True
     headline: ClassVar = "episode_return"
-
-    @property
-    def observation_spec(self) -> Observation:
-        return observation_spec(2, 2, 2, self.global_state)
 
     def reset(self, key: Array) -> tuple[State, TimeStep]:
         state = State(jax.random.bernoulli(key).astype(jnp.int32), jnp.int32(0))
