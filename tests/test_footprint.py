@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from experiment.test_devices import SMALL
 
 from magpo import config, contract, envs, experiment
 from magpo.hardware import devices, footprint
@@ -12,6 +11,11 @@ from magpo.report.measurements import Run
 from magpo.systems import magpo as system_module
 
 ROW = 4 * 1000  # bytes
+SMALL = [
+    *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "seeds=[0,1]", "num_envs=8"),
+    *("rollout_length=16", "total_steps=512", "num_evaluations=2", "eval_episodes=4"),
+    *("network.guider.embed_dim=8", "network.learner.hidden_dim=8"),
+]
 
 
 def peak(function, *shapes):

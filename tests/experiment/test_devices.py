@@ -20,15 +20,15 @@ from magpo.hardware import devices
 SMALL = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "seeds=[0,1]", "num_envs=8"),
     *("rollout_length=16", "total_steps=512", "num_evaluations=2", "eval_episodes=4", "keep=1"),
-    *("network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"),
+    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8", "logger.plot=false"),
 ]
 CHILD = """
 import sys
 from magpo import config, experiment
 from magpo.experiment import loop
 from magpo.hardware import devices
-from magpo.systems import magpo
-run = config.load("magpo", sys.argv[2:])
+from magpo.systems import mappo
+run = config.load("mappo", sys.argv[2:])
 print("mesh", dict(devices.layout(run).mesh.shape))
 compile_programs = loop.compile_programs
 def checked(*arguments):
@@ -37,7 +37,7 @@ def checked(*arguments):
     print("communication", any(word in text for word in ("all-reduce", "all-gather", "permute(")))
     return compiled
 loop.compile_programs = checked
-print("folder", experiment.run(magpo, run).folder)
+print("folder", experiment.run(mappo, run).folder)
 """
 
 
@@ -61,10 +61,10 @@ def on_devices(number, *overrides):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    from magpo.systems import magpo
+    from magpo.systems import mappo
 
     results = f"results_dir={tmp_path_factory.mktemp('alone')}"
-    return metrics(experiment.run(magpo, configuration.load("magpo", [*SMALL, results])).folder)
+    return metrics(experiment.run(mappo, configuration.load("mappo", [*SMALL, results])).folder)
 
 
 def test_spread_over_devices_it_is_the_same_run(alone, tmp_path):
