@@ -19,10 +19,10 @@ SHORT = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
     *("eval_episodes=2", "network.actor.hidden_dim=8", "network.critic.hidden_dim=8", *LOGS),
 ]
-TWO_SEEDS = [*SHORT, "seeds=[0,1]", "total_steps=640", "num_evaluations=10"]
 # Where only the loop is under test; four chunks.
 COUNTED = ["env=test/count", "num_envs=4", "eval_episodes=2", "seeds=[0,1]", *LOGS]
 COUNTED += ["total_steps=96", "num_evaluations=4"]
+LONG = 12  # chunks, of half a second, most of it to agree: a signal comes before they end
 COUNT = """
 import os, signal, sys
 from experiment import counting
@@ -81,9 +81,10 @@ def test_one_seed_over_two_tasks_of_a_slurm_step_is_the_same_run(tmp_path):
 
 
 def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
-    ends(begin_two([*TWO_SEEDS, f"results_dir={tmp_path / 'whole'}"]), 0)
-    stopped = [*TWO_SEEDS, f"results_dir={tmp_path / 'stopped'}", "resume=auto"]
-    both = begin_two(stopped)
+    long = [*COUNTED, f"total_steps={24 * LONG}", f"num_evaluations={LONG}"]
+    ends(begin_two([*long, f"results_dir={tmp_path / 'whole'}"], program=COUNTING), 0)
+    stopped = [*long, f"results_dir={tmp_path / 'stopped'}", "resume=auto"]
+    both = begin_two(stopped, program=COUNTING)
     while not list((tmp_path / "stopped").glob("*/*/*/*/checkpoints/0*")):
         assert both[0].poll() is None
         time.sleep(0.01)
@@ -92,11 +93,11 @@ def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
     ends(both, 143)
     folder, whole = only_run(tmp_path / "stopped"), only_run(tmp_path / "whole")
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
-    done = len(list((folder / "checkpoints").iterdir()))
-    assert 0 < done < 10
-    ends(begin_two(stopped), 0)
+    done = [int(path.name) for path in (folder / "checkpoints").iterdir()]
+    assert 0 < max(done) < LONG
+    ends(begin_two(stopped, program=COUNTING), 0)
     same_logs(only_run(tmp_path / "stopped"), whole)
-    again, expected = arrays(folder, 10), arrays(whole, 10)
+    again, expected = arrays(folder, LONG), arrays(whole, LONG)
     assert again.keys() == expected.keys()
     for name in again:
         np.testing.assert_array_equal(again[name], expected[name], err_msg=name)
