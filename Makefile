@@ -31,7 +31,7 @@ demo: install
 	$(BIN)/python -m magpo.systems.magpo env=lbf/2s-8x8-2p-2f-coop budget=quick total_steps=491520 $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -69,7 +69,8 @@ def play(
 def write_gif(path: Path, env: Environment, episode: Episode) -> None:
     """Write a frame for each step: the state, the actions and the reward.
 
-    Where there is no picture of the suite's states, show what the agents see.
+    An environment of the user's is drawn by its method `draw(axes, state, action)`, where the
+    action is None at the end; without one, by what its agents see.
     """
     from matplotlib.animation import PillowWriter
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -78,6 +79,7 @@ def write_gif(path: Path, env: Environment, episode: Episode) -> None:
     from magpo.envs import pictures
 
     draw = pictures.DRAW.get(env.name.partition("/")[0])
+    own: Any = getattr(env, "draw", None)
     figure = Figure(figsize=(4.8, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -89,6 +91,8 @@ def write_gif(path: Path, env: Environment, episode: Episode) -> None:
             action = None if over else episode.actions[t]
             if draw is not None:
                 draw(axes, env, state, action)
+            elif own is not None:
+                own(axes, state, action)
             else:
                 pictures.views(axes, episode.views[t], action)
             reward = "the end" if over else f"reward {episode.rewards[t]:+.2f}"

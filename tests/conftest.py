@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,23 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("XLA_FLAGS", QUICK)
     # Tracing makes many objects that live: looking for garbage so often takes a fifth of its time.
     gc.set_threshold(50_000, 20, 100)
+
+
+# What takes longest, the longest first: begun last, one would run while the other workers idle.
+LONG = (
+    *("systems/test_runs", "systems/test_probes", "systems/test_contract", "envs/test_contract"),
+    *("systems/test_imitation_gap", "envs/test_jaxmarl", "experiment/test_processes"),
+    *("envs/test_seeing", "experiment/test_resume", "test_ways", "experiment/test_devices"),
+    *("experiment/test_damage", "test_crash", "test_launcher", "systems/test_magpo"),
+    *("experiment/test_disk_full", "test_policy", "test_benchmark"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take long first, for `--dist loadfile --no-loadscope-reorder`."""
+    tests = Path(__file__).parent
+    place = {tests / f"{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
 @pytest.fixture

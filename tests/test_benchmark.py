@@ -9,13 +9,13 @@ from pathlib import Path
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "benchmark.py")
 SHORT = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
-    *("network.guider.embed_dim=8", "network.learner.hidden_dim=8"),
+    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
 ]
 
 
 def measured(folder, *arguments):
     file = folder / "new" / "measured.json"
-    command = [sys.executable, SCRIPT, "magpo", *SHORT, *arguments, f"json={file}"]
+    command = [sys.executable, SCRIPT, "mappo", *SHORT, *arguments, f"json={file}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text())

@@ -8,13 +8,13 @@ ROOT = Path(__file__).parents[1]
 SHORT = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
     *("total_steps=6400", "num_evaluations=20", "eval_episodes=2", "logger.plot=false"),
-    *("network.guider.embed_dim=8", "network.learner.hidden_dim=8"),
+    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
 ]
 
 
 def test_a_run_killed_three_times_ends_as_if_it_had_not_been(tmp_path):
     script = str(ROOT / "scripts" / "crash_test.py")
-    command = [sys.executable, script, "kills=3", "magpo", *SHORT, f"results_dir={tmp_path}"]
+    command = [sys.executable, script, "kills=3", "mappo", *SHORT, f"results_dir={tmp_path}"]
     out = subprocess.run(command, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stdout + out.stderr
     assert "3 kills survived" in out.stdout and "same state, same log" in out.stdout

@@ -8,14 +8,14 @@ import yaml
 
 from magpo.config import cli
 from magpo.runs import listing
-from magpo.systems import magpo
+from magpo.systems import mappo
 
 SHORT = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
     *("total_steps=128", "num_evaluations=2", "eval_episodes=2", "absolute_metric=false"),
-    *("logger.plot=false", "network.guider.embed_dim=8", "network.learner.hidden_dim=8"),
+    *("logger.plot=false", "network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
 ]
-MODULE = [sys.executable, "-m", "magpo.systems.magpo"]
+MODULE = [sys.executable, "-m", "magpo.systems.mappo"]
 
 
 def test_a_sweep_runs_on_the_launchers_local_executor(tmp_path):
@@ -26,25 +26,25 @@ def test_a_sweep_runs_on_the_launchers_local_executor(tmp_path):
         launcher,
         *SHORT,
         f"results_dir={tmp_path}",
-        "system.delta=1.2,1.4",
+        "system.gamma=0.9,0.8",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = listing.summaries(tmp_path)
     assert [run.status for run in found] == ["finished"] * 2
     configs = [yaml.safe_load((run.folder / "config.yaml").read_text()) for run in found]
-    assert sorted(config["system"]["delta"] for config in configs) == [1.2, 1.4]
+    assert sorted(config["system"]["gamma"] for config in configs) == [0.8, 0.9]
 
 
 def test_a_sweep_whose_jobs_change_folder_writes_where_it_was_started(tmp_path):
     command = [*MODULE, "--multirun", "hydra.job.chdir=true", *SHORT, "results_dir=out"]
-    command += ["system.delta=1.2,1.4", "hydra.sweep.subdir='${hydra.job.num}'"]
+    command += ["system.gamma=0.9,0.8", "hydra.sweep.subdir='${hydra.job.num}'"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = sorted(str(run.folder) for run in listing.summaries(tmp_path))
     printed = [line for line in done.stdout.splitlines() if line.startswith("results: ")]
     assert printed == [f"results: {folder}" for folder in found] and len(found) == 2
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"magpo", "sweeps"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"mappo", "sweeps"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -57,8 +57,8 @@ def test_an_unknown_interpolation_is_one_line(tmp_path, key):
 
 
 def printed(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["magpo.py", *arguments])
-    cli.main(magpo, None)
+    monkeypatch.setattr(sys, "argv", ["mappo.py", *arguments])
+    cli.main(mappo, None)
     return capsys.readouterr().out
 
 

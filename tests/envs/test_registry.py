@@ -238,6 +238,7 @@ def test_the_global_state_is_on_request():
             {"grid_size": 5, "fov": 5, "num_agents": 4},
             ["num_agents must be at most 3 where grid_size is 5, not 4"],
         ),
+        ("coordsum/3x10-30", {"num_agents": 10**9}, ["num_agents must be at most 10000"]),
         ("rware/tiny-4ag", {"shelf_columns": 1}, ["shelf_columns must be at least 3, not 1"]),
         (
             "connector/con-5x5x3a",

@@ -16,19 +16,21 @@ from magpo import config as configuration
 from magpo import experiment
 from magpo.errors import ConfigError
 from magpo.hardware import devices
+from magpo.report.console import Console
+from magpo.report.measurements import Run
 
 SMALL = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "seeds=[0,1]", "num_envs=8"),
     *("rollout_length=16", "total_steps=512", "num_evaluations=2", "eval_episodes=4", "keep=1"),
-    *("network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"),
+    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8", "logger.plot=false"),
 ]
 CHILD = """
 import sys
 from magpo import config, experiment
 from magpo.experiment import loop
 from magpo.hardware import devices
-from magpo.systems import magpo
-run = config.load("magpo", sys.argv[2:])
+from magpo.systems import mappo
+run = config.load("mappo", sys.argv[2:])
 print("mesh", dict(devices.layout(run).mesh.shape))
 compile_programs = loop.compile_programs
 def checked(*arguments):
@@ -37,7 +39,7 @@ def checked(*arguments):
     print("communication", any(word in text for word in ("all-reduce", "all-gather", "permute(")))
     return compiled
 loop.compile_programs = checked
-print("folder", experiment.run(magpo, run).folder)
+print("folder", experiment.run(mappo, run).folder)
 """
 
 
@@ -61,10 +63,10 @@ def on_devices(number, *overrides):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    from magpo.systems import magpo
+    from magpo.systems import mappo
 
     results = f"results_dir={tmp_path_factory.mktemp('alone')}"
-    return metrics(experiment.run(magpo, configuration.load("magpo", [*SMALL, results])).folder)
+    return metrics(experiment.run(mappo, configuration.load("mappo", [*SMALL, results])).folder)
 
 
 def test_spread_over_devices_it_is_the_same_run(alone, tmp_path):
@@ -118,3 +120,13 @@ def test_sizes_that_do_not_divide_are_refused(config, monkeypatch):
     monkeypatch.setattr(devices.jax, "device_count", lambda: 15)
     with pytest.raises(ConfigError, match="num_envs must be a multiple of 5, not 4"):
         run(config)
+
+
+def test_too_much_is_said(tmp_path, capsys):
+    run = configuration.load("mappo", SMALL)
+    info = Run(tmp_path, "mappo", "a", "b", run.members, "episode_return", 1, "x")
+    Console(info, run, 0).footprint(needed=3_000_000_000, available=2_000_000_000)
+    printed = capsys.readouterr().out
+    assert printed.startswith("memory: 3.00G of 2.00G bytes on each device\nwarning: that is too")
+    Console(info, run, 0).footprint(needed=1, available=2)
+    assert "warning" not in capsys.readouterr().out

@@ -14,19 +14,33 @@ import pytest
 from experiment.test_devices import metrics
 from experiment.test_resume import arrays, same_logs
 
+LOGS = ["absolute_metric=false", "logger.plot=false", "keep=30"]
 SHORT = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
-    *("eval_episodes=2", "network.guider.embed_dim=8", "network.learner.hidden_dim=8"),
-    *("absolute_metric=false", "logger.plot=false", "keep=30"),
+    *("eval_episodes=2", "network.actor.hidden_dim=8", "network.critic.hidden_dim=8", *LOGS),
 ]
-TWO_SEEDS = [*SHORT, "seeds=[0,1]", "total_steps=1920", "num_evaluations=30"]
+# Where only the loop is under test; four chunks.
+COUNTED = ["env=test/count", "num_envs=4", "eval_episodes=2", "seeds=[0,1]", *LOGS]
+COUNTED += ["total_steps=96", "num_evaluations=4"]
+LONG = 12  # chunks, of half a second, most of it to agree: a signal comes before they end
+COUNT = """
+import os, signal, sys
+from experiment import counting
+from magpo import envs, experiment
+from magpo.runs import resume
+
+envs.register("test/count", counting.Count, walls=2)
+{}
+experiment.main(counting)
+"""
+COUNTING = ("-c", COUNT.format(""))
 
 
-def begin(overrides, environment=None, program=("-m", "magpo.systems.magpo")):
+def begin(overrides, environment=None, program=("-m", "magpo.systems.mappo")):
     """A process that trains with these overrides."""
     command = [sys.executable, *program, *overrides]
     pipe = subprocess.PIPE
-    env = os.environ | (environment or {})
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (environment or {})
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
@@ -67,9 +81,10 @@ def test_one_seed_over_two_tasks_of_a_slurm_step_is_the_same_run(tmp_path):
 
 
 def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
-    ends(begin_two([*TWO_SEEDS, f"results_dir={tmp_path / 'whole'}"]), 0)
-    stopped = [*TWO_SEEDS, f"results_dir={tmp_path / 'stopped'}", "resume=auto"]
-    both = begin_two(stopped)
+    long = [*COUNTED, f"total_steps={24 * LONG}", f"num_evaluations={LONG}"]
+    ends(begin_two([*long, f"results_dir={tmp_path / 'whole'}"], program=COUNTING), 0)
+    stopped = [*long, f"results_dir={tmp_path / 'stopped'}", "resume=auto"]
+    both = begin_two(stopped, program=COUNTING)
     while not list((tmp_path / "stopped").glob("*/*/*/*/checkpoints/0*")):
         assert both[0].poll() is None
         time.sleep(0.01)
@@ -78,11 +93,11 @@ def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
     ends(both, 143)
     folder, whole = only_run(tmp_path / "stopped"), only_run(tmp_path / "whole")
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
-    done = len(list((folder / "checkpoints").iterdir()))
-    assert 0 < done < 30
-    ends(begin_two(stopped), 0)
+    done = [int(path.name) for path in (folder / "checkpoints").iterdir()]
+    assert 0 < max(done) < LONG
+    ends(begin_two(stopped, program=COUNTING), 0)
     same_logs(only_run(tmp_path / "stopped"), whole)
-    again, expected = arrays(folder, 30), arrays(whole, 30)
+    again, expected = arrays(folder, LONG), arrays(whole, LONG)
     assert again.keys() == expected.keys()
     for name in again:
         np.testing.assert_array_equal(again[name], expected[name], err_msg=name)
@@ -90,11 +105,6 @@ def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
 
 # What SIGTERM does to a process after it offers chunk 3 for saving, to the other one before.
 ONE_CHUNK_APART = """
-import os, signal, sys
-from magpo.runs import resume
-from magpo.experiment import main
-from magpo.systems import magpo
-
 ahead, offer = sys.argv.pop(1), resume.Saver.offer
 
 def stopped(saver, chunk, *rest):
@@ -104,14 +114,13 @@ def stopped(saver, chunk, *rest):
         os.kill(os.getpid(), signal.SIGTERM)
 
 resume.Saver.offer = stopped
-main(magpo)
 """
 
 
 @pytest.mark.parametrize("ahead", ["0", "1"])
 def test_stopped_one_chunk_apart_they_keep_the_checkpoint_of_both(tmp_path, ahead):
-    program = ("-c", ONE_CHUNK_APART, ahead)
-    stopped = [*TWO_SEEDS, f"results_dir={tmp_path}"]
+    program = ("-c", COUNT.format(ONE_CHUNK_APART), ahead)
+    stopped = [*COUNTED, f"results_dir={tmp_path}"]
     printed = ends(begin_two(stopped, program=program), 143)
     assert "warning" not in printed[0][0]
     checkpoints = (only_run(tmp_path) / "checkpoints").glob("0*")
@@ -119,7 +128,7 @@ def test_stopped_one_chunk_apart_they_keep_the_checkpoint_of_both(tmp_path, ahea
 
 
 def test_waiting_for_the_others_is_said_and_can_be_ended(tmp_path):
-    alone, other = begin_two([*TWO_SEEDS, f"results_dir={tmp_path}"])
+    alone, other = begin_two([*COUNTED, f"results_dir={tmp_path}"], program=COUNTING)
     other.kill()
     assert "waiting, at most 5 minutes, for all processes: localhost:" in alone.stderr.readline()
     time.sleep(0.5)
@@ -129,7 +138,8 @@ def test_waiting_for_the_others_is_said_and_can_be_ended(tmp_path):
 
 def test_what_the_first_process_refuses_ends_all(tmp_path):
     (tmp_path / "file").write_text("")
-    printed = ends(begin_two([*TWO_SEEDS, f"results_dir={tmp_path / 'file'}"]), 2)
+    refused = [*COUNTED, f"results_dir={tmp_path / 'file'}"]
+    printed = ends(begin_two(refused, program=COUNTING), 2)
     for _, stderr in printed:
         assert f"error: results_dir={tmp_path / 'file'}: cannot write there" in stderr
         assert "Traceback" not in stderr
@@ -148,4 +158,4 @@ def test_half_said_is_refused(overrides, message):
     from magpo.errors import ConfigError
 
     with pytest.raises(ConfigError, match=message):
-        load("magpo", [*SHORT, *(f"distributed.{text}" for text in overrides)])
+        load("mappo", [*SHORT, *(f"distributed.{text}" for text in overrides)])
