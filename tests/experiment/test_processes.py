@@ -22,7 +22,7 @@ SHORT = [
 # Where only the loop is under test; four chunks.
 COUNTED = ["env=test/count", "num_envs=4", "eval_episodes=2", "seeds=[0,1]", *LOGS]
 COUNTED += ["total_steps=96", "num_evaluations=4"]
-LONG = 12  # chunks, of half a second, most of it to agree: a signal comes before they end
+LONG = 12  # chunks: a signal after the first checkpoint comes before they end
 COUNT = """
 import os, signal, sys
 from experiment import counting
