@@ -1,0 +1,115 @@
+"""Time two commands that train in turns, for example another library's and ours.
+
+    python scripts/compare_peer.py scripts/results/peer.csv rounds=5 updates=4 \
+        python -m magpo.systems.mappo env=lbf/8x8-2p-2f-coop  vs  /else/python mappo.py env=lbf
+
+Each prints "... steps/s" or "steps per second: ..." again and again, with `updates` updates between
+two figures; the first one, which may include compilation, is left out. Of the second command only
+lines with the word `lines` count. A round runs one after the other, in an order that changes. `ratio` is the first command's speed over the second's. Rounds in
+which a command got less than 90 % of its usual share of the CPUs do not count. A row is added.
+"""
+
+import csv
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from magpo import tables
+from magpo.config import cli
+from magpo.config.schema import PositiveInt
+from magpo.errors import ConfigError
+
+FIGURE = re.compile(r"([\d.,]+)([kMG]?) steps/s|steps per second\W+([\d.,]+)", re.IGNORECASE)
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
+ANSI = re.compile(r"\x1b\[[\d;]*m")
+
+
+class Timing(NamedTuple):
+    """One command's run."""
+
+    steps_per_s: float  # median
+    cpu_s: float  # between two figures
+    share: float  # CPU seconds over wall seconds
+
+
+def figure(line: str) -> float | None:
+    """Return the steps/s that a line gives."""
+    if (found := FIGURE.search(ANSI.sub("", line))) is None:
+        return None
+    number, unit, other = found.groups()
+    return float((number or other).replace(",", "")) * UNITS[unit or ""]
+
+
+def measure(command: Sequence[str], word: str) -> Timing:
+    """Run a command; figures are in lines with `word`. Raises ConfigError if it fails or prints fewer than three figures."""
+    figures, at, last = list[float](), list[tuple[float, float]](), deque[str](maxlen=1)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    try:
+        process = subprocess.Popen(
+            *(command, -1), stdout=-1, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+    except OSError as error:
+        raise ConfigError(f"{command[0]}: {error.strerror}") from error
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip():
+            last.append(line.strip())
+        if word in line and (steps_per_s := figure(line)) is not None:
+            figures.append(steps_per_s)
+            at.append((time.perf_counter(), _cpu_s(process.pid)))
+    if process.wait() or len(figures) < 3:
+        said = last[0] if last else "nothing"
+        problem = f"exit code {process.returncode}, {len(figures)} figures; its last line: {said}"
+        raise ConfigError(f"{' '.join(command)}: {problem}")
+    wall_s, cpu_s = (end - begin for begin, end in zip(at[0], at[-1], strict=True))
+    return Timing(statistics.median(figures[1:]), cpu_s / (len(at) - 1), cpu_s / wall_s)
+
+
+def _cpu_s(pid: int) -> float:
+    """Return the CPU seconds that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def main(
+    table: Path,
+    *command: str,
+    rounds: PositiveInt = 5,
+    updates: PositiveInt = 1,
+    lines: str = "",
+) -> None:
+    """Measure, print and add a row to the table."""
+    if command.count("vs") != 1 or command[0] == "vs" or command[-1] == "vs":
+        raise ConfigError("give two commands with the word vs between them")
+    place = command.index("vs")
+    sides = command[:place], command[place + 1 :]
+    timings: tuple[list[Timing], ...] = ([], [])
+    for i in range(rounds):
+        for side in (0, 1) if i % 2 else (1, 0):
+            timings[side].append(measure(sides[side], lines * side))
+            print(f"{i + 1}/{rounds} {sides[side][0]}", *timings[side][-1], file=sys.stderr)
+    usual = [statistics.median(t.share for t in side) for side in timings]
+    rows = zip(*timings, strict=True)
+    kept = [row for row in rows if all(t.share >= 0.9 * u for t, u in zip(row, usual, strict=True))]
+    ratios = [first.steps_per_s / second.steps_per_s for first, second in kept]
+    row: dict[str, object] = {"first": " ".join(sides[0]), "second": " ".join(sides[1])}
+    row |= {"rounds": f"{len(kept)} of {rounds}", "ratio": f"{statistics.median(ratios):.2f}"}
+    row |= {"lowest": f"{min(ratios):.2f}", "highest": f"{max(ratios):.2f}"}
+    for name, side, share in zip(("first", "second"), zip(*kept, strict=True), usual, strict=True):
+        row[f"{name}_steps_per_s"] = f"{statistics.median(t.steps_per_s for t in side):.0f}"
+        row[f"{name}_cpu_s"] = f"{statistics.median(t.cpu_s for t in side) / updates:.3f}"
+        row[f"{name}_share"] = f"{share:.2f}"
+    earlier = list(csv.DictReader(table.open())) if table.exists() else []
+    tables.write(table, [*earlier, row])
+    print(*row.values())
+
+
+if __name__ == "__main__":
+    cli.command(__doc__, main)
