@@ -17,7 +17,7 @@ import yaml
 
 from magpo import plugins
 from magpo.config import compose
-from magpo.config.schema import RunConfig, dump, float_keys, nested, unknown_key, validate
+from magpo.config.schema import RunConfig, dump, unknown_key, validate
 from magpo.envs import registry
 from magpo.errors import ConfigError
 from magpo.files import complain, printing
@@ -29,10 +29,10 @@ def main(system: str | ModuleType, run: Run, config_dir: Path | None = None) -> 
     """Run the command line of a system: its arguments are overrides and a few of Hydra's flags.
 
     Without flags this is `run(module, config.load(system, arguments))`: no Hydra application, no
-    outputs/ folder, no change of folder or of logging. --help and --cfg job are ours; --multirun,
-    --info and shell completion are Hydra's. All jobs of a --multirun are checked before the first
-    starts; its record and a launcher's files go to <results_dir>/sweeps/. A ConfigError, also one
-    that `run` raises, ends the process with its line on stderr and exit code 2.
+    outputs/ folder, no change of folder or of logging. --help and --cfg job are ours; --multirun
+    is Hydra's. All jobs of a --multirun are checked before the first starts; its record and a
+    launcher's files go to <results_dir>/sweeps/. A ConfigError, also one that `run` raises, ends
+    the process with its line on stderr and exit code 2.
     """
     arguments = sys.argv[1:]
     with exit_on_config_error():
@@ -94,15 +94,15 @@ def _given(arguments: Sequence[str], parameters: Mapping[str, Parameter]) -> dic
         elif rest and text.partition("=")[0] not in known:
             given[rest[0]] = (*given.get(rest[0], ()), text)
         else:
-            change = compose.parse(text)
-            group, _, option = change.key.partition(".")
+            key, value = compose.parse(text)
+            group, _, option = key.partition(".")
             group = {"env": "options", "vary": "vary"}.get(group, "")
             if option and group in known:
-                given[group] = given.get(group, {}) | {option: change.value}
-            elif change.key not in known:
-                raise ConfigError(unknown_key(change.key, [*known, "import"]))
+                given[group] = given.get(group, {}) | {option: value}
+            elif key not in known:
+                raise ConfigError(unknown_key(key, [*known, "import"]))
             else:
-                given[change.key] = change.value
+                given[key] = value
     return given
 
 
@@ -117,18 +117,7 @@ def exit_on_config_error() -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Hydra's flags, of which some exclude others."""
-
-    def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-        self.add_argument("overrides", nargs="*")
-        self.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
-        for long, short in (("multirun", "m"), ("run", "r"), ("resolve", None)):
-            self.add_argument(f"--{long}", *([f"-{short}"] if short else []), action="store_true")
-        for long, short in (("shell-completion", "sc"), ("hydra-help", "hh")):
-            self.add_argument(f"--{long}", f"-{short}", action="store_true")
-        self.add_argument("--info", "-i", nargs="?", const="all")
-        self.add_argument("--package", "-p")
+    """A parser whose errors are ConfigErrors."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}: see --help")
@@ -137,24 +126,25 @@ class _Parser(argparse.ArgumentParser):
 def _with_flags(
     arguments: Sequence[str], module: ModuleType, run: Run, config_dir: Path | None
 ) -> None:
-    """Print the configuration, or hand the arguments to Hydra, all its jobs checked."""
-    flags, unknown = _Parser().parse_known_intermixed_args(arguments)
-    if unknown:
-        raise ConfigError(f"unknown flag {unknown[0]!r}: see --help")
-    exclusive = ("run", "multirun", "cfg", "info", "shell_completion", "hydra_help")
-    if len(modes := [f"--{flag}" for flag in exclusive if getattr(flags, flag)]) > 1:
-        raise ConfigError(f"{' and '.join(modes)} do not go together")
-    if (flags.resolve or flags.package) and not flags.cfg:
-        raise ConfigError("--resolve and --package go with --cfg")
-    jobs = []
-    if not (flags.hydra_help or flags.shell_completion):
-        jobs = [compose.load(module, job, config_dir) for job in _jobs(flags.overrides)]
+    """Print the configuration, or let Hydra sweep, all its jobs checked."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    modes.add_argument("--multirun", "-m", action="store_true")
+    flags = parser.parse_intermixed_args(arguments)
+    jobs = [compose.load(module, job, config_dir) for job in _jobs(flags.overrides)]
     if any(job.resume not in (None, "auto") for job in jobs):
         raise ConfigError("resume=<folder> goes without flags; a sweep has resume=auto")
     if flags.cfg == "job":
         print(yaml.safe_dump(dump(jobs[0]), sort_keys=False), end="")
-    else:
-        _hydra_app(module, run, config_dir)
+        return
+    # Hydra sets every key without asking whether there is such a one: the jobs are checked.
+    own = [text for text in flags.overrides if not compose.parsed(text).is_hydra_override()]
+    hydras = [text for text in flags.overrides if text not in own]
+    mode = ["--cfg", flags.cfg] if flags.cfg else ["--multirun"]
+    sys.argv[1:] = [*mode, *hydras, *(f"++{text.lstrip('+')}" for text in own)]
+    _hydra_app(module, run, config_dir)
 
 
 def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -173,12 +163,8 @@ def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
-    """Hand the command line to Hydra, which sweeps, launches and completes; `compose.load` makes
-    each job's configuration.
-
-    For Hydra, the primary configuration has every key with its default, those below `vary`, and
-    the options of all tasks: a sweep over tasks is checked before any of them is chosen.
-    """
+    """Hand the command line to Hydra, which sweeps and launches; `compose.load` makes each job's
+    configuration."""
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
@@ -186,7 +172,6 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
     name, folders = compose.locate(module, config_dir)
     file = str(module.__file__)
     plugins.keep(module)
@@ -195,43 +180,31 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
         hydra_config = HydraConfig.get()
         with exit_on_config_error():
             module = plugins.module_of(file)  # a launcher's jobs may be other processes
-            config = compose.load(module, list(hydra_config.overrides.task), config_dir)
+            given = [text.lstrip("+") for text in hydra_config.overrides.task]
+            config = compose.load(module, given, config_dir)
             if hydra_config.job.chdir:  # results_dir is relative to where the command was given
                 where = Path(hydra_config.runtime.cwd, config.results_dir)
                 config = replace(config, results_dir=str(where))
             run(module, config)
 
+    OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+    sweeps = "${expanduser:${results_dir}}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
+    own = {
+        "output_subdir": None,
+        "run": {"dir": "."},
+        "sweep": {"dir": sweeps, "subdir": "."},
+    }
     store = ConfigStore.instance()
-    for task, (_, options) in registry.registered.items():
-        suite, _, last = task.partition("/")
-        store.store(last, options, f"env/{suite}", "env")
-    store.store(f"magpo_{name}", _primary(module, name, folders))
+    for launcher in (path for folder in folders for path in folder.glob("hydra/*/*.yaml")):
+        store.store(launcher.stem, OmegaConf.load(launcher), f"hydra/{launcher.parent.name}")
+    chosen = ["_self_", {"override hydra/job_logging": "none"}]
+    primary = compose.defaults(name, folders)
+    store.store(f"magpo_{name}", {**primary, "defaults": chosen, "hydra": own})
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     try:
         hydra.main(config_path=None, config_name=f"magpo_{name}", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException, FileNotFoundError, PermissionError) as error:
         raise ConfigError(str(error).partition("\n")[0]) from error
-
-
-def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the configuration from which Hydra knows the keys, the groups and its own settings."""
-    values = compose.defaults(name, folders)
-    compose.merge(values, compose.read_option(folders, "budget", values["budget"]))
-    chosen = [{group: values.pop(group)} for group in compose.GROUPS]
-    known = {option for task in registry.tasks() for option in registry.options(task)}
-    values["import"] = []
-    values["env"] = dict.fromkeys(sorted(known), "???")  # a task's file has only some of its own
-    values["vary"] = nested(dict.fromkeys(float_keys(module.Config)))
-    sweeps = "${expanduser:${results_dir}}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
-    return values | {
-        "defaults": ["_self_", {"env": "???"}, *chosen, {"override hydra/job_logging": "none"}],
-        "hydra": {
-            "output_subdir": None,
-            "run": {"dir": "."},
-            "sweep": {"dir": sweeps, "subdir": "."},
-            "searchpath": [folder.as_uri() for folder in folders],
-        },
-    }
 
 
 def _help(name: str, folders: Sequence[Path]) -> str:
@@ -246,7 +219,7 @@ def _help(name: str, folders: Sequence[Path]) -> str:
     text += ["flags: --cfg job (print the configuration), --multirun (a=1,2 sweeps), --help"]
     budgets = [f"budget/{option}" for option in compose.option_names(folders, "budget")]
     for file in ("experiment", *budgets, "logger/default", name):
-        path = next(path for folder in folders if (path := folder / f"{file}.yaml").is_file())
-        lines = path.read_text().strip().splitlines()
+        path = compose.find(folders, file)
+        lines = path.read_text().strip().splitlines() if path else []
         text += ["", f"{file}.yaml", *(f"  {line}".rstrip() for line in lines)]
     return "\n".join(text)
