@@ -148,7 +148,7 @@ def system(name: str, imports: Mapping[str, str] | None = None) -> ModuleType:
     if name in of_package() and not (own and _as_recorded(own, imports or {})):
         return import_module(f"magpo.systems.{name}")
     if own is None:
-        raise ConfigError(registry.unknown("system", name, systems()))
+        raise registry.unknown("system", name, systems())
     return own
 
 

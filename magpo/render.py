@@ -136,10 +136,7 @@ def _main(
         task = policy.make_env(trained, None, options)
         acting = policy.build(trained, trained.best(trained.places(setting=vary)), env=task)
     else:
-        try:
-            task = envs.make(str(env), **options)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        task = envs.make(str(env), **options)
     as_html = task.name.startswith("mabrax/")
     suffix = ".html" if as_html else ".gif"
     file = Path(out or task.name.replace("/", "_") + suffix)

@@ -5,8 +5,9 @@
 
 Each prints "... steps/s" or "steps per second: ..." again and again, with `updates` updates between
 two figures; the first one, which may include compilation, is left out. Of the second command only
-lines with the word `lines` count. A round runs one after the other, in an order that changes. `ratio` is the first command's speed over the second's. Rounds in
-which a command got less than 90 % of its usual share of the CPUs do not count. A row is added.
+lines with the word `lines` count. A round runs one after the other, in an order that changes.
+`ratio` is the first command's speed over the second's. Rounds in which a command got less than 90 %
+of its usual share of the CPUs do not count. A row is added to the table.
 """
 
 import csv
@@ -48,7 +49,10 @@ def figure(line: str) -> float | None:
 
 
 def measure(command: Sequence[str], word: str) -> Timing:
-    """Run a command; figures are in lines with `word`. Raises ConfigError if it fails or prints fewer than three figures."""
+    """Run a command, whose figures are in lines with `word`.
+
+    Raises ConfigError if it fails or prints fewer than three figures.
+    """
     figures, at, last = list[float](), list[tuple[float, float]](), deque[str](maxlen=1)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     try:
@@ -96,16 +100,17 @@ def main(
             timings[side].append(measure(sides[side], lines * side))
             print(f"{i + 1}/{rounds} {sides[side][0]}", *timings[side][-1], file=sys.stderr)
     usual = [statistics.median(t.share for t in side) for side in timings]
-    rows = zip(*timings, strict=True)
-    kept = [row for row in rows if all(t.share >= 0.9 * u for t, u in zip(row, usual, strict=True))]
+    pairs = list(zip(*timings, strict=True))
+    kept = [pair for pair in pairs if all(map(lambda t, u: t.share >= 0.9 * u, pair, usual))]
     ratios = [first.steps_per_s / second.steps_per_s for first, second in kept]
     row: dict[str, object] = {"first": " ".join(sides[0]), "second": " ".join(sides[1])}
     row |= {"rounds": f"{len(kept)} of {rounds}", "ratio": f"{statistics.median(ratios):.2f}"}
     row |= {"lowest": f"{min(ratios):.2f}", "highest": f"{max(ratios):.2f}"}
-    for name, side, share in zip(("first", "second"), zip(*kept, strict=True), usual, strict=True):
-        row[f"{name}_steps_per_s"] = f"{statistics.median(t.steps_per_s for t in side):.0f}"
-        row[f"{name}_cpu_s"] = f"{statistics.median(t.cpu_s for t in side) / updates:.3f}"
-        row[f"{name}_share"] = f"{share:.2f}"
+    for side, name in enumerate(("first", "second")):
+        steps_per_s = statistics.median(pair[side].steps_per_s for pair in kept)
+        cpu_s = statistics.median(pair[side].cpu_s for pair in kept) / updates
+        row |= {f"{name}_steps_per_s": f"{steps_per_s:.0f}", f"{name}_cpu_s": f"{cpu_s:.3f}"}
+        row[f"{name}_share"] = f"{usual[side]:.2f}"
     earlier = list(csv.DictReader(table.open())) if table.exists() else []
     tables.write(table, [*earlier, row])
     print(*row.values())

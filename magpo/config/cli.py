@@ -14,10 +14,13 @@ from typing import Any, NoReturn, get_type_hints
 
 import jax
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from magpo import plugins
 from magpo.config import compose
-from magpo.config.schema import RunConfig, dump, float_keys, nested, unknown_key, validate
+from magpo.config.schema import RunConfig, dump, unknown_key, validate
+from magpo.contract import float_names
 from magpo.envs import registry
 from magpo.errors import ConfigError
 from magpo.files import complain, printing
@@ -94,15 +97,15 @@ def _given(arguments: Sequence[str], parameters: Mapping[str, Parameter]) -> dic
         elif rest and text.partition("=")[0] not in known:
             given[rest[0]] = (*given.get(rest[0], ()), text)
         else:
-            change = compose.parse(text)
-            group, _, option = change.key.partition(".")
+            key, value = compose.parse(text)
+            group, _, option = key.partition(".")
             group = {"env": "options", "vary": "vary"}.get(group, "")
             if option and group in known:
-                given[group] = given.get(group, {}) | {option: change.value}
-            elif change.key not in known:
-                raise ConfigError(unknown_key(change.key, [*known, "import"]))
+                given[group] = given.get(group, {}) | {option: value}
+            elif key not in known:
+                raise ConfigError(unknown_key(key, [*known, "import"]))
             else:
-                given[change.key] = change.value
+                given[key] = value
     return given
 
 
@@ -183,8 +186,6 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
     name, folders = compose.locate(module, config_dir)
@@ -215,13 +216,14 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
 
 def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str, Any]:
     """Return the configuration from which Hydra knows the keys, the groups and its own settings."""
-    values = compose.defaults(name, folders)
-    compose.merge(values, compose.read_option(folders, "budget", values["budget"]))
+    defaults = compose.defaults(name, folders)
+    budget = compose.read_option(folders, "budget", defaults.budget)
+    values = {str(key): value for key, value in compose.merged(defaults, budget).items()}
     chosen = [{group: values.pop(group)} for group in compose.GROUPS]
     known = {option for task in registry.tasks() for option in registry.options(task)}
     values["import"] = []
     values["env"] = dict.fromkeys(sorted(known), "???")  # a task's file has only some of its own
-    values["vary"] = nested(dict.fromkeys(float_keys(module.Config)))
+    values["vary"] = {"system": dict.fromkeys(float_names(get_type_hints(module.Config)["hyper"]))}
     sweeps = "${expanduser:${results_dir}}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
     return values | {
         "defaults": ["_self_", {"env": "???"}, *chosen, {"override hydra/job_logging": "none"}],
@@ -246,7 +248,7 @@ def _help(name: str, folders: Sequence[Path]) -> str:
     text += ["flags: --cfg job (print the configuration), --multirun (a=1,2 sweeps), --help"]
     budgets = [f"budget/{option}" for option in compose.option_names(folders, "budget")]
     for file in ("experiment", *budgets, "logger/default", name):
-        path = next(path for folder in folders if (path := folder / f"{file}.yaml").is_file())
-        lines = path.read_text().strip().splitlines()
+        path = compose.find(folders, file)
+        lines = path.read_text().strip().splitlines() if path else []
         text += ["", f"{file}.yaml", *(f"  {line}".rstrip() for line in lines)]
     return "\n".join(text)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +27,6 @@ from magpo import contract
 from magpo.config import members
 from magpo.config.members import Member, Setting
 from magpo.contract import AlgorithmConfig
-from magpo.envs import registry
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 
@@ -260,20 +258,16 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check(module: ModuleType, values: dict[str, Any]) -> RunConfig:
     """Make dataclasses of values under the names of `dump`. Raises ConfigError."""
-    values = {"vary": {}, **deepcopy(OF_THIS_PROCESS), **values}
+    values = {"vary": {}, **OF_THIS_PROCESS, **values}
     schema = contract.algorithm(module).Config
     if isinstance(values["vary"], Mapping):
         values["vary"] = flat(values["vary"])
-        _check_varied_keys(values["vary"], schema, list(flat(values)))
+        _check_varied_keys(values["vary"], schema)
     parts = {"hyper": values.pop("system", {})}
     if network := values.pop("network", {}):
         parts["network"] = network
     run = {"imports": {}, **values.pop("run")}
     task, options = run["env"], values["env"]
-    known = registry.options(task)
-    for option in options:
-        if option not in known:
-            raise ConfigError(registry.unknown(f"option of {task}", option, list(known)))
     values |= {**run, "env": {"name": task, "options": options}, "algorithm": None}
     config = validate(RunConfig, values)
     asked_for = [f.name for f in fields(schema) if f.name not in ("hyper", "network")]
@@ -288,22 +282,13 @@ def check(module: ModuleType, values: dict[str, Any]) -> RunConfig:
     return config
 
 
-def float_keys(schema: type) -> list[str]:
-    """Return the keys that can vary, of a system's `Config`: the floats of `system.*`."""
-    return [f"system.{name}" for name in contract.float_names(get_type_hints(schema)["hyper"])]
-
-
-def _check_varied_keys(varied: Iterable[str], schema: type, known: Sequence[str]) -> None:
+def _check_varied_keys(varied: Iterable[str], schema: type) -> None:
     """Raise ConfigError if a key of `vary` is not a float of `system.*`."""
-    kinds, floats = get_type_hints(get_type_hints(schema)["hyper"]), float_keys(schema)
+    names = contract.float_names(get_type_hints(schema)["hyper"])
+    floats = [f"vary.system.{name}" for name in names]
     for key in varied:
-        if key in floats:
-            continue
-        if key not in known or (key.startswith("system.") and members.short_key(key) not in kinds):
-            raise ConfigError(unknown_key(f"vary.{key}", [f"vary.{name}" for name in floats]))
-        kind = kinds.get(members.short_key(key)) if key.startswith("system.") else None
-        what = {None: "outside system.*", int: "a count"}.get(kind, "a choice")
-        raise ConfigError(f"vary.{key}: {key} is {what}: only floats can vary: {', '.join(floats)}")
+        if f"vary.{key}" not in floats:
+            raise ConfigError(f"vary.{key}: only floats can vary: {', '.join(floats)}")
 
 
 def _check_setting(setting: Setting, schema: type, parts: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from magpo import files
+from magpo.errors import ConfigError
 from magpo.types import Environment
 
 # The class in each suite's module, imported when first asked for: simulators are slow to import.
@@ -68,7 +69,7 @@ def suites() -> list[str]:
 def options(task: str) -> dict[str, Any]:
     """Return the suite's options with the task's values over them.
 
-    Raises a one-line ValueError for a task that is not in `tasks()` or leaves out a value.
+    Raises ConfigError for a task that is not in `tasks()` or leaves out a value.
     """
     known, suite = tasks(), task.partition("/")[0]
     if task not in known:
@@ -79,7 +80,7 @@ def options(task: str) -> dict[str, Any]:
     root = files.configs() / "env"
     merged = OmegaConf.merge(*(OmegaConf.load(root / f"{name}.yaml") for name in (suite, task)))
     if missing := OmegaConf.missing_keys(merged):
-        raise ValueError(f"{task}.yaml must have a value for {', '.join(sorted(missing))}")
+        raise ConfigError(f"{task}.yaml must have a value for {', '.join(sorted(missing))}")
     values = OmegaConf.to_container(merged)
     assert isinstance(values, dict)
     return {str(option): value for option, value in values.items()}
@@ -89,8 +90,8 @@ def make(task: str, /, *, global_state: bool = False, **overrides: Any) -> Envir
     """Build one environment, agent ids included.
 
     `global_state` asks for `Observation.global_state`; the other keywords replace the task's
-    options. Raises a one-line ValueError for an unknown task or option and for a value of the wrong
-    type or out of range.
+    options. Raises ConfigError for an unknown task or option, for a value of the wrong type or out
+    of range, and where the simulator is not installed.
     """
     values = options(task)
     for option, value in overrides.items():
@@ -98,27 +99,30 @@ def make(task: str, /, *, global_state: bool = False, **overrides: Any) -> Envir
             raise unknown(f"option of {task}", option, list(values))
         kind = type(values[option])
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{task}: {option} must be of type {kind.__name__}, not {value!r}")
+            raise ConfigError(f"{task}: {option} must be of type {kind.__name__}, not {value!r}")
         counts = option != "time_limit" and task not in registered
         most = 10_000 if counts else 2**31 - 1
         if kind is int and value > most:
-            raise ValueError(f"{task}: {option} must be at most {most}, not {value}")
+            raise ConfigError(f"{task}: {option} must be at most {most}, not {value}")
         values[option] = value
-    if task in registered:
-        build = registered[task][0]
-    else:
-        suite = task.partition("/")[0]
-        build = getattr(import_module(f"magpo.envs.{suite}"), SUITES[suite])
-    return build(name=task, global_state=global_state, **values)
+    suite = task.partition("/")[0]
+    try:
+        if task in registered:
+            build = registered[task][0]
+        else:
+            build = getattr(import_module(f"magpo.envs.{suite}"), SUITES[suite])
+        return build(name=task, global_state=global_state, **values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def unknown(
     what: str, name: str, known: Sequence[str], allowed: Sequence[str] | None = None
-) -> ValueError:
+) -> ConfigError:
     """The error for a name that is none of `known`; `allowed` shortens the list it shows."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return ValueError(f"unknown {what} {name!r}: {hint}allowed: {', '.join(allowed or known)}")
+    return ConfigError(f"unknown {what} {name!r}: {hint}allowed: {', '.join(allowed or known)}")
 
 
 def at_least(env: Any, **lowest: float) -> None:

@@ -63,10 +63,7 @@ def make_env(config: RunConfig) -> Environment:
     """Make the run's environment, with a global state if the system needs it. Raises
     ConfigError."""
     needed = config.algorithm.needs_global_state
-    try:
-        return envs.make(config.env.name, global_state=needed, **config.env.options)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return envs.make(config.env.name, global_state=needed, **config.env.options)
 
 
 def make_setup(algorithm: Algorithm, env: Environment, config: RunConfig) -> Any:

@@ -246,14 +246,11 @@ def make_env(trained: TrainedRun, task: str | None, options: Mapping[str, Any]) 
     Raises ConfigError if there is none such, or the policies cannot act in it.
     """
     trained_options = trained.config.env.options if task in (None, trained.env.name) else {}
-    try:
-        env = envs.make(
-            task or trained.env.name,
-            global_state=trained.config.algorithm.needs_global_state,
-            **{**trained_options, **options},
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    env = envs.make(
+        task or trained.env.name,
+        global_state=trained.config.algorithm.needs_global_state,
+        **{**trained_options, **options},
+    )
     _check_fits(trained, spec(env))
     return env
 

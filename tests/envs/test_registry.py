@@ -277,7 +277,10 @@ def test_a_missing_library_is_named_with_what_installs_it():
     code += "envs.make('mpe/simple_spread_3ag'); envs.make('mabrax/ant-4x2')"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"ValueError: {MISSING}"
+    assert (
+        done.returncode == 1
+        and done.stderr.splitlines()[-1] == f"magpo.errors.ConfigError: {MISSING}"
+    )
 
 
 def test_the_table_leaves_out_what_is_not_installed(monkeypatch, capsys):
