@@ -1,6 +1,6 @@
 """Time two commands that train in turns, for example another library's and ours.
 
-    python scripts/compare_peer.py scripts/results/peer.csv rounds=5 updates=4 \
+    python scripts/compare_peer.py scripts/results/peer.csv rounds=5 updates=4 lines=ACTOR \
         python -m magpo.systems.mappo env=lbf/8x8-2p-2f-coop  vs  /else/python mappo.py env=lbf
 
 Each prints "... steps/s" or "steps per second: ..." again and again, with `updates` updates between

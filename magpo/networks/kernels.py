@@ -202,13 +202,13 @@ def apply_blocks_reference(
 
 
 def apply_blocks(block: Block, x: Array, params: Sequence[Any], states: Sequence[Any]) -> Array:
-    """Compute `apply_blocks_reference`, and compute each block again in the reverse pass.
+    """Compute `apply_blocks_reference`, keeping only the products of matrices for the reverse pass.
 
-    Recomputation saves the memory of the blocks' intermediate results. The blocks are scanned
-    because outside of a loop XLA's CPU backend merges a recomputation with the original.
+    What lies between them is computed again, which is cheap and saves its memory. The blocks are
+    scanned because outside of a loop XLA's CPU backend merges a recomputation with the original.
     """
 
-    @partial(jax.checkpoint, prevent_cse=False)
+    @partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
     def step(x: Array, inputs: tuple[Any, Any]) -> tuple[Array, None]:
         block_params, state = inputs
         return block(block_params, x, state), None
