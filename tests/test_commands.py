@@ -1,5 +1,6 @@
 """Functions as command lines: keys, words, what goes through, refusals; the scripts' own help."""
 
+import csv
 import importlib.util
 import inspect
 import sys
@@ -96,3 +97,42 @@ def test_a_scripts_help_has_its_keys(script, monkeypatch, capsys):
     assert f"python scripts/{script.name}" in text
     for key, parameter in inspect.signature(module.main).parameters.items():
         assert parameter.kind is not parameter.KEYWORD_ONLY or f"{key}=" in text
+
+
+def timed(monkeypatch, table, first, second):
+    words = ["compare_peer", str(table), "rounds=2", "updates=2"]
+    command = [*words, sys.executable, "-c", first, "vs", sys.executable, "-c", second]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.syspath_prepend(SCRIPTS[0].parent)
+    script = importlib.import_module("compare_peer")
+    cli.command(script.__doc__, script.main)
+
+
+PRINT = "import time\nfor i in range(3): print({!r}, flush=True); time.sleep(0.01)"
+
+
+def test_two_commands_are_timed_in_turns(tmp_path, monkeypatch):
+    table = tmp_path / "peer.csv"
+    for _ in range(2):
+        ours, other = (
+            PRINT.format("a, 1.5k steps/s, b"),
+            PRINT.format("Steps per second: 1,000.0 |"),
+        )
+        timed(monkeypatch, table, ours, other)
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 2
+    assert {key: rows[1][key] for key in ("ratio", "first_steps_per_s", "second_steps_per_s")} == {
+        "ratio": "1.50",
+        "first_steps_per_s": "1500",
+        "second_steps_per_s": "1000",
+    }
+
+
+@pytest.mark.parametrize("code", ["print('no licence'); exit(3)", "print('no licence')"])
+def test_a_command_that_cannot_be_timed_is_one_line(code, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        timed(monkeypatch, tmp_path / "peer.csv", PRINT.format("2 steps/s"), code)
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and "no licence" in last
+    assert not (tmp_path / "peer.csv").exists()
