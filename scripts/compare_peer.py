@@ -54,10 +54,13 @@ def measure(command: Sequence[str], word: str) -> Timing:
     Raises ConfigError if it fails or prints fewer than three figures.
     """
     figures, at, last = list[float](), list[tuple[float, float]](), deque[str](maxlen=1)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     try:
         process = subprocess.Popen(
-            *(command, -1), stdout=-1, stderr=subprocess.STDOUT, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}") from error

@@ -114,11 +114,8 @@ PRINT = "import time\nfor i in range(3): print({!r}, flush=True); time.sleep(0.0
 def test_two_commands_are_timed_in_turns(tmp_path, monkeypatch):
     table = tmp_path / "peer.csv"
     for _ in range(2):
-        ours, other = (
-            PRINT.format("a, 1.5k steps/s, b"),
-            PRINT.format("Steps per second: 1,000.0 |"),
-        )
-        timed(monkeypatch, table, ours, other)
+        ours = PRINT.format("a, 1.5k steps/s, b")
+        timed(monkeypatch, table, ours, PRINT.format("Steps per second: 1,000.0 |"))
     rows = list(csv.DictReader(table.open()))
     assert len(rows) == 2
     assert {key: rows[1][key] for key in ("ratio", "first_steps_per_s", "second_steps_per_s")} == {

@@ -346,7 +346,7 @@ BAD = {
     "above_one": ([TINY, "system.gamma=1.01"], "less than or equal to 1"),
     "nan": ([TINY, "system.lr=nan"], "finite"),
     "infinite": ([TINY, "system.lr=inf"], "finite"),
-    "misspelt_varied_key": ([TINY, "vary.system.gama=[0.5]"], "vary.system.gamma"),
+    "misspelt_varied_key": ([TINY, "vary.system.gama=[0.5]"], "did you mean 'vary.system.gamma'"),
     "varied_without_its_group": ([TINY, "vary.gamma=[0.5]"], "vary.system.gamma"),
     "varied_count": (
         [TINY, "vary.system.num_minibatches=[1,2]"],
@@ -418,10 +418,10 @@ def test_bad_input(mine, name, monkeypatch, capsys):
     [
         ("system.gamma.x=3", "did you mean 'system.gamma'"),
         ("run=3", "unknown key 'run'"),
-        ("vary.system.gama=[1]", "vary.system.gamma"),
+        ("vary.system.gama=[1]", "did you mean 'vary.system.gamma'"),
         ("vary.system.gamma=[2]", "vary.system.gamma must be less than or equal to 1, not 2"),
         ("vary.system.kind=[left]", "vary.system.kind: only floats"),
-        ("vary.system.gamma.x=[1]", "vary.system.gamma.x: only floats"),
+        ("vary.system.gamma.x=[1]", "did you mean 'vary.system.gamma'"),
         ("~vary.system.gamma", "a key cannot be removed"),
         ("run.system=mappo", "unknown key 'run.system'"),
         ("--multirun", "resume=auto"),

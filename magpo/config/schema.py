@@ -1,6 +1,5 @@
 """A run's configuration as frozen dataclasses, and how plain values are checked."""
 
-import difflib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from magpo import contract
 from magpo.config import members
 from magpo.config.members import Member, Setting
 from magpo.contract import AlgorithmConfig
-from magpo.errors import ConfigError
+from magpo.errors import ConfigError, nearest
 from magpo.files import UNREADABLE
 
 T = TypeVar("T")
@@ -284,11 +283,14 @@ def check(module: ModuleType, values: dict[str, Any]) -> RunConfig:
 
 def _check_varied_keys(varied: Iterable[str], schema: type) -> None:
     """Raise ConfigError if a key of `vary` is not a float of `system.*`."""
-    names = contract.float_names(get_type_hints(schema)["hyper"])
-    floats = [f"vary.system.{name}" for name in names]
+    hyper = get_type_hints(schema)["hyper"]
+    floats = [f"vary.system.{name}" for name in contract.float_names(hyper)]
     for key in varied:
         if f"vary.{key}" not in floats:
-            raise ConfigError(f"vary.{key}: only floats can vary: {', '.join(floats)}")
+            group, _, name = key.partition(".")
+            misspelt = group == "system" and name and name not in get_type_hints(hyper)
+            hint = nearest(f"vary.{key}", floats) if misspelt else ""
+            raise ConfigError(f"vary.{key}: {hint}only floats can vary: {', '.join(floats)}")
 
 
 def _check_setting(setting: Setting, schema: type, parts: Mapping[str, Any]) -> None:
@@ -314,13 +316,8 @@ def plain_values(file: Path) -> dict[str, Any]:
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """Return the error line for an unknown key. Of the dotted names `known`, one with the same last
-    part is nearest."""
-    leaf = key.rpartition(".")[2]
-    nearest = [name for name in known if name.rpartition(".")[2] == leaf]
-    nearest = nearest or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"unknown key {key!r}: {hint}--help lists all"
+    """Return the error line for an unknown key."""
+    return f"unknown key {key!r}: {nearest(key, known)}--help lists all"
 
 
 def validate(schema: type[T], values: Mapping[str, Any]) -> T:

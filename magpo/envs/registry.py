@@ -4,7 +4,7 @@ The suite's options, with their comments, are in configs/env/rware.yaml. A new t
 file; a new suite is one too, a module beside this one and a line in SUITES.
 """
 
-import difflib
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from magpo import files
-from magpo.errors import ConfigError
+from magpo.errors import ConfigError, nearest
 from magpo.types import Environment
 
 # The class in each suite's module, imported when first asked for: simulators are slow to import.
@@ -104,6 +104,8 @@ def make(task: str, /, *, global_state: bool = False, **overrides: Any) -> Envir
         most = 10_000 if counts else 2**31 - 1
         if kind is int and value > most:
             raise ConfigError(f"{task}: {option} must be at most {most}, not {value}")
+        if kind is float and not math.isfinite(value):
+            raise ConfigError(f"{task}: {option} must be finite, not {value}")
         values[option] = value
     suite = task.partition("/")[0]
     try:
@@ -120,9 +122,8 @@ def unknown(
     what: str, name: str, known: Sequence[str], allowed: Sequence[str] | None = None
 ) -> ConfigError:
     """The error for a name that is none of `known`; `allowed` shortens the list it shows."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return ConfigError(f"unknown {what} {name!r}: {hint}allowed: {', '.join(allowed or known)}")
+    listed = ", ".join(allowed or known)
+    return ConfigError(f"unknown {what} {name!r}: {nearest(name, known)}allowed: {listed}")
 
 
 def at_least(env: Any, **lowest: float) -> None:

@@ -168,8 +168,8 @@ def _run(
             console.header(env, shapes.params, shapes.state.params)
             with console.compiling(programs._fields) as done:
                 programs = compile_programs(programs, shapes, config, done.append)
-            needed = devices.memory_needed(programs.train_chunk)
-            console.footprint(needed, devices.memory_available())
+            if needed := devices.memory_needed(programs.train_chunk):
+                console.footprint(needed, devices.memory_available())
             recorder = Recorder(config, writer, console, earlier)
             saver = Saver(config, folder, writer, log, spec(env))
             try:

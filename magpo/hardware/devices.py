@@ -120,8 +120,11 @@ def layout(config: RunConfig) -> Layout:
 
 
 def memory_needed(train_chunk: Any) -> int:
-    """Return the bytes that the compiled chunk, its state and a saved copy take on each device."""
+    """Return the bytes that the compiled chunk, its state and a saved copy take on each device; 0
+    where XLA does not say."""
     sizes = train_chunk.memory_analysis()
+    if sizes is None:
+        return 0
     return int(2 * sizes.argument_size_in_bytes + sizes.temp_size_in_bytes)
 
 

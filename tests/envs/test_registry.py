@@ -230,7 +230,7 @@ def test_the_global_state_is_on_request():
             ["num_food must be at most 1 where grid_size is 5"],
         ),
         ("lbf/8x8-2p-2f-coop", {"penalty": -0.1}, ["penalty must be at least 0, not -0.1"]),
-        ("lbf/8x8-2p-2f-coop", {"penalty": float("nan")}, ["penalty must be at least 0, not nan"]),
+        ("lbf/8x8-2p-2f-coop", {"penalty": float("nan")}, ["penalty must be finite, not nan"]),
         ("lbf/8x8-2p-2f-coop", {"ends": "realeased"}, ["did you mean 'released'"]),
         ("lbf/8x8-2p-2f-coop", {"time_limit": 2**31}, ["time_limit must be at most 2147483647"]),
         (
