@@ -13,7 +13,6 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter
 
 from magpo.config import members
-from magpo.config.members import Setting
 from magpo.report.console import spread
 from magpo.report.measurements import Measurement, Run
 
@@ -28,7 +27,8 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
     values = np.stack([m.evaluation[run.headline].mean(-1) for m in curve])  # (K, M)
     absolute = next((m.evaluation[run.headline] for m in measurements if m.chunk is None), None)
     settings = run.by_setting()
-    columns = _legend_columns(settings)
+    longest = max(len(members.label(setting)) for setting, _ in settings)
+    columns = 3 if 0 < longest <= 22 else 2  # of the legend
     width, rows = 6.4, 2
     if len(settings) > 1:
         width, rows = 7.6, math.ceil((len(settings) + 3) / columns)
@@ -36,10 +36,7 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)  # inches: the last tick label's room
     figure = Figure(figsize=(width, 3.66 + 0.17 * rows), layout=layout)
     axes = figure.add_subplot()
-    if len(settings) > 1:
-        _draw_settings(axes, settings, steps, values, absolute)
-    else:
-        _draw_seeds(axes, run, steps, values, absolute)
+    _draw_settings(axes, run, steps, values, absolute)
     reference = published(run.system, run.suite, run.task)
     if reference:
         text = f"published (20M steps): {reference[0]:.2f} ± {reference[1]:.2f}"
@@ -58,68 +55,55 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
     figure.savefig(path, format="png", dpi=200)
 
 
-def _legend_columns(settings: list[tuple[Setting, list[int]]]) -> int:
-    """Return how many columns of settings fit side by side below the axes."""
-    longest = max(len(members.label(setting)) for setting, _ in settings)
-    return 3 if 0 < longest <= 22 else 2
-
-
-def _draw_seeds(
+def _draw_settings(
     axes: Axes, run: Run, steps: np.ndarray, values: np.ndarray, absolute: np.ndarray | None
 ) -> None:
-    """Draw the mean over seeds, their band, each seed, and the absolute metric at the end."""
-    low, high, meaning = band(values)
-    num_seeds = values.shape[1]
-    if meaning:
-        axes.fill_between(steps, low, high, color=BLUE, alpha=0.2, linewidth=0, label=meaning)
-        axes.plot(steps, values, color=BLUE, alpha=min(0.35, 1.5 / num_seeds), linewidth=0.7)
-    label = f"mean of {num_seeds} seeds" if num_seeds > 1 else run.members[0].name
-    axes.plot(steps, values.mean(1), color=BLUE, linewidth=2, marker=_marker(steps), label=label)
-    if absolute is not None:
-        text = f"absolute metric ({absolute.shape[1]} episodes): {spread(absolute.mean(-1))}"
-        _mark_absolute(axes, steps[-1], absolute, ORANGE, text)
+    """Draw each setting's mean over seeds, their band, and the absolute metric at the end.
 
-
-def _draw_settings(
-    axes: Axes,
-    settings: list[tuple[Setting, list[int]]],
-    steps: np.ndarray,
-    values: np.ndarray,
-    absolute: np.ndarray | None,
-) -> None:
-    """Draw each setting's mean over seeds, the band of its seeds, and its absolute metric."""
-    num_seeds = len(settings[0][1])
+    A single setting has its seeds drawn too; the legend explains all settings' bands and metrics.
+    """
+    settings = run.by_setting()
+    num_seeds, several = len(settings[0][1]), len(settings) > 1
     for i, (setting, places) in enumerate(settings):
+        seeds = values[:, places]
+        low, high, meaning = band(seeds)
         colour, dashes = shade(i, len(settings))
-        low, high, meaning = band(values[:, places])
-        if meaning:
-            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        label = members.label(setting)
+        if not several:
+            label = f"mean of {num_seeds} seeds" if num_seeds > 1 else run.members[0].name
+            alpha = min(0.35, 1.5 / num_seeds)
+            axes.plot(steps, seeds, color=colour, alpha=alpha, linewidth=0.7)
         axes.plot(
-            steps, values[:, places].mean(1), color=colour, linewidth=1.8, linestyle=dashes,
-            marker=_marker(steps), label=members.label(setting),
+            steps, seeds.mean(1), color=colour, linewidth=1.8, linestyle=dashes, label=label,
+            marker="o" if len(steps) < 3 else None,  # a curve of one or two points is not visible
         )  # fmt: skip
         if absolute is not None:
-            _mark_absolute(axes, steps[-1], absolute[places], colour)
+            score = absolute[places].mean(-1)
+            axes.errorbar(
+                steps[-1], score.mean(), score.std() if num_seeds > 1 else None, fmt="D",
+                color=colour if several else ORANGE, markersize=5, capsize=3, clip_on=False,
+                zorder=5,
+            )  # fmt: skip
     if num_seeds > 1:
-        text = f"{meaning} ({num_seeds} seeds)"
-        axes.fill_between([], [], [], color=GREY, alpha=0.3, linewidth=0, label=text)
+        text, colour = (f"{meaning} ({num_seeds} seeds)", GREY) if several else (meaning, BLUE)
+        axes.fill_between([], [], [], color=colour, alpha=0.25, linewidth=0, label=text)
     if absolute is not None:
-        text = f"absolute metric ({absolute.shape[1]} episodes)"
-        axes.plot([], [], "D", color=GREY, markersize=5, label=text)
-
-
-def _marker(steps: np.ndarray) -> str | None:
-    """Return the marker that makes a curve of one or two points visible."""
-    return "o" if len(steps) < 3 else None
+        text, colour = f"absolute metric ({absolute.shape[1]} episodes)", GREY
+        if not several:
+            text, colour = f"{text}: {spread(absolute.mean(-1))}", ORANGE
+        axes.plot([], [], "D", color=colour, markersize=5, label=text)
 
 
 def shade(place: int, number: int) -> tuple[Any, str]:
-    """Return the colour and line style of one of `number` settings.
+    """Return the colour and line style of one of `number` settings; a single one is blue.
 
-    The colours run in order through a map that colour-blind readers can follow, without its palest
-    end. Many neighbours look alike: there the line styles alternate.
+    Several run in order through a map that colour-blind readers can follow, without its palest end.
+    Many neighbours look alike: there the line styles alternate.
     """
-    colour = matplotlib.colormaps["viridis"](0.85 * place / max(1, number - 1))
+    if number == 1:
+        return BLUE, "-"
+    colour = matplotlib.colormaps["viridis"](0.85 * place / (number - 1))
     return colour, ("-", "--", ":")[place % 3] if number > 6 else "-"
 
 
@@ -136,18 +120,6 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     draws = np.random.default_rng(0).integers(num_seeds, size=(2000, num_seeds))
     low, high = np.percentile(values[:, draws].mean(-1), [2.5, 97.5], axis=1)
     return low, high, "95 % bootstrap interval of the mean"
-
-
-def _mark_absolute(
-    axes: Axes, step: int, values: np.ndarray, colour: Any, text: str | None = None
-) -> None:
-    """Mark the absolute metric, (S, K), at the end: mean and standard deviation over seeds."""
-    seeds = values.mean(-1)
-    error = seeds.std() if len(seeds) > 1 else None
-    axes.errorbar(
-        step, seeds.mean(), error, fmt="D", color=colour, markersize=5, capsize=3, label=text,
-        clip_on=False, zorder=5,
-    )  # fmt: skip
 
 
 def published(system: str, suite: str, task: str) -> tuple[float, float] | None:
