@@ -6,7 +6,7 @@ plays the best policies of a run, those of all its members, on its task, or with
 on another if the shapes allow; env.<option>=<value> changes the task.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from magpo import tables
-from magpo.config import cli, members
+from magpo.config import cli
 from magpo.config.schema import PositiveInt, Seed, UserPath
 from magpo.contract import Algorithm
-from magpo.report.console import spread
+from magpo.report.console import member_table
 from magpo.runs import policy
-from magpo.runs.policy import TrainedRun
 from magpo.types import Array, Environment, TimeStep
 
 BATCH = 1024  # episodes of a member that `python -m magpo.evaluate` plays at once
@@ -140,32 +139,16 @@ def _main(
     chosen = jnp.array(places)
     params = jax.tree.map(lambda x: x[chosen], trained.params)
     key = jax.random.key(seed)
-    means = dict.fromkeys(["episode_return", task.headline, "episode_length"], 0.0)
+    means: dict[str, Any] = dict.fromkeys(["episode_return", task.headline, "episode_length"], 0.0)
     for left in range(episodes, 0, -BATCH):
         keys, size = jax.random.split(key, len(trained.score))[chosen], min(left, BATCH)
         metrics = jax.device_get(play(params, keys, size))  # (members, size) each
         means = {n: m + metrics[n].sum(-1) / episodes for n, m in means.items()}
         key = jax.random.fold_in(key, left)
-    title = f"{trained.config.system} on {task.name}, {episodes} episodes each"
-    _show(title, trained, places, means)
-
-
-def _show(title: str, trained: TrainedRun, places: Sequence[int], means: dict[str, Any]) -> None:
-    """Print a row for each member, and each setting's mean over seeds."""
-    config = trained.config
-    columns = [*map(members.short_key, config.vary), "seed", "trained steps", *means]
-    chosen, rows = [config.members[place] for place in places], []
-    for row, (place, member) in enumerate(zip(places, chosen, strict=True)):
-        values = [*map(members.text, member.setting.values()), str(member.seed)]
-        steps = int(trained.chunk[place]) * config.steps_per_chunk
-        rows.append([*values, f"{steps:,}", *(f"{mean[row]:.3f}" for mean in means.values())])
-    for setting in config.settings:
-        of_setting = [row for row, member in enumerate(chosen) if member.setting == setting]
-        if len(of_setting) > 1:
-            values = [*map(members.text, setting.values()), "mean", ""]
-            rows.append([*values, *(spread(mean[of_setting]) for mean in means.values())])
-    print(title)
-    tables.show(columns, rows, justify="right")
+    print(f"{trained.config.system} on {task.name}, {episodes} episodes each")
+    played = [trained.config.members[place] for place in places]
+    steps = trained.chunk[places].astype(int) * trained.config.steps_per_chunk
+    tables.show_wide(member_table(played, {"trained steps": steps} | means))
 
 
 if __name__ == "__main__":

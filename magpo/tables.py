@@ -3,33 +3,52 @@
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def show(
     columns: Sequence[str],
     rows: Iterable[Sequence[str]],
     markdown: bool = False,
-    justify: Literal["left", "right"] = "left",
+    num_words: int | None = None,
 ) -> None:
-    """Print a table; in Markdown the first column has names of code."""
+    """Print a table, of which only the first `num_words` columns hold no numbers; None: no column
+    does. In Markdown the first column has names of code."""
     if markdown:
         print("|", " | ".join(columns), "|")
         print("|", " | ".join("---" for _ in columns), "|")
         for cells in rows:
             print("|", " | ".join([f"`{cells[0]}`", *cells[1:]]), "|")
         return
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for name in columns:
-        table.add_column(name, justify=justify, no_wrap=True)
+    table = plain(columns, len(columns) if num_words is None else num_words)
     for cells in rows:
-        table.add_row(*cells)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    show_wide(table)
+
+
+def plain(columns: Sequence[str], num_words: int = 0) -> Table:
+    """Return an empty table without lines: the first `num_words` columns are aligned to the left,
+    those of numbers to the right."""
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place < num_words else "right")
+    return table
+
+
+def show_wide(table: Table) -> None:
+    """Print a table, on narrower terminals too as if they had 130 columns."""
     console = Console(highlight=False)
     console.width = max(console.width, 130)
     console.print(table)
+
+
+def printable(text: str) -> str:
+    """Return text without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """The members of a run: each is a seed with one setting of the varied hyperparameters."""
 
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import groupby, product
 from typing import NamedTuple
 
 Setting = dict[str, float | None]  # by dotted key: {"system.delta": 1.2}
@@ -27,6 +27,12 @@ def settings(vary: Mapping[str, Sequence[float | None]]) -> tuple[Setting, ...]:
 def members(seeds: Sequence[int], settings: Sequence[Setting]) -> tuple[Member, ...]:
     """Return all members, seeds changing fastest."""
     return tuple(Member(seed, setting) for setting in settings for seed in seeds)
+
+
+def by_setting(members: Sequence[Member]) -> list[tuple[Setting, list[int]]]:
+    """Return each setting with the places of its members, one for each seed."""
+    groups = groupby(range(len(members)), key=lambda place: members[place].setting)
+    return [(setting, list(places)) for setting, places in groups]
 
 
 def short_key(key: str) -> str:

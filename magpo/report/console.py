@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from statistics import median
@@ -21,7 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from magpo.config.members import label, short_key, text
+from magpo import tables
+from magpo.config.members import Member, by_setting, label, short_key, text
 from magpo.config.schema import RunConfig
 from magpo.files import complain
 from magpo.hardware import processes
@@ -48,6 +49,22 @@ def spread(values: np.ndarray) -> str:
     digits = 1 if abs(values.mean()) >= 99.95 else 2
     mean = f"{values.mean():.{digits}f}"
     return f"{mean} ± {values.std():.{digits}f}" if len(values) > 1 else mean
+
+
+def member_table(members: Sequence[Member], columns: Mapping[str, np.ndarray]) -> Table:
+    """Return a table with a row for each member, and each setting's mean over seeds.
+
+    `columns` are (M,) each: scores as floats, and integers, of which no mean is shown.
+    """
+    table = tables.plain([*map(short_key, members[0].setting), "seed", *columns])
+    for place, (seed, setting) in enumerate(members):
+        cells = [format(v[place], ".3f" if v.dtype.kind == "f" else ",") for v in columns.values()]
+        table.add_row(*map(text, setting.values()), str(seed), *cells)
+    for setting, places in by_setting(members):
+        if len(places) > 1:
+            means = [spread(v[places]) if v.dtype.kind == "f" else "" for v in columns.values()]
+            table.add_row(*map(text, setting.values()), "mean", *means, style="bold")
+    return table
 
 
 def _size(params: Any) -> int:
@@ -193,27 +210,15 @@ class Console:
 
     def finished(self, last: Measurement, best: Measurement, absolute: Measurement | None) -> None:
         """Print the final table. `best`: the evaluation of each member's best parameters."""
-        table = Table(title_justify="left", box=None, header_style="dim", padding=(0, 2, 0, 0))
         columns = {"final": last, "best": best} | ({"absolute": absolute} if absolute else {})
         metrics = list(dict.fromkeys(["episode_return", self.run.headline]))
-        cells = {
+        scores = {
             f"{column} {metric.removeprefix('episode_')}": m.evaluation[metric].mean(-1)
             for metric in metrics
             for column, m in columns.items()
         }
-        varied = map(short_key, self.config.vary)
-        for name in (*varied, "seed", *cells, "best at step"):
-            table.add_column(name, justify="right")
-        for place, (seed, setting) in enumerate(self.run.members):
-            scores = [f"{values[place]:.3f}" for values in cells.values()]
-            table.add_row(
-                *map(text, setting.values()), str(seed), *scores, f"{best.env_steps[place]:,}"
-            )
-        for setting, places in self.run.by_setting() if len(self.config.seeds) > 1 else ():
-            table.add_section()
-            means = [spread(values[places]) for values in cells.values()]
-            table.add_row(*map(text, setting.values()), "mean", *means, style="bold")
-        self.terminal.print(table)
+        steps = {"best at step": np.array(best.env_steps)}
+        self.terminal.print(member_table(self.run.members, scores | steps))
         if absolute:
             episodes = absolute.evaluation["episode_return"].shape[1]
             self.line(f"absolute: the best parameters, played again for {episodes} episodes")
@@ -262,7 +267,7 @@ class Console:
         if self.latest is None:
             return []
         scores = {k: v.mean(-1) for k, v in self.latest.evaluation.items()}
-        settings = self.run.by_setting()
+        settings = by_setting(self.run.members)
         means = [scores["episode_return"][places].mean() for _, places in settings]
         setting, places = settings[int(np.nan_to_num(means, nan=-np.inf).argmax())]
         parts = [f"return {spread(scores['episode_return'][places])}"]

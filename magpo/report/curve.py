@@ -26,7 +26,7 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
     steps = np.array([m.env_steps[0] for m in curve])  # (K,)
     values = np.stack([m.evaluation[run.headline].mean(-1) for m in curve])  # (K, M)
     absolute = next((m.evaluation[run.headline] for m in measurements if m.chunk is None), None)
-    settings = run.by_setting()
+    settings = members.by_setting(run.members)
     longest = max(len(members.label(setting)) for setting, _ in settings)
     columns = 3 if 0 < longest <= 22 else 2  # of the legend
     width, rows = 6.4, 2
@@ -62,7 +62,7 @@ def _draw_settings(
 
     A single setting has its seeds drawn too; the legend explains all settings' bands and metrics.
     """
-    settings = run.by_setting()
+    settings = members.by_setting(run.members)
     num_seeds, several = len(settings[0][1]), len(settings) > 1
     for i, (setting, places) in enumerate(settings):
         seeds = values[:, places]

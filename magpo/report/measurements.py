@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from magpo.config.members import Member, Setting
+from magpo.config.members import Member
 
 
 class Run(NamedTuple):
@@ -20,15 +20,6 @@ class Run(NamedTuple):
     headline: str  # the metric the suite's papers report
     steps_per_update: int  # environment steps, per member
     name: str  # of the folder that the run began in
-
-    def by_setting(self) -> list[tuple[Setting, list[int]]]:
-        """Return each setting with the places of its members, one for each seed."""
-        places: list[tuple[Setting, list[int]]] = []
-        for place, member in enumerate(self.members):
-            if not places or places[-1][0] != member.setting:
-                places.append((member.setting, []))
-            places[-1][1].append(place)
-        return places
 
 
 class Measurement(NamedTuple):

@@ -11,12 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from magpo import config as configuration
-from magpo import plugins
+from magpo import plugins, tables
 from magpo.config import cli
 from magpo.config.members import short_key
 from magpo.config.schema import UserPath
@@ -24,6 +20,7 @@ from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 from magpo.runs.folders import CONFIG, STATUS, status
 
+COLUMNS = ("run", "system", "task", "status", "varied", "members", "steps", "of", "return")
 RETURN = b"eval/episode_return"
 USAGE = """\
 usage: python -m magpo.runs [results]
@@ -123,24 +120,13 @@ def _main(results: UserPath = "results") -> None:
     if not runs:
         print(f"no runs under {root}")
         return
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("run", "system", "task", "status", "varied"):
-        table.add_column(name)
-    for name in ("members", "steps", "of", "return"):
-        table.add_column(name, justify="right")
+    rows = []
     for run in runs:
-        last = "-" if run.last_return is None else f"{run.last_return:.3g}"
-        numbers = [str(run.num_members), f"{run.steps:,}", f"{run.total_steps:,}", last]
         varied = ", ".join(map(short_key, run.varied)) or "-"
-        words = map(_shown, (run.folder.resolve().name, run.system, run.task, run.status, varied))
-        table.add_row(*words, *numbers)
-    console = Console(highlight=False)
-    console.width = max(console.width, 120)
-    console.print(table)
-    if commands := [_shown(run.resume) for run in runs if run.resume]:
-        console.print(Text("\n").join(commands), soft_wrap=True)
-
-
-def _shown(text: str) -> Text:
-    """Return text without markup or control characters."""
-    return Text("".join(c if c.isprintable() else "?" for c in text))
+        last = "-" if run.last_return is None else f"{run.last_return:.3g}"
+        words = [run.folder.resolve().name, run.system, run.task, run.status, varied]
+        rows.append([*words, str(run.num_members), f"{run.steps:,}", f"{run.total_steps:,}", last])
+    tables.show(COLUMNS, rows, num_words=5)
+    for run in runs:
+        if run.resume:
+            print(tables.printable(run.resume))

@@ -443,9 +443,7 @@ def test_a_run_that_varies_is_plotted_by_setting(vary, whole):
     lines = {line.label: line for line in plot.pool(plot.find([result.folder]))}
     assert len(lines) == 6 and "COUNTING (shift=3.0, bound=null)" in lines
     finals = result.measurements[-1].evaluation["episode_return"].mean(-1)
-    for setting, places in measurements.Run(
-        result.folder, "", "", "", vary.members, "", 1, ""
-    ).by_setting():
+    for setting, places in members.by_setting(vary.members):
         name = f"COUNTING (shift={setting['system.shift']}, bound=%s)"
         line = lines[name % ("null" if (b := setting["system.bound"]) is None else b)]
         np.testing.assert_array_equal(line.values[-1], finals[places])
