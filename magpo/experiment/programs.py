@@ -109,7 +109,8 @@ def build_programs(
 
     lay = devices.layout(config)
     init_all = lay.each_member(init)
-    state_shapes = jax.eval_shape(init_all, _key_shapes(config), config.member_hyper())
+    keys, _, hyper = jax.eval_shape(partial(member_inputs, config))
+    state_shapes = jax.eval_shape(init_all, keys, hyper)
     state = lay.of_state(state_shapes, algorithm.CARD.per_environment)
     members, metrics = lay.of_members(), lay.of_metrics()
     best = Best(metrics, metrics, members)
@@ -142,8 +143,8 @@ def shapes_of(algorithm: Algorithm, programs: Programs, config: RunConfig) -> Sh
     """Return the shapes that `programs` take and return."""
     lay = devices.layout(config)
     members, metrics = lay.of_members(), lay.of_metrics()
-    keys = devices.laid(_key_shapes(config), members)
-    hyper = devices.laid(config.member_hyper(), members)
+    inputs = jax.eval_shape(partial(member_inputs, config))
+    keys, _, hyper = devices.laid(inputs, members)
     state = programs.init.eval_shape(keys, hyper)
     if not hasattr(state, "params"):
         raise ConfigError("init must return a NamedTuple with params")
@@ -207,26 +208,15 @@ def member_inputs(config: RunConfig) -> Inputs:
 
     The keys come from its seed alone, so that a member trains as the run of its setting alone does.
     """
-    sharding = devices.layout(config).of_members()
-    make: Any = jax.jit(
-        lambda seeds, hyper: Inputs(*jax.vmap(_split_seed)(seeds), hyper), out_shardings=sharding
-    )
-    inputs: Inputs = make(_seeds(config), config.member_hyper())
+
+    def make(seeds: Array, hyper: Any) -> Inputs:
+        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)  # (M, 2)
+        return Inputs(train_keys=keys[:, 0], evaluation_keys=keys[:, 1], hyper=hyper)
+
+    seeds = np.array([member.seed for member in config.members], np.uint32)
+    make_all: Any = jax.jit(make, out_shardings=devices.layout(config).of_members())
+    inputs: Inputs = make_all(seeds, config.member_hyper())
     return inputs
-
-
-def _split_seed(seed: Array) -> tuple[Array, Array]:
-    train_key, evaluation_key = jax.random.split(jax.random.key(seed))
-    return train_key, evaluation_key
-
-
-def _seeds(config: RunConfig) -> np.ndarray:
-    """Return each member's seed, (M,)."""
-    return np.array([member.seed for member in config.members], np.uint32)
-
-
-def _key_shapes(config: RunConfig) -> Any:
-    return jax.eval_shape(jax.vmap(jax.random.key), _seeds(config))
 
 
 def no_best(config: RunConfig, params: Any) -> Best:
