@@ -69,10 +69,8 @@ def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
     description = {
         "task": policy.env.name,
         "action_kind": policy.env.action_kind,
-        "inputs": [_describe(name, leaf) for name, leaf in named.items()],
-        "outputs": [
-            _describe(name, leaf) for name, leaf in zip(outputs, exported.out_avals, strict=True)
-        ],
+        "inputs": list(map(_describe, named.keys(), named.values())),
+        "outputs": list(map(_describe, outputs, exported.out_avals)),
         "carry_at_the_start": "zeros",
         "random_bits": "two new uint32 numbers at every step; unused where greedy",
         "agents_view": "the agent's own, as magpo.envs gives it: its one-hot id first",

@@ -1,12 +1,6 @@
 """A run's configuration: `load` composes and checks it."""
 
-from magpo.config.compose import (
-    from_values,
-    load,
-    locate,
-    option_names,
-    read,
-)
+from magpo.config.compose import from_values, load, read
 from magpo.config.schema import (
     Fraction,
     NonNegativeFloat,
@@ -20,7 +14,6 @@ from magpo.config.schema import (
     must_divide,
     nested,
     plain_values,
-    unknown_key,
 )
 
 __all__ = [
@@ -35,11 +28,8 @@ __all__ = [
     "flat",
     "from_values",
     "load",
-    "locate",
     "must_divide",
     "nested",
-    "option_names",
     "plain_values",
     "read",
-    "unknown_key",
 ]

@@ -126,10 +126,11 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(add_help=False, allow_abbrev=False)
         self.add_argument("overrides", nargs="*")
         self.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
-        for long, short in (("multirun", "m"), ("run", "r"), ("resolve", None)):
-            self.add_argument(f"--{long}", *([f"-{short}"] if short else []), action="store_true")
-        for long, short in (("shell-completion", "sc"), ("hydra-help", "hh")):
-            self.add_argument(f"--{long}", f"-{short}", action="store_true")
+        self.add_argument("--multirun", "-m", action="store_true")
+        self.add_argument("--run", "-r", action="store_true")
+        self.add_argument("--resolve", action="store_true")
+        self.add_argument("--shell-completion", "-sc", action="store_true")
+        self.add_argument("--hydra-help", "-hh", action="store_true")
         self.add_argument("--info", "-i", nargs="?", const="all")
         self.add_argument("--package", "-p")
 

@@ -18,14 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from magpo import files, plugins
-from magpo.config.schema import (
-    OF_THIS_PROCESS,
-    RunConfig,
-    check,
-    dump,
-    plain_values,
-    unknown_key,
-)
+from magpo.config.schema import OF_THIS_PROCESS, RunConfig, check, dump, plain_values, unknown_key
 from magpo.envs import registry
 from magpo.errors import ConfigError
 

@@ -44,9 +44,7 @@ def _agent(
 
 def coordsum(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
     """The target, the numbers the agents picked, and the opponent's guess of the first."""
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=[])
     row = min(int(state.target), state.history.shape[0] - 1)
     guess = int(np.argmax(state.history[row]))
     axes.text(0.5, 0.85, f"target {int(state.target)}", ha="center", fontsize=16, color=GOAL)

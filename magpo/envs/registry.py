@@ -81,9 +81,8 @@ def options(task: str) -> dict[str, Any]:
     merged = OmegaConf.merge(*(OmegaConf.load(root / f"{name}.yaml") for name in (suite, task)))
     if missing := OmegaConf.missing_keys(merged):
         raise ConfigError(f"{task}.yaml must have a value for {', '.join(sorted(missing))}")
-    values = OmegaConf.to_container(merged)
-    assert isinstance(values, dict)
-    return {str(option): value for option, value in values.items()}
+    values: Any = OmegaConf.to_container(merged)
+    return dict(values)
 
 
 def make(task: str, /, *, global_state: bool = False, **overrides: Any) -> Environment:

@@ -44,27 +44,22 @@ class Layout:
                 return jax.lax.map(one, mapped)
             return jax.lax.map(one, mapped, batch_size=self.members_at_once)
 
-        spread = self._per_device(over_members)
+        spread: Any = over_members
+        if self.mesh.size > 1:  # each device runs its own members
+            spread = jax.shard_map(
+                over_members,
+                mesh=self.mesh,
+                in_specs=(EACH_MEMBER, ALL),
+                out_specs=EACH_MEMBER,
+                axis_names={MEMBER},
+                check_vma=False,
+            )
 
         def of_all(*arguments: Any) -> Any:
             split = len(arguments) - num_shared
             return spread(arguments[:split], arguments[split:])
 
         return of_all
-
-    def _per_device(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Run a function of a device's members and of shared arguments on every device."""
-        if self.mesh.size == 1:
-            return function
-        mapped: Callable[..., Any] = jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=(EACH_MEMBER, ALL),
-            out_specs=EACH_MEMBER,
-            axis_names={MEMBER},
-            check_vma=False,
-        )
-        return mapped
 
     def of_state(self, state: Any, per_environment: Sequence[str]) -> Any:
         """Return the sharding of each leaf of a TrainState, (M, ...): the second axis of the fields

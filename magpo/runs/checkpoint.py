@@ -258,14 +258,12 @@ def _stored(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
+def _unstored(array: Any, leaf: Any) -> Any:
+    return jax.random.wrap_key_data(array) if _is_key(leaf) else array
+
+
 def _describe_stored(leaf: Any) -> list[Any]:
     return _describe(jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf)
-
-
-def _unstored(array: Any, leaf: Any) -> Any:
-    if _is_key(leaf):
-        return jax.random.wrap_key_data(array)
-    return array
 
 
 def _describe(leaf: Any) -> list[Any]:

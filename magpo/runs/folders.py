@@ -38,11 +38,9 @@ def create(config: RunConfig) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         for attempt in count(1):
             folder = parent / (name if attempt == 1 else f"{name}_{attempt}")
-            try:
+            with suppress(FileExistsError):  # another run began in this second
                 folder.mkdir()
                 break
-            except FileExistsError:  # another run began in this second
-                continue
         write_config(folder, config)
         began = datetime.now().isoformat(timespec="seconds")
         facts = {"id": uuid.uuid4().hex, "name": folder.name, "began": began}

@@ -7,7 +7,6 @@ import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +47,9 @@ class Summary(NamedTuple):
         if self.status in ("running", "finished", "unknown"):
             return None
         packaged = f"-m magpo.systems.{self.system}"
-        program = packaged if self.system in _packaged() else f"{self.system}.py"
+        program = packaged if self.system in plugins.of_package() else f"{self.system}.py"
         imports = [f" import={name}" for name in self.imports if name != program]
         return f"python {program} resume={shlex.quote(str(self.folder))}{''.join(imports)}"
-
-
-_packaged = cache(plugins.of_package)
 
 
 def summaries(root: Path) -> list[Summary]:

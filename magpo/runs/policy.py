@@ -263,11 +263,8 @@ def _check_fits(trained: TrainedRun, env: EnvSpec) -> None:
             f"the run has a policy for each of {seen.num_agents} agents, "
             f"{env.name} has {env.num_agents}"
         )
-    if (seen.num_features, seen.action_dim, seen.action_kind) != (
-        env.num_features,
-        env.action_dim,
-        env.action_kind,
-    ):
+    ours, theirs = ((e.num_features, e.action_dim, e.action_kind) for e in (seen, env))
+    if ours != theirs:
         raise ConfigError(
             f"the policy reads {seen.num_features} features and has {seen.action_dim} "
             f"{seen.action_kind} actions, {env.name} has {env.num_features} and {env.action_dim} "
