@@ -54,15 +54,14 @@ def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
         sampled, _ = policy.act(carry, observation, key, greedy=False)
         return jnp.where(greedy, likely, sampled), *jax.tree.leaves(after)
 
-    shaped: Any = jax.ShapeDtypeStruct
-    carry = [shaped((*batch, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    carry = [jax.ShapeDtypeStruct((*batch, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
     named = {f"carry_{i}": leaf for i, leaf in enumerate(carry)}
     named |= {
-        "agents_view": shaped((*batch, policy.env.num_features), jnp.float32),
-        "action_mask": shaped((*batch, policy.env.action_dim), jnp.bool),
-        "step_count": shaped(batch, jnp.int32),
-        "random_bits": shaped((2,), jnp.uint32),
-        "greedy": shaped((), jnp.bool),
+        "agents_view": jax.ShapeDtypeStruct((*batch, policy.env.num_features), jnp.float32),
+        "action_mask": jax.ShapeDtypeStruct((*batch, policy.env.action_dim), jnp.bool),
+        "step_count": jax.ShapeDtypeStruct(batch, jnp.int32),
+        "random_bits": jax.ShapeDtypeStruct((2,), jnp.uint32),
+        "greedy": jax.ShapeDtypeStruct((), jnp.bool),
     }
     exported = jax.export.export(jax.jit(act), platforms=PLATFORMS)(*named.values())
     outputs = ["action", *(f"carry_{i}" for i in range(len(carry)))]

@@ -16,8 +16,8 @@ def show(
     markdown: bool = False,
     num_words: int | None = None,
 ) -> None:
-    """Print a table, of which only the first `num_words` columns hold no numbers; None: no column
-    does. In Markdown the first column has names of code."""
+    """Print a table. The first `num_words` columns are aligned to the left, by default all; in
+    Markdown the first column has names of code."""
     if markdown:
         print("|", " | ".join(columns), "|")
         print("|", " | ".join("---" for _ in columns), "|")

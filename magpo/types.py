@@ -105,13 +105,9 @@ def spec(env: Environment) -> EnvSpec:
 
 def action_spec(env: Environment | EnvSpec) -> jax.ShapeDtypeStruct:
     """The shape and dtype of `env.step`'s action: (N,) int32, or (N, A) float32 if continuous."""
-    shaped: Any = jax.ShapeDtypeStruct
-    discrete = env.action_kind == "discrete"
-    spec: jax.ShapeDtypeStruct = shaped(
-        (env.num_agents,) if discrete else (env.num_agents, env.action_dim),
-        jnp.int32 if discrete else jnp.float32,
-    )
-    return spec
+    if env.action_kind == "discrete":
+        return jax.ShapeDtypeStruct((env.num_agents,), jnp.int32)
+    return jax.ShapeDtypeStruct((env.num_agents, env.action_dim), jnp.float32)
 
 
 def restart(num_agents: int, observation: Observation, metrics: Metrics) -> TimeStep:

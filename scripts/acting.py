@@ -71,7 +71,7 @@ def steps(name: str, num_agents: int) -> Callable[[], Any]:
         return jax.lax.scan(step, carry, keys)
 
     keys = jax.random.split(key, STEPS)
-    jax.block_until_ready(act(carry, keys))  # type: ignore[no-untyped-call]
+    jax.block_until_ready(act(carry, keys))
     return lambda: act(carry, keys)
 
 
@@ -82,7 +82,7 @@ def main(table: Path) -> None:
     for _ in range(ROUNDS):
         for which, call in calls.items():
             start = time.perf_counter()
-            jax.block_until_ready(call())  # type: ignore[no-untyped-call]
+            jax.block_until_ready(call())
             times[which].append(time.perf_counter() - start)
     rows = []
     for (name, num_agents), taken in times.items():

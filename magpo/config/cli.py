@@ -65,7 +65,7 @@ def command(usage: str | None, run: Callable[..., object]) -> None:
     if {"-h", "--help"} & set(arguments) or (required and not arguments):
         print(str(usage).strip())
         return
-    jax.config.update("jax_enable_x64", False)  # type: ignore[no-untyped-call]
+    jax.config.update("jax_enable_x64", False)
     with exit_on_config_error():
         try:
             imports, own = compose.split_imports(arguments)

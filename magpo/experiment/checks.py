@@ -14,8 +14,7 @@ def check_act(algorithm: Algorithm, setup: Any, env: Environment, params: Any) -
     """Raise ConfigError unless `act` returns an action for each agent, and a carry like the one it
     takes. `params` are all members', (M, ...)."""
     num_envs, wanted = 2, action_spec(spec(env))
-    shaped: Any = jax.ShapeDtypeStruct
-    one = jax.tree.map(lambda x: shaped(x.shape[1:], x.dtype), params)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
 
     def act(params: Any, key: Any) -> Any:
         keys = jax.random.split(key, num_envs)

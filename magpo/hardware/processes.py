@@ -30,8 +30,7 @@ def join(config: DistributedConfig) -> None:
     in_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
     if jax.distributed.is_initialized() or not (config.coordinator or in_slurm):
         return
-    settings: Any = jax.config
-    settings.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     where = config.coordinator or "the first task of this SLURM step"
     complain(f"waiting, at most 5 minutes, for all processes: {where}")
     try:
@@ -91,8 +90,7 @@ def agreed(decide: Callable[[], Any]) -> Any:
 
 def meet(where: str, timeout_s: int) -> bool:
     """Wait until all processes reach the point of this name; return whether they came in time."""
-    untyped: Any = jax.distributed
-    if not untyped.is_initialized():
+    if not jax.distributed.is_initialized():
         return True
     from orbax.checkpoint.multihost import sync_global_processes
 
@@ -105,7 +103,6 @@ def meet(where: str, timeout_s: int) -> bool:
 
 def leave() -> None:
     """Synchronise before exiting: JAX aborts the remaining processes once one has gone."""
-    untyped: Any = jax.distributed
-    if untyped.is_initialized() and meet("leaves", timeout_s=20):
+    if jax.distributed.is_initialized() and meet("leaves", timeout_s=20):
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            untyped.shutdown()
+            jax.distributed.shutdown()
