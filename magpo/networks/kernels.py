@@ -3,6 +3,7 @@
 Axis letters beyond `magpo.types`: B sequences, H hidden or head features, F embedding features.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -187,6 +188,87 @@ def write_in_place(cache: Any, entry: Any, agent: Array, result: Array) -> Any:
         return jax.lax.dynamic_update_slice_in_dim(cache, entry[:, :, None], agent, 2)
 
     return jax.tree.map(write, cache, entry)
+
+
+def add_bias_reference(x: Array, bias: Array) -> Array:
+    """Add a bias (F,) to all rows of x (..., F)."""
+    return x + bias
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """Compute `add_bias_reference` with a matmul as its reverse pass.
+
+    XLA's CPU backend takes several times longer to sum over rows; see `normalise`, too.
+    """
+    return add_bias_reference(x, bias)
+
+
+def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, None]:
+    return add_bias_reference(x, bias), None
+
+
+def _add_bias_backward(_: None, d_y: Array) -> tuple[Array, Array]:
+    return d_y, _sum_of_rows(d_y, d_y.shape[-1:])
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+def _sum_of_rows(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sum x (..., *shape) over its leading axes."""
+    rows = x.reshape(-1, math.prod(shape))
+    return (jnp.ones(len(rows)) @ rows).reshape(shape)
+
+
+def normalise_reference(x: Array, scale: Array, bias: Array | None = None) -> Array:
+    """Divide the rows (..., D) of x by their root mean square, and scale them.
+
+    `scale` and `bias` are (D,), or (H, D) for H heads, whose rows x (..., H, D) has. With a bias
+    the rows are centred first: layer normalisation, else RMS normalisation.
+    """
+    if bias is not None:
+        x = x - x.mean(axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6) * scale
+    return x if bias is None else x + bias
+
+
+@jax.custom_vjp
+def normalise(x: Array, scale: Array, bias: Array | None = None) -> Array:
+    """Compute `normalise_reference` with matmuls for its sums, and a short reverse pass."""
+    return _normalise_forward(x, scale, bias)[0]
+
+
+def _mean_of_rows(x: Array, weights: Array) -> Array:
+    """Return the means (..., 1) of the rows (..., D) of `x * weights`."""
+    width = x.shape[-1]
+    if weights.size > width:
+        x, weights = x * weights, jnp.ones(width)
+    means = x.reshape(-1, width) @ (weights.reshape(width) / width)
+    return means.reshape(*x.shape[:-1], 1)
+
+
+def _normalise_forward(x: Array, scale: Array, bias: Array | None) -> tuple[Array, tuple[Any, ...]]:
+    ones = jnp.ones(x.shape[-1])
+    if bias is not None:
+        x = x - _mean_of_rows(x, ones)
+    inverse = jax.lax.rsqrt(_mean_of_rows(x * x, ones) + 1e-6)
+    x = x * inverse
+    return x * scale if bias is None else x * scale + bias, (x, inverse, scale, bias)
+
+
+def _normalise_backward(residuals: tuple[Any, ...], d_y: Array) -> tuple[Any, ...]:
+    x, inverse, scale, bias = residuals
+    d_scaled = d_y * x
+    d_x = d_y * scale - x * _mean_of_rows(d_scaled, scale)
+    d_scale, d_bias = _sum_of_rows(d_scaled, scale.shape), None
+    if bias is not None:
+        d_x -= _mean_of_rows(d_y, scale)
+        d_bias = _sum_of_rows(d_y, bias.shape)
+    return d_x * inverse, d_scale, d_bias
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 Block = Callable[[Any, Array, Any], Array]  # of a block's parameters, its input and its state

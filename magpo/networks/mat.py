@@ -13,7 +13,7 @@ from flax import linen as nn
 from magpo.networks.attention import Attention, DecodeWeights
 from magpo.networks.autoregressive import AgentInputs, JointAction, decode, shift_actions
 from magpo.networks.heads import ActionKind, Distribution, PolicyHead
-from magpo.networks.torsos import Dense, orthogonal
+from magpo.networks.torsos import Dense, LayerNorm, orthogonal
 from magpo.types import Array, Observation
 
 
@@ -32,9 +32,9 @@ class _EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         attended = Attention(self.embed_dim, self.n_head)(x, x, causal=False)
-        x = nn.LayerNorm()(x + attended)
+        x = LayerNorm()(x + attended)
         mixed = nn.Sequential([_dense(self.embed_dim), nn.gelu, _dense(self.embed_dim, 0.01)])(x)
-        normalised: Array = nn.LayerNorm()(x + mixed)
+        normalised: Array = LayerNorm()(x + mixed)
         return normalised
 
 
@@ -45,7 +45,7 @@ class _DecoderBlock(nn.Module):
     def setup(self) -> None:
         self.self_attention = Attention(self.embed_dim, self.n_head)
         self.cross_attention = Attention(self.embed_dim, self.n_head)
-        self.norms = [nn.LayerNorm() for _ in range(3)]
+        self.norms = [LayerNorm() for _ in range(3)]
         self.mix = nn.Sequential([_dense(self.embed_dim), nn.gelu, _dense(self.embed_dim, 0.01)])
 
     def _add_and_mix(self, encoded: Array, attended: Array) -> Array:
@@ -86,15 +86,13 @@ class MAT(nn.Module):
     def setup(self) -> None:
         block = (self.embed_dim, self.n_head)
         embed = self.embed_dim
-        self.embed_observation = nn.Sequential(
-            [nn.LayerNorm(), _dense(embed), nn.gelu, nn.LayerNorm()]
-        )
+        self.embed_observation = nn.Sequential([LayerNorm(), _dense(embed), nn.gelu, LayerNorm()])
         self.encoder = [_EncoderBlock(*block) for _ in range(self.n_block)]
-        self.value_torso = nn.Sequential([_dense(embed), nn.gelu, nn.LayerNorm()])
+        self.value_torso = nn.Sequential([_dense(embed), nn.gelu, LayerNorm()])
         self.value_head = _dense(1, 0.01)
-        self.embed_action = nn.Sequential([_dense(embed, use_bias=False), nn.gelu, nn.LayerNorm()])
+        self.embed_action = nn.Sequential([_dense(embed, use_bias=False), nn.gelu, LayerNorm()])
         self.decoder = [_DecoderBlock(*block) for _ in range(self.n_block)]
-        self.policy_torso = nn.Sequential([_dense(embed), nn.gelu, nn.LayerNorm()])
+        self.policy_torso = nn.Sequential([_dense(embed), nn.gelu, LayerNorm()])
         self.policy_head = PolicyHead(self.action_dim, self.action_kind)
 
     def initial_carry(self, batch_size: int) -> tuple[()]:

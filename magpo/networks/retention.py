@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.linen.initializers import normal
 
 from magpo.networks.kernels import write_in_place
-from magpo.networks.torsos import Dense
+from magpo.networks.torsos import Dense, LayerNorm
 from magpo.types import Array
 
 FloatArray = npt.NDArray[np.floating]
@@ -35,16 +35,16 @@ def decays(n_head: int, scaling_factor: float) -> FloatArray:
 class AcrossChunks(NamedTuple):
     """Decay and episode boundaries from chunk to chunk."""
 
-    entering: Array  # (B, K, C*N, H, 1) the incoming state's weight at each token
-    leaving: Array  # (B, K, C*N, H, 1) each token's weight in its chunk's contribution
+    entering: Array  # (B, H, K, C*N, 1) the incoming state's weight at each token
+    leaving: Array  # (B, H, K, C*N, 1) each token's weight in its chunk's contribution
     between: Array  # (B, H, K, K) chunk j's contribution to the state that enters chunk i
-    initial: Array  # (B, K, H, 1, 1) the sequence's initial state in the one that enters chunk i
+    initial: Array  # (B, H, K, 1, 1) the sequence's initial state in the one that enters chunk i
 
 
 class ChunkWeights(NamedTuple):
     """Decay and episode boundaries of chunkwise retention, the same for all blocks."""
 
-    within: Array  # (B, K, H, C*N, C*N) token j's weight at token i of the same chunk
+    within: Array  # (B, H, K, C*N, C*N) token j's weight at token i of the same chunk
     causal: Array  # the same, 0 where j is a later agent of i's timestep
     across: AcrossChunks | None  # None where nothing passes from one timestep to the next
 
@@ -54,34 +54,32 @@ def chunk_weights(
 ) -> ChunkWeights:
     """Return the weights for episode starts, (B, T) bool; `chunk_size` timesteps divide T."""
     num_chunks = reset_before.shape[1] // chunk_size
-    episode = jnp.cumsum(reset_before, axis=1).reshape(-1, num_chunks, chunk_size)  # (B, K, C)
-    first, last = episode[..., 0], episode[..., -1]  # (B, K)
+    episode = jnp.cumsum(reset_before, axis=1).reshape(-1, 1, num_chunks, chunk_size)
+    first, last = episode[..., 0], episode[..., -1]  # (B, 1, K)
 
     def same(left: Array, right: Array) -> Array:
         return (left[..., :, None] == right[..., None, :]).astype(jnp.float32)
 
     def powers(exponent: IntArray) -> FloatArray:
-        """Return kappa ** exponent, (H, ...); 0 where the exponent is negative: the future."""
-        base = kappa.reshape(-1, *[1] * exponent.ndim)
+        """Return kappa ** exponent, (H, 1, ...); 0 where the exponent is negative: the future."""
+        base = kappa.reshape(-1, 1, *[1] * exponent.ndim)
         return np.where(exponent < 0, 0.0, base ** np.maximum(exponent, 0)).astype(np.float32)
 
-    def per_token(weight: Array) -> Array:  # (B, K, C, H) -> (B, K, C*N, H, 1)
-        return jnp.repeat(weight, num_agents, axis=2)[..., None]
+    def per_token(weight: Array) -> Array:  # (B, H, K, C) -> (B, H, K, C*N, 1)
+        return jnp.repeat(weight, num_agents, axis=3)[..., None]
 
     step, chunk = np.arange(chunk_size), np.arange(num_chunks)
-    within = same(episode, episode)[:, :, None] * powers(step[:, None] - step)  # (B, K, H, C, C)
+    within = same(episode, episode) * powers(step[:, None] - step)  # (B, H, K, C, C)
     within = jnp.repeat(jnp.repeat(within, num_agents, axis=3), num_agents, axis=4)
-    enters = (episode == first[..., None])[..., None] * powers(step + 1).T
-    leaves = (episode == last[..., None])[..., None] * powers(chunk_size - 1 - step).T
-    chunk_powers = powers(chunk_size * (chunk[:, None] - chunk - 1))
+    chunk_powers = powers(chunk_size * (chunk[:, None] - chunk - 1))[:, 0]
     return ChunkWeights(
         within=within,
         causal=jnp.tril(within),
         across=AcrossChunks(
-            entering=per_token(enters),
-            leaving=per_token(leaves),
-            between=same(first, last)[:, None] * chunk_powers,
-            initial=((first == 0)[..., None] * powers(chunk_size * chunk).T)[..., None, None],
+            entering=per_token((episode == first[..., None]) * powers(step + 1)),
+            leaving=per_token((episode == last[..., None]) * powers(chunk_size - 1 - step)),
+            between=same(first, last) * chunk_powers,
+            initial=((first == 0) * powers(chunk_size * chunk)[:, 0])[..., None, None],
         ),
     )
 
@@ -102,7 +100,7 @@ class Retention(nn.Module):
         init = normal(1 / self.embed_dim)
         self.query = Dense(self.embed_dim, use_bias=False, kernel_init=init)
         self.key_value_gate = Dense(3 * self.embed_dim, use_bias=False, kernel_init=init)
-        self.norm = nn.GroupNorm(num_groups=self.n_head, reduction_axes=-1)
+        self.norm = LayerNorm(self.n_head)
         self.output = Dense(self.embed_dim, use_bias=False, kernel_init=init)
 
     def project(self, x_query: Array, x_key: Array) -> tuple["Projections", Array]:
@@ -132,20 +130,21 @@ class Retention(nn.Module):
         """
         projections, gate = self.project(x_query, x_key)
         across = weights.across
-        chunked = (*across.leaving.shape[:-1], -1) if across else projections.key.shape
-        query, key, value = (x.reshape(chunked) for x in projections)  # (B, K, C*N, H, D)
+        num_tokens = weights.within.shape[-1]
 
-        scores = jnp.einsum("bkihd,bkjhd->bkhij", query, key)
-        scores *= weights.causal if causal else weights.within
-        inner = jnp.einsum("bkhij,bkjhd->bkihd", scores, value)
-        if across is None or state is None:
-            return self.gate_and_mix(inner, gate)
+        def chunked(x: Array) -> Array:  # (B, T, N, H, D) -> (B, H, K, C*N, D)
+            return jnp.moveaxis(x.reshape(len(x), -1, num_tokens, *x.shape[3:]), 3, 1)
 
-        contribution = jnp.einsum("bkjhd,bkjhe->bkhde", key * across.leaving, value)
-        entering = jnp.einsum("bhij,bjhde->bihde", across.between, contribution)
-        entering += across.initial * state[:, None]
-        cross = jnp.einsum("bkihd,bkhde->bkihe", query, entering) * across.entering
-        return self.gate_and_mix((inner + cross).reshape(gate.shape), gate)
+        query, key, value = map(chunked, projections)
+        scores = query @ key.mT * (weights.causal if causal else weights.within)
+        retained = scores @ value
+        if across is not None and state is not None:
+            contribution = (key * across.leaving).mT @ value  # (B, H, K, D, D)
+            flat = (*contribution.shape[:3], -1)
+            entering = across.between @ contribution.reshape(flat)
+            entering = entering.reshape(contribution.shape) + across.initial * state[:, :, None]
+            retained += (query * across.entering) @ entering
+        return self.gate_and_mix(jnp.moveaxis(retained, 1, 3), gate)
 
     def encode_step(self, x: Array, state: Array) -> tuple[Array, Array]:
         """Retain over one timestep's tokens (B, N, F), each seeing all, from a decayed `state`."""

@@ -24,7 +24,7 @@ from magpo.networks.retention import (
     decays,
     timestep_weights,
 )
-from magpo.networks.torsos import Dense, SwiGLU, orthogonal, sinusoidal_encoding
+from magpo.networks.torsos import Dense, RMSNorm, SwiGLU, orthogonal, sinusoidal_encoding
 from magpo.types import Array, Observation
 
 
@@ -46,7 +46,7 @@ class _Block(nn.Module):
     num_norms: int
 
     def setup(self) -> None:
-        self.norms = [nn.RMSNorm() for _ in range(self.num_norms)]
+        self.norms = [RMSNorm() for _ in range(self.num_norms)]
         if self.ffn:
             self.feed_forward = SwiGLU()
 
@@ -140,15 +140,15 @@ class Sable(nn.Module):
 
         self.kappa = decays(self.n_head, self.decay_scaling_factor)
         block = (self.embed_dim, self.n_head, self.ffn)
-        self.embed_observation = nn.Sequential([nn.RMSNorm(), dense(False), nn.gelu])
-        self.encoder_norm = nn.RMSNorm()  # one for all encoder blocks
+        self.embed_observation = nn.Sequential([RMSNorm(), dense(False), nn.gelu])
+        self.encoder_norm = RMSNorm()  # one for all encoder blocks
         self.encoder = [_EncoderBlock(*block) for _ in range(self.n_block)]
-        self.value_torso = nn.Sequential([dense(True), nn.gelu, nn.RMSNorm()])
+        self.value_torso = nn.Sequential([dense(True), nn.gelu, RMSNorm()])
         self.value_head = Dense(1, kernel_init=orthogonal(0.01))
         self.embed_action = nn.Sequential([dense(False), nn.gelu])
-        self.decoder_norm = nn.RMSNorm()
+        self.decoder_norm = RMSNorm()
         self.decoder = [_DecoderBlock(*block) for _ in range(self.n_block)]
-        self.policy_torso = nn.Sequential([dense(True), nn.gelu, nn.RMSNorm()])
+        self.policy_torso = nn.Sequential([dense(True), nn.gelu, RMSNorm()])
         self.policy_head = PolicyHead(self.action_dim, self.action_kind)
 
     def initial_carry(self, batch_size: int) -> SableCarry:

@@ -4,28 +4,17 @@ Axis letters beyond `magpo.types`: D input features, F output features.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.initializers import lecun_normal, ones_init, zeros_init
 
+from magpo.networks.kernels import add_bias, normalise
 from magpo.types import Array
 
 Initializer = Callable[..., Array]  # of a key, a shape and a dtype
-
-
-def _flat_dot_general(x: Array, kernel: Array, *_args: Any, **_kwargs: Any) -> Array:
-    """Multiply (..., D) x (D, F) with all leading axes as one.
-
-    XLA's CPU backend forms the weight gradient of a matmul over several leading axes from
-    transposed copies, several times slower.
-    """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
-
-
-Dense = partial(nn.Dense, dot_general=_flat_dot_general)
 
 
 def orthogonal(gain: float = 1.0) -> Initializer:
@@ -73,6 +62,50 @@ def parts(init: Initializer, number: int) -> Initializer:
         return kernels.swapaxes(0, 1).reshape(shape)  # (number, D, F) to (D, number * F)
 
     return initializer
+
+
+class Dense(nn.Module):
+    """`flax.linen.Dense`, (..., D) to (..., F), with all leading axes as one.
+
+    XLA's CPU backend forms the weight gradient of a matmul over several leading axes from
+    transposed copies, several times slower.
+    """
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Initializer = lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+        if self.use_bias:
+            y = add_bias(y, self.param("bias", zeros_init(), (self.features,)))
+        return y
+
+
+class RMSNorm(nn.Module):
+    """`flax.linen.RMSNorm` of the last axis (Zhang and Sennrich, 2019)."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return normalise(x, self.param("scale", ones_init(), x.shape[-1:]))
+
+
+class LayerNorm(nn.Module):
+    """`flax.linen.LayerNorm` of the last axis, or of `n_head` parts of it (Ba et al., 2016)."""
+
+    n_head: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", ones_init(), x.shape[-1:])
+        bias = self.param("bias", zeros_init(), x.shape[-1:])
+        if self.n_head == 1:
+            return normalise(x, scale, bias)
+        heads = (self.n_head, -1)
+        by_head = x.reshape(*x.shape[:-1], *heads)
+        return normalise(by_head, scale.reshape(heads), bias.reshape(heads)).reshape(x.shape)
 
 
 def mask_out(x: Array, keep: Array) -> Array:

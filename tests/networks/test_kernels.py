@@ -107,3 +107,16 @@ def test_apply_blocks():
     same(ours, blocks(kernels.apply_blocks_reference), HIDDEN, weights, states)
     out, reverse_pass = jax.vjp(ours, HIDDEN, weights, states)
     assert "tanh" in str(jax.make_jaxpr(reverse_pass)(out))  # computed again
+
+
+def test_add_bias():
+    x, bias = jax.random.normal(KEYS[0], (T, B, H)), BIAS
+    same(kernels.add_bias, kernels.add_bias_reference, x, bias)
+
+
+@pytest.mark.parametrize("shape", [(H,), (N, H)])
+@pytest.mark.parametrize("centred", [False, True])
+def test_normalise(shape, centred):
+    x = 3 * jax.random.normal(KEYS[0], (T, B, *shape)) + 1
+    weights = [jax.random.normal(key, shape) for key in KEYS[1 : 2 + centred]]
+    same(kernels.normalise, kernels.normalise_reference, x, *weights)
