@@ -10,7 +10,7 @@ import chex
 import jax.numpy as jnp
 from flax import linen as nn
 
-from magpo.networks.attention import Attention, DecodeWeights
+from magpo.networks.attention import Attention, Weights
 from magpo.networks.autoregressive import AgentInputs, JointAction, decode, shift_actions
 from magpo.networks.heads import ActionKind, Distribution, PolicyHead
 from magpo.networks.torsos import Dense, LayerNorm, orthogonal
@@ -61,7 +61,7 @@ class _DecoderBlock(nn.Module):
         self,
         x: Array,
         encoded: Array,
-        weights: tuple[DecodeWeights, DecodeWeights],
+        weights: tuple[Weights, Weights],
         caches: tuple[_Cache, _Cache],
         agent: Array,
     ) -> tuple[Array, tuple[_Cache, _Cache]]:
@@ -70,8 +70,8 @@ class _DecoderBlock(nn.Module):
         attended, cross_cache = weights[1].decode_step(encoded, x, caches[1], agent)
         return self._add_and_mix(encoded, attended), (self_cache, cross_cache)
 
-    def decode_weights(self) -> tuple[DecodeWeights, DecodeWeights]:
-        return self.self_attention.decode_weights(), self.cross_attention.decode_weights()
+    def weights(self) -> tuple[Weights, Weights]:
+        return self.self_attention.weights(), self.cross_attention.weights()
 
 
 class MAT(nn.Module):
@@ -138,7 +138,7 @@ class MAT(nn.Module):
         encoded, value = self._encode(observation)
         batch, num_agents = value.shape
         empty = jnp.zeros((batch, self.n_head, num_agents, self.embed_dim // self.n_head))
-        weights = [block.decode_weights() for block in self.decoder]
+        weights = [block.weights() for block in self.decoder]
 
         def decode_agent(
             caches: _Caches, previous: Array, agent: AgentInputs

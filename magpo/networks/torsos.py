@@ -64,12 +64,18 @@ def parts(init: Initializer, number: int) -> Initializer:
     return initializer
 
 
-class Dense(nn.Module):
-    """`flax.linen.Dense`, (..., D) to (..., F), with all leading axes as one.
+def affine(x: Array, kernel: Array, bias: Array | None = None) -> Array:
+    """Return x (..., D) times kernel (D, F), plus a bias (F,), with all leading axes as one.
 
     XLA's CPU backend forms the weight gradient of a matmul over several leading axes from
     transposed copies, several times slower.
     """
+    y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    return y if bias is None else add_bias(y, bias)
+
+
+class Dense(nn.Module):
+    """`flax.linen.Dense` by `affine`."""
 
     features: int
     use_bias: bool = True
@@ -78,10 +84,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
-        if self.use_bias:
-            y = add_bias(y, self.param("bias", zeros_init(), (self.features,)))
-        return y
+        bias = self.param("bias", zeros_init(), (self.features,)) if self.use_bias else None
+        return affine(x, kernel, bias)
 
 
 class RMSNorm(nn.Module):
