@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,11 +85,20 @@ def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, An
             os.replace(aside, final)
     except BaseException as error:
         if processes.is_first():
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
         if os.strerror(errno.ENOSPC) in str(error):  # Orbax says it in four lines
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that Orbax's threads may still write to."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _check_room(folder: Path, parts: Mapping[str, Any]) -> None:
