@@ -30,7 +30,7 @@ class Weights(NamedTuple):
     output_bias: Array  # (F,)
 
     def project(self, x_query: Array, x_key: Array) -> tuple[Array, tuple[Array, ...]]:
-        """Return queries, and keys and values or, where they are the same, one of them: (..., F)"""
+        """Return queries (..., F), and keys and values or, if they are the same, one of them."""
         query = affine(x_query, self.query, self.query_bias)
         if self.key_value is None:
             return query, (x_key,)
