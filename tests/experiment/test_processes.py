@@ -22,7 +22,6 @@ SHORT = [
 # Where only the loop is under test; four chunks.
 COUNTED = ["env=test/count", "num_envs=4", "eval_episodes=2", "seeds=[0,1]", *LOGS]
 COUNTED += ["total_steps=96", "num_evaluations=4"]
-LONG = 12  # chunks: a signal after the first checkpoint comes before they end
 COUNT = """
 import os, signal, sys
 from experiment import counting
@@ -81,10 +80,13 @@ def test_one_seed_over_two_tasks_of_a_slurm_step_is_the_same_run(tmp_path):
 
 
 def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
-    long = [*COUNTED, f"total_steps={24 * LONG}", f"num_evaluations={LONG}"]
-    ends(begin_two([*long, f"results_dir={tmp_path / 'whole'}"], program=COUNTING), 0)
+    chunks = 12  # a signal after the first checkpoint comes before they end
+    # Not COUNTED: so small a program runs as it is called, and no signal arrives while one process
+    # waits there for the other, which has stopped a chunk before.
+    long = [*SHORT, "seeds=[0,1]", f"total_steps={64 * chunks}", f"num_evaluations={chunks}"]
+    ends(begin_two([*long, f"results_dir={tmp_path / 'whole'}"]), 0)
     stopped = [*long, f"results_dir={tmp_path / 'stopped'}", "resume=auto"]
-    both = begin_two(stopped, program=COUNTING)
+    both = begin_two(stopped)
     while not list((tmp_path / "stopped").glob("*/*/*/*/checkpoints/0*")):
         assert both[0].poll() is None
         time.sleep(0.01)
@@ -94,10 +96,10 @@ def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
     folder, whole = only_run(tmp_path / "stopped"), only_run(tmp_path / "whole")
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     done = [int(path.name) for path in (folder / "checkpoints").iterdir()]
-    assert 0 < max(done) < LONG
-    ends(begin_two(stopped, program=COUNTING), 0)
+    assert 0 < max(done) < chunks
+    ends(begin_two(stopped), 0)
     same_logs(only_run(tmp_path / "stopped"), whole)
-    again, expected = arrays(folder, LONG), arrays(whole, LONG)
+    again, expected = arrays(folder, chunks), arrays(whole, chunks)
     assert again.keys() == expected.keys()
     for name in again:
         np.testing.assert_array_equal(again[name], expected[name], err_msg=name)
