@@ -107,7 +107,7 @@ class RunConfig:
     algorithm: Annotated[AlgorithmConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
     seeds: tuple[Seed, ...]
     vary: dict[str, tuple[float | None, ...]]  # by dotted key: {"system.delta": (1.1, 1.2)}
-    seeds_per_batch: PositiveInt | None  # members trained at once on one device; None: all
+    seeds_per_batch: PositiveInt | None  # members trained at once on a device, or on the CPU
     total_steps: Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=10**15)]  # as asked for
     num_envs: PositiveInt
     rollout_length: PositiveInt

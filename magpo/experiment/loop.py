@@ -133,6 +133,7 @@ def _train(
         parts = [programs.evaluate(best.params, evaluation_keys, index) for index in indices]
         absolute = recorder.record_absolute(best, parts)
     params, _ = programs.snapshot(state)
+    best, params = devices.gathered((best, params))
     return Result(saver.folder, recorder.measurements, absolute, best, params)
 
 
@@ -169,7 +170,7 @@ def _run(
             with console.compiling(programs._fields) as done:
                 programs = compile_programs(programs, shapes, config, done.append)
             if needed := devices.memory_needed(programs.train_chunk):
-                console.footprint(needed, devices.memory_available())
+                console.footprint(needed, devices.memory_available(config))
             recorder = Recorder(config, writer, console, earlier)
             saver = Saver(config, folder, writer, log, spec(env))
             try:

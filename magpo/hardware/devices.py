@@ -3,8 +3,12 @@
 The mesh has two axes. *member*: each device trains members of its own and none talks to another, so
 as many devices as divide the members go there. *env*: the rest share the environments of a member;
 XLA places the communication. The traced programs are the same on one device and on many.
+
+On a CPU, XLA runs most of a program's operations in a single thread. So there each member in
+training has a device, and with it a thread, of its own, and members are not batched.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -89,29 +93,63 @@ def laid(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda x, s: shaped(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
+def gathered(tree: Any) -> Any:
+    """Return arrays on one device if the CPU's threads hold them, so that they can be combined with
+    any others; those of other devices as they are."""
+    first, *_ = jax.devices()
+    return jax.device_put(tree, first) if first.platform == "cpu" and not _cpu_is_split() else tree
+
+
 def layout(config: RunConfig) -> Layout:
-    """Lay a run out on all devices there are. Raises ConfigError if its sizes do not divide."""
-    devices, num_members = jax.device_count(), len(config.members)
+    """Lay a run out on all devices there are, or on as many of a CPU's as members train at once.
+
+    Raises ConfigError if its sizes do not divide.
+    """
+    devices, num_members = jax.devices(), len(config.members)
     noun = "members" if config.vary else "seeds"
-    along_members = math.gcd(devices, num_members)
-    along_envs = devices // along_members
+    at_once = config.seeds_per_batch
+    if devices[0].platform == "cpu" and not _cpu_is_split():
+        together = _together(config)
+        if num_members % together:
+            raise ConfigError(
+                f"seeds_per_batch must divide the {num_members} {noun}, not {together}"
+            )
+        devices = devices[: max(n for n in range(1, len(devices) + 1) if together % n == 0)]
+        at_once = 1
+    number = len(devices)
+    along_members = math.gcd(number, num_members)
+    along_envs = number // along_members
     if config.num_envs % along_envs:
         raise ConfigError(
-            f"{devices} devices: {along_members} share the {num_members} {noun}, so num_envs must "
-            f"be a multiple of {along_envs}, not {config.num_envs}; or the {noun} one of {devices}"
+            f"{number} devices: {along_members} share the {num_members} {noun}, so num_envs must "
+            f"be a multiple of {along_envs}, not {config.num_envs}; or the {noun} one of {number}"
         )
-    at_once, per_device = config.seeds_per_batch, num_members // along_members
+    per_device = num_members // along_members
     if at_once is not None and per_device % at_once:
         raise ConfigError(
             f"seeds_per_batch must divide the {per_device} {noun} of a device, not {at_once}"
         )
     axes = (AxisType.Auto, AxisType.Auto)
-    mesh = jax.make_mesh((along_members, along_envs), (MEMBER, "env"), axis_types=axes)
+    shape = (along_members, along_envs)
+    mesh = jax.make_mesh(shape, (MEMBER, "env"), axis_types=axes, devices=devices)
     if per_device == 1:
         at_once = 1
     elif at_once == per_device:
         at_once = None
     return Layout(mesh, at_once)
+
+
+def _cpu_is_split() -> bool:
+    """Return whether the user, or a launcher, gave each process its CPU devices."""
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    return forced or jax.distributed.is_initialized()
+
+
+def _together(config: RunConfig) -> int:
+    """Return how many members train at once on a CPU: by default so many that no core idles."""
+    number, cores = len(config.members), os.cpu_count() or 1
+    fits = (n for n in range(min(number, cores), number + 1) if number % n == 0)
+    return config.seeds_per_batch or next(fits)
 
 
 def memory_needed(train_chunk: Any) -> int:
@@ -123,11 +161,11 @@ def memory_needed(train_chunk: Any) -> int:
     return int(2 * sizes.argument_size_in_bytes + sizes.temp_size_in_bytes)
 
 
-def memory_available() -> int:
-    """Return the bytes that a device of this process has."""
+def memory_available(config: RunConfig) -> int:
+    """Return the bytes that each of the run's devices has."""
     stats = jax.local_devices()[0].memory_stats() or {}
     of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(stats.get("bytes_limit", of_machine // jax.local_device_count()))
+    return int(stats.get("bytes_limit", of_machine // len(layout(config).mesh.local_devices)))
 
 
 def set_up_jax(config: RunConfig) -> None:
@@ -149,6 +187,9 @@ def set_up_jax(config: RunConfig) -> None:
         settings.update("jax_compilation_cache_dir", str(cache))
         settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     processes.join(config.distributed)
+    if not _cpu_is_split():
+        with contextlib.suppress(RuntimeError):  # an earlier run set it, or its caller used JAX
+            settings.update("jax_num_cpu_devices", max(os.cpu_count() or 1, _together(config)))
     try:
         present = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names one that is missing

@@ -26,6 +26,7 @@ from magpo.config.members import Member, by_setting, label, short_key, text
 from magpo.config.schema import RunConfig
 from magpo.files import complain
 from magpo.hardware import processes
+from magpo.hardware.devices import layout
 from magpo.report.measurements import Measurement, Run
 from magpo.types import Environment
 
@@ -125,7 +126,7 @@ class Console:
 
     def header(self, env: Environment, policy: Any, params: Any) -> None:
         """Print the run in a few lines. `policy`: the deployed part of `params`; (M, ...) each."""
-        config, device = self.config, jax.devices()[0]
+        config, device, mesh = self.config, jax.devices()[0], layout(self.config).mesh
         actions = "actions" if env.action_kind == "discrete" else "action dimensions"
         kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
         several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -135,8 +136,7 @@ class Console:
             "parameters": f"{_size(policy):,} in the policy, {_size(params):,} in training",
             "seeds": ", ".join(map(str, config.seeds)),
             **self._varied(),
-            "device": f"{jax.device_count()} x {device.platform} ({kind}){several}, "
-            + config.precision,
+            "device": f"{mesh.size} x {device.platform} ({kind}){several}, " + config.precision,
             "steps": f"{config.trained_steps:,} per {'member' if config.vary else 'seed'}"
             + rounded * (config.trained_steps < config.total_steps),
             "updates": f"{config.num_updates:,}, each of {config.num_envs} environments x "

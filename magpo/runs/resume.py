@@ -17,6 +17,7 @@ from magpo import config as configuration
 from magpo.config.schema import RunConfig
 from magpo.errors import ConfigError
 from magpo.hardware import processes
+from magpo.hardware.devices import layout
 from magpo.report.measurements import Measurement
 from magpo.report.sinks import JsonLines
 from magpo.report.writer import Writer
@@ -118,7 +119,7 @@ def _check_same(
 ) -> None:
     """Raise ConfigError if the run cannot, or may not, continue with this configuration, and
     CheckpointError if it is the same, and the checkpoint of another."""
-    new = configuration.dump(config) | {"with": _with()}
+    new = configuration.dump(config) | {"with": _with(config)}
     old = meta["config"] | {"with": meta["with"]}
     if meta["chunk"] > config.num_evaluations:
         misfit = f"it has had {meta['chunk']} evaluations"
@@ -147,9 +148,9 @@ def _check_changes(
         )
 
 
-def _with() -> dict[str, str]:
+def _with(config: RunConfig) -> dict[str, str]:
     """Return the versions and devices that must match for a bitwise-identical resume."""
-    present = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    present = f"{layout(config).mesh.size} x {jax.devices()[0].device_kind}"
     if jax.process_count() > 1:
         present += f" in {jax.process_count()} processes"
     return {"magpo": __version__, "jax": jax.__version__, "devices": present}
@@ -230,7 +231,7 @@ class Saver:
             meta = {
                 "run": self.about["id"],
                 "config": configuration.dump(self.config),
-                "with": _with(),
+                "with": _with(self.config),
                 "env": asdict(self.env),
                 "steps_per_chunk": self.config.steps_per_chunk,
                 "log_bytes": self._save_log(chunk) if self.log else 0,

@@ -92,19 +92,46 @@ def test_seeds_on_devices_of_their_own_do_not_communicate(alone, tmp_path):
     )
 
 
-def test_seeds_in_batches_are_the_same_run(config):
-    together = run(config)
-    apart = run(config, seeds_per_batch=1)
-    for name in ("updates", "peak"):
-        np.testing.assert_array_equal(together.params[name], apart.params[name])
-    assert metrics(together.folder) == metrics(apart.folder)
+@pytest.fixture
+def one_device(monkeypatch):
+    """Lay runs out as on one GPU."""
+    gpu = jax.devices()[:1]
+    monkeypatch.setattr(devices, "_cpu_is_split", lambda: True)
+    monkeypatch.setattr(devices.jax, "devices", lambda: gpu)
+
+
+def test_seeds_batched_in_turns_and_in_threads_are_the_same_run(config, one_device, monkeypatch):
+    batched = run(config)
+    in_turns = run(config, seeds_per_batch=1)
+    monkeypatch.undo()
+    in_threads = run(config)
+    for other in (in_turns, in_threads):
+        for name in ("updates", "peak"):
+            np.testing.assert_array_equal(batched.params[name], other.params[name])
+        assert metrics(batched.folder) == metrics(other.folder)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "cores", "together"),
+    [(1, 8, 1), (2, 2, 2), (3, 2, 3), (4, 2, 2), (10, 2, 2), (10, 4, 5), (10, 64, 10)],
+)
+def test_on_a_cpu_so_many_seeds_train_at_once_that_no_core_idles(
+    config, monkeypatch, seeds, cores, together
+):
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(devices.jax, "devices", lambda: jax.local_devices()[:1] * 64)
+    monkeypatch.setattr(devices.jax, "make_mesh", lambda shape, *_, **__: shape)
+    lay = devices.layout(replace(config, seeds=tuple(range(seeds))))
+    assert lay.mesh == (together, 1) and lay.members_at_once == 1
+    one = devices.layout(replace(config, seeds=tuple(range(seeds)), seeds_per_batch=1))
+    assert one.mesh == (1, 1)
 
 
 @pytest.mark.parametrize(
     ("overrides", "runs_both"),
     [({"seeds": (7,)}, False), ({"seeds_per_batch": 1}, False), ({"seeds_per_batch": 3}, True)],
 )
-def test_a_seed_at_a_time_runs_one_branch_of_a_cond(config, overrides, runs_both):
+def test_a_seed_at_a_time_runs_one_branch_of_a_cond(config, one_device, overrides, runs_both):
     each_member = devices.layout(replace(config, **overrides)).each_member
 
     def one(x):
@@ -114,10 +141,11 @@ def test_a_seed_at_a_time_runs_one_branch_of_a_cond(config, overrides, runs_both
     assert ("select_n" in traced) == runs_both
 
 
-def test_sizes_that_do_not_divide_are_refused(config, monkeypatch):
+def test_sizes_that_do_not_divide_are_refused(config, one_device, monkeypatch):
     with pytest.raises(ConfigError, match="seeds_per_batch must divide the 3 seeds of a device"):
         run(config, seeds_per_batch=2)
-    monkeypatch.setattr(devices.jax, "device_count", lambda: 15)
+    gpus = 15 * devices.jax.devices()
+    monkeypatch.setattr(devices.jax, "devices", lambda: gpus)
     with pytest.raises(ConfigError, match="num_envs must be a multiple of 5, not 4"):
         run(config)
 

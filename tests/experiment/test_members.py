@@ -104,7 +104,7 @@ def test_members_in_batches_are_the_same_run(vary, whole):
     together, apart = whole, run(vary, seeds_per_batch=3)
     jax.tree.map(np.testing.assert_array_equal, together.params, apart.params)
     same_logs(together.folder, apart.folder)
-    with pytest.raises(ConfigError, match="must divide the 12 members of a device, not 5"):
+    with pytest.raises(ConfigError, match="must divide the 12 members, not 5"):
         run(vary, seeds_per_batch=5)
 
 
