@@ -146,7 +146,7 @@ def _cpu_is_split() -> bool:
 
 
 def _together(config: RunConfig) -> int:
-    """Return how many members train at once on a CPU: by default so many that no core idles."""
+    """Return how many members train at once on a CPU: by default enough to keep its cores busy."""
     number, cores = len(config.members), os.cpu_count() or 1
     fits = (n for n in range(min(number, cores), number + 1) if number % n == 0)
     return config.seeds_per_batch or next(fits)

@@ -115,7 +115,7 @@ def test_seeds_batched_in_turns_and_in_threads_are_the_same_run(config, one_devi
     ("seeds", "cores", "together"),
     [(1, 8, 1), (2, 2, 2), (3, 2, 3), (4, 2, 2), (10, 2, 2), (10, 4, 5), (10, 64, 10)],
 )
-def test_on_a_cpu_so_many_seeds_train_at_once_that_no_core_idles(
+def test_on_a_cpu_enough_seeds_train_at_once_to_keep_its_cores_busy(
     config, monkeypatch, seeds, cores, together
 ):
     monkeypatch.setattr(devices.os, "cpu_count", lambda: cores)

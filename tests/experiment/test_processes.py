@@ -81,8 +81,8 @@ def test_one_seed_over_two_tasks_of_a_slurm_step_is_the_same_run(tmp_path):
 
 def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
     chunks = 12  # a signal after the first checkpoint comes before they end
-    # Not COUNTED: so small a program runs as it is called, and no signal arrives while one process
-    # waits there for the other, which has stopped a chunk before.
+    # Not COUNTED: XLA runs so small a program inside the call. A process one chunk ahead would wait
+    # there for the other, and no signal could reach it.
     long = [*SHORT, "seeds=[0,1]", f"total_steps={64 * chunks}", f"num_evaluations={chunks}"]
     ends(begin_two([*long, f"results_dir={tmp_path / 'whole'}"]), 0)
     stopped = [*long, f"results_dir={tmp_path / 'stopped'}", "resume=auto"]
