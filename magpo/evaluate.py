@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magpo import tables
-from magpo.config import cli
-from magpo.config.schema import PositiveInt, Seed, UserPath
+from magpo import commands, tables
 from magpo.contract import Algorithm
 from magpo.report.console import member_table
 from magpo.runs import policy
 from magpo.types import Array, Environment, TimeStep
+from magpo.values import PositiveInt, Seed, UserPath
 
 BATCH = 1024  # episodes of a member that `python -m magpo.evaluate` plays at once
 
@@ -113,7 +112,7 @@ usage: python -m magpo.evaluate run=<folder> [key=value ...]
 
 def main() -> None:
     """Run `python -m magpo.evaluate run=<folder> [key=value ...]`."""
-    cli.command(USAGE, _main)
+    commands.run(USAGE, _main)
 
 
 def _main(

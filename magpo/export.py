@@ -19,10 +19,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from magpo.config import cli
-from magpo.config.schema import NonNegativeInt, Seed, UserPath
+from magpo import commands
 from magpo.runs.policy import TrainedPolicy, load_policy
 from magpo.types import Array, Observation
+from magpo.values import NonNegativeInt, Seed, UserPath
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 USAGE = """\
@@ -86,7 +86,7 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Run `python -m magpo.export run=<folder>`."""
-    cli.command(USAGE, _main)
+    commands.run(USAGE, _main)
 
 
 def _main(

@@ -10,6 +10,8 @@ from typing import IO, Any
 
 import yaml
 
+from magpo.errors import ConfigError
+
 # The errors that reading a damaged file raises.
 UNREADABLE = (
     *(OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
@@ -53,6 +55,16 @@ def printing() -> Iterator[None]:
         if not isinstance(error, BrokenPipeError):
             complain(f"error: standard output cannot be written: {error.strerror}")
         sys.exit(1)
+
+
+@contextmanager
+def exit_on_config_error() -> Iterator[None]:
+    """Turn a ConfigError into one line on stderr and exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        complain("error: " + " ".join(str(error).split()))
+        sys.exit(2)
 
 
 def flush_output() -> None:

@@ -8,7 +8,7 @@ one names it. Nothing is imported because a folder says so.
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -39,7 +39,7 @@ _plugins: list[Plugin] = []
 _modules: dict[Path, ModuleType] = {}  # made from files
 
 
-def load(imports: Sequence[str] = ()) -> None:
+def load(imports: Iterable[str] = ()) -> None:
     """Import installed plugins and those named, once each. Raises ConfigError."""
     _load_installed()
     for name in imports:
@@ -145,7 +145,7 @@ def system(name: str, imports: Mapping[str, str] | None = None) -> ModuleType:
     """
     found = {system_name(p.module): p.module for p in _plugins if p.is_system}
     own = found.get(name)
-    if name in of_package() and not (own and _as_recorded(own, imports or {})):
+    if name in of_package() and not (own and _name(own) in (imports or {})):
         return import_module(f"magpo.systems.{name}")
     if own is None:
         raise registry.unknown("system", name, systems())
@@ -173,21 +173,12 @@ def require(imports: Mapping[str, str], own: ModuleType | None = None) -> list[s
     `own` is the system's module, where that is given.
     """
     modules = [*(plugin.module for plugin in _plugins), *([own] if own else [])]
-    present = {recorded for module in modules if (recorded := _as_recorded(module, imports))}
+    hashes = {_name(module): _hash(module) for module in modules}
     for name in imports:
-        if name not in present:
+        if name not in hashes:
             where = "<its folder>/" if name.endswith(".py") else ""
             raise ConfigError(f"the run needs {name}, which is not imported: import={where}{name}")
-    hashes = {_hash(module) for module in modules}
-    return [name for name, digest in imports.items() if digest not in hashes]
-
-
-def _as_recorded(module: ModuleType, imports: Mapping[str, str]) -> str | None:
-    """Return the name under which a run recorded a module; None if it did not."""
-    name, digest = _name(module), _hash(module)
-    if name in imports:
-        return name
-    return next((recorded for recorded, other in imports.items() if other == digest), None)
+    return [name for name, digest in imports.items() if digest != hashes[name]]
 
 
 def _name(module: ModuleType) -> str:

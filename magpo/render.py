@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from magpo import envs
-from magpo.config import cli
-from magpo.config.schema import PositiveInt, Seed, UserPath
+from magpo import commands, envs
 from magpo.envs.wrappers import random_action
 from magpo.errors import ConfigError
 from magpo.runs import policy
 from magpo.types import Environment
+from magpo.values import PositiveInt, Seed, UserPath
 
 USAGE = """\
 usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
@@ -112,7 +111,7 @@ def write_html(path: Path, env: Any, episode: Episode) -> None:
 
 def main() -> None:
     """Run `python -m magpo.render`."""
-    cli.command(USAGE, _main)
+    commands.run(USAGE, _main)
 
 
 def _main(

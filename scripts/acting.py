@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from magpo import tables
-from magpo.config import cli
+from magpo import commands, tables
 from magpo.networks.autoregressive import init_joint
 from magpo.networks.mat import MAT
 from magpo.networks.sable import Sable
@@ -94,4 +93,4 @@ def main(table: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

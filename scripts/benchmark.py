@@ -44,14 +44,19 @@ from jax.extend.core import jaxpr_as_fun  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from magpo import (  # noqa: E402
+    commands,
+    contract,
+    experiment,
+    plugins,
+)
 from magpo import config as configuration  # noqa: E402
-from magpo import contract, experiment, plugins  # noqa: E402
-from magpo.config import cli  # noqa: E402
-from magpo.config.schema import PositiveInt, RunConfig  # noqa: E402
+from magpo.config.schema import RunConfig  # noqa: E402
 from magpo.contract import Algorithm  # noqa: E402
 from magpo.envs.wrappers import AutoReset  # noqa: E402
 from magpo.report import writer  # noqa: E402
 from magpo.types import Array, Environment  # noqa: E402
+from magpo.values import PositiveInt  # noqa: E402
 
 IMPORTED = time.perf_counter()
 wait: Any = jax.block_until_ready
@@ -309,4 +314,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

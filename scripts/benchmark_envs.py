@@ -18,8 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from magpo import envs, tables
-from magpo.config import cli
+from magpo import commands, envs, tables
 from magpo.envs.wrappers import AutoReset
 from magpo.types import Array, action_spec
 
@@ -200,4 +199,4 @@ def main(table: Path, *tasks: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

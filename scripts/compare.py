@@ -16,9 +16,8 @@ from typing import Any
 
 import jax
 
-from magpo import config, contract, experiment, plugins, tables
-from magpo.config import cli
-from magpo.config.schema import PositiveInt
+from magpo import commands, config, contract, experiment, plugins, tables
+from magpo.values import PositiveInt
 
 wait: Any = jax.block_until_ready
 
@@ -68,4 +67,4 @@ def main(table: Path, system: str, *others: str, rounds: PositiveInt = 20) -> No
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

@@ -22,10 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from magpo import tables
-from magpo.config import cli
-from magpo.config.schema import PositiveInt
+from magpo import commands, tables
 from magpo.errors import ConfigError
+from magpo.values import PositiveInt
 
 FIGURE = re.compile(r"([\d.,]+)([kMG]?) steps/s|steps per second\W+([\d.,]+)", re.IGNORECASE)
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
@@ -120,4 +119,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from magpo import config
-from magpo.config import cli
-from magpo.config.schema import PositiveInt
+from magpo import commands, config
 from magpo.runs import checkpoint
+from magpo.values import PositiveInt
 
 
 def start(system: str, *overrides: str) -> subprocess.Popen[str]:
@@ -129,4 +128,4 @@ def compare(whole: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

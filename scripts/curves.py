@@ -22,8 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from magpo import tables
-from magpo.config import cli
+from magpo import commands, tables
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 
@@ -112,4 +111,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

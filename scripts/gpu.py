@@ -33,10 +33,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from magpo import config, contract, experiment, plugins, tables
-from magpo.config import cli
-from magpo.config.schema import PositiveFloat
+from magpo import commands, config, contract, experiment, plugins, tables
 from magpo.types import spec
+from magpo.values import PositiveFloat
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -242,4 +241,4 @@ def main(folder: Path, minutes: PositiveFloat = 9.0, *, only_numerics: bool = Fa
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

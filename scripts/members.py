@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from magpo import config, tables
-from magpo.config import cli
+from magpo import commands, config, tables
 from magpo.config.members import text
 
 
@@ -70,4 +69,4 @@ def main(table: Path, system: str, *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

@@ -39,11 +39,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from magpo.config import cli
-from magpo.config.schema import PositiveInt
+from magpo import commands
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 from magpo.report import curve
+from magpo.values import PositiveInt
 
 GPAE = curve.PUBLISHED.with_name("gpae_table2.csv")
 WIN_RATE_SUITES = {"smax", "connector"}
@@ -511,4 +511,4 @@ def main(results: Path, *more: str, out: Path, reps: PositiveInt = 10000) -> Non
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

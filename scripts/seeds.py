@@ -14,9 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from magpo import config, tables
-from magpo.config import cli
-from magpo.config.schema import PositiveInt
+from magpo import commands, config, tables
+from magpo.values import PositiveInt
 
 BENCHMARK = str(Path(__file__).with_name("benchmark.py"))
 
@@ -60,4 +59,4 @@ def main(table: Path, system: str, *overrides: str, number: PositiveInt = 10) ->
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

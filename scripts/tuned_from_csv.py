@@ -12,7 +12,7 @@ left out: budget/ has them. IPPO's rows are MAPPO's.
 import csv
 from pathlib import Path
 
-from magpo.config import cli
+from magpo import commands
 
 TABLE = Path(__file__).parent / "published" / "tuned_hyperparameters.csv"
 TUNED = Path(__file__).parents[1] / "configs" / "tuned_values"
@@ -61,4 +61,4 @@ def main(table: Path = TABLE) -> None:
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

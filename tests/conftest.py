@@ -47,11 +47,11 @@ def refused(monkeypatch, capsys):
     """Call a script with a command line that it refuses; its one line that says why."""
 
     def call(script, *arguments):
-        from magpo.config import cli  # not before the variables above are set
+        from magpo import commands  # not before the variables above are set
 
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.command(script.__doc__, script.main)
+            commands.run(script.__doc__, script.main)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
         return err

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from magpo.config import cli
-from magpo.config.schema import PositiveInt
+from magpo import commands
+from magpo.values import PositiveInt
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 WHOLE = (Path("a.csv"), "magpo", ("env=lbf/x", "system.lr=[1]"), 3, True)
@@ -29,7 +29,7 @@ def closed(folder: Path = Path("results"), *, rounds: PositiveInt = 20) -> None:
 def call(monkeypatch, function, *arguments):
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     found.clear()
-    cli.command("the usage", function)
+    commands.run("the usage", function)
     return found
 
 
@@ -62,7 +62,7 @@ def test_what_goes_through_is_as_it_was_written(monkeypatch):
 @pytest.mark.parametrize(
     ("function", "arguments", "line"),
     [
-        (main, ["a.csv"], "system=<...> is missing"),
+        (main, ["a.csv"], "system is missing"),
         (main, ["a.csv", "magpo", "rounds=0"], "rounds must be greater than 0, not 0"),
         (main, ["a.csv", "magpo", "quick=1"], "quick must be a valid boolean, not 1"),
         (closed, ["here", "there"], "cannot read 'there': write key=value"),
@@ -92,7 +92,7 @@ def test_a_scripts_help_has_its_keys(script, monkeypatch, capsys):
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
-    cli.command(module.__doc__, module.main)
+    commands.run(module.__doc__, module.main)
     text = capsys.readouterr().out
     assert f"python scripts/{script.name}" in text
     for key, parameter in inspect.signature(module.main).parameters.items():
@@ -105,7 +105,7 @@ def timed(monkeypatch, table, first, second):
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.syspath_prepend(SCRIPTS[0].parent)
     script = importlib.import_module("compare_peer")
-    cli.command(script.__doc__, script.main)
+    commands.run(script.__doc__, script.main)
 
 
 PRINT = "import time\nfor i in range(3): print({!r}, flush=True); time.sleep(0.01)"

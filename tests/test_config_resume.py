@@ -10,8 +10,13 @@ import yaml
 
 from magpo import config
 from magpo.errors import ConfigError
+from magpo.systems import magpo
 
 SMALL = ("env=coordsum/3x10-30", "num_envs=8", "env.time_limit=7", "system.delta=1.2")
+
+
+def read(file):
+    return config.from_values(magpo, config.plain_values(file), file)
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def saved(tmp_path):
 
 def test_what_is_dumped_is_read_back(saved):
     folder, run = saved
-    assert config.read("magpo", folder / "config.yaml") == run
+    assert read(folder / "config.yaml") == run
 
 
 def test_resume_takes_the_configuration_of_the_run(saved):
@@ -104,12 +109,12 @@ def test_mutated_configs_are_refused_or_mean_what_they_say(saved):
             lines[at] = lines[at][:middle] + rng.choice("\t:-{[&*!%@\x00z9") + lines[at][middle:]
         file.write_text("\n".join(lines))
         try:
-            read = config.read("magpo", file)
+            found = read(file)
         except ConfigError:
             refused += 1
             continue
         shown_only = ("logger", "results_dir", "keep", "checkpoint_share")
-        changed = {key for key in before if config.dump(read)[key] != before[key]}
-        assert bool(config.differences(before, config.dump(read))) == bool(changed - {*shown_only})
+        changed = {key for key in before if config.dump(found)[key] != before[key]}
+        assert bool(config.differences(before, config.dump(found))) == bool(changed - {*shown_only})
     assert refused > 100
     assert not Path("owned").exists()

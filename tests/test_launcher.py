@@ -73,4 +73,6 @@ def test_flags_that_exclude_each_other_are_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         printed(monkeypatch, capsys, "--multirun", "--cfg", "job", *SHORT)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: --multirun and --cfg do not go together\n"
+    assert capsys.readouterr().err == (
+        "error: argument --cfg/-c: not allowed with argument --multirun/-m: see --help\n"
+    )

@@ -12,15 +12,15 @@ SEVEN = {"make", "init", "train_chunk", "policy_params", "initial_carry", "act",
 # Modules and packages of magpo, the lowest layer first: each imports from those before it, and a
 # package's own modules from one another.
 LAYERS = [
-    *("errors", "types", "files", "tables", "metrics", "optimiser"),
+    *("errors", "types", "values", "files", "tables", "metrics", "optimiser"),
     *("envs", "networks", "contract", "plugins"),
-    *("config", "hardware", "report", "runs"),
+    *("config", "commands", "hardware", "report", "runs"),
     *("evaluate", "experiment", "export", "render", "systems", "__main__"),
 ]
 # What a system, which people copy, may use.
 FOR_SYSTEMS = {
-    *("config", "contract", "envs", "errors", "experiment", "metrics", "networks", "optimiser"),
-    *("plugins", "tables", "types"),
+    *("commands", "contract", "envs", "errors", "experiment", "metrics", "networks", "optimiser"),
+    *("plugins", "tables", "types", "values"),
 }
 
 

@@ -1,29 +1,26 @@
-"""The command lines: a system's own, and what `python -m magpo.evaluate` and others share."""
+"""A system's command line: overrides, and a few of Hydra's flags."""
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import make_dataclass, replace
-from inspect import Parameter, signature
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_type_hints
 
-import jax
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from magpo import plugins
 from magpo.config import compose
-from magpo.config.schema import RunConfig, dump, unknown_key, validate
+from magpo.config.schema import RunConfig, dump, nested
 from magpo.contract import float_names
 from magpo.envs import registry
 from magpo.errors import ConfigError
-from magpo.files import complain, printing
+from magpo.files import exit_on_config_error
 
 Run = Callable[[ModuleType, RunConfig], object]
 
@@ -32,14 +29,14 @@ def main(system: str | ModuleType, run: Run, config_dir: Path | None = None) -> 
     """Run the command line of a system: its arguments are overrides and a few of Hydra's flags.
 
     Without flags this is `run(module, config.load(system, arguments))`: no Hydra application, no
-    outputs/ folder, no change of folder or of logging. --help and --cfg job are ours; --multirun,
-    --info and shell completion are Hydra's. All jobs of a --multirun are checked before the first
+    outputs/ folder, no change of folder or of logging. --help and --cfg job are ours; --multirun
+    and shell completion are Hydra's. All jobs of a --multirun are checked before the first
     starts; its record and a launcher's files go to <results_dir>/sweeps/. A ConfigError, also one
     that `run` raises, ends the process with its line on stderr and exit code 2.
     """
     arguments = sys.argv[1:]
     with exit_on_config_error():
-        plugins.load(compose.split_imports(arguments)[0])
+        compose.load_imports(arguments)
         module = plugins.system(system) if isinstance(system, str) else system
         if {"-h", "--help"} & set(arguments):
             print(_help(*compose.locate(module, config_dir)))
@@ -49,91 +46,7 @@ def main(system: str | ModuleType, run: Run, config_dir: Path | None = None) -> 
             run(module, compose.load(module, arguments, config_dir))
 
 
-@printing()
-def command(usage: str | None, run: Callable[..., object]) -> None:
-    """Call a function with the command line's arguments, checked by the types of its parameters, or
-    print the usage: with --help, and where arguments are needed and there are none.
-
-    A parameter is a key; --key is short for key=true, and words without "=" are the positional
-    parameters. What belongs to none goes to the function's *args as it is. Keys below `env` go to
-    the parameter `options`, those below `vary` to `vary`; `import=` imports plugins.
-    """
-    arguments, bound = sys.argv[1:], signature(run).bind_partial()
-    parameters = bound.signature.parameters
-    rest = {key for key, p in parameters.items() if p.kind is p.VAR_POSITIONAL}
-    required = [key for key, p in parameters.items() if p.default is p.empty and key not in rest]
-    if {"-h", "--help"} & set(arguments) or (required and not arguments):
-        print(str(usage).strip())
-        return
-    jax.config.update("jax_enable_x64", False)
-    with exit_on_config_error():
-        try:
-            imports, own = compose.split_imports(arguments)
-            plugins.load(imports)
-            given = _given(arguments if rest else own, parameters)
-            if missing := [key for key in required if key not in given]:
-                raise ConfigError(f"{missing[0]}=<...> is missing")
-            types = get_type_hints(run, include_extras=True)
-            others = {key: given.pop(key) for key in rest & given.keys()}
-            schema = make_dataclass("Arguments", [(key, types[key]) for key in given])
-            bound.arguments.update(vars(validate(schema, given)), **others)
-            run(*bound.args, **bound.kwargs)
-        except OSError as error:
-            if error.filename is None:  # standard output
-                raise
-            raise ConfigError(str(error)) from error
-
-
-def _given(arguments: Sequence[str], parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-    """Return the values of the arguments by the parameters that they belong to."""
-    rest = [key for key, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
-    words = [key for key, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    known = [key for key in parameters if key not in rest]
-    given: dict[str, Any] = {}
-    for argument in arguments:
-        text = f"{argument[2:]}=true" if argument.startswith("--") else argument
-        if "=" not in text and (free := [key for key in words if key not in given]):
-            given[free[0]] = text
-        elif rest and text.partition("=")[0] not in known:
-            given[rest[0]] = (*given.get(rest[0], ()), text)
-        else:
-            key, value = compose.parse(text)
-            group, _, option = key.partition(".")
-            group = {"env": "options", "vary": "vary"}.get(group, "")
-            if option and group in known:
-                given[group] = given.get(group, {}) | {option: value}
-            elif key not in known:
-                raise ConfigError(unknown_key(key, [*known, "import"]))
-            else:
-                given[key] = value
-    return given
-
-
-@contextmanager
-def exit_on_config_error() -> Iterator[None]:
-    """Turn a ConfigError into one line on stderr and exit code 2."""
-    try:
-        yield
-    except ConfigError as error:
-        complain("error: " + " ".join(str(error).split()))
-        sys.exit(2)
-
-
 class _Parser(argparse.ArgumentParser):
-    """Hydra's flags, of which some exclude others."""
-
-    def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-        self.add_argument("overrides", nargs="*")
-        self.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
-        self.add_argument("--multirun", "-m", action="store_true")
-        self.add_argument("--run", "-r", action="store_true")
-        self.add_argument("--resolve", action="store_true")
-        self.add_argument("--shell-completion", "-sc", action="store_true")
-        self.add_argument("--hydra-help", "-hh", action="store_true")
-        self.add_argument("--info", "-i", nargs="?", const="all")
-        self.add_argument("--package", "-p")
-
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}: see --help")
 
@@ -142,16 +55,15 @@ def _with_flags(
     arguments: Sequence[str], module: ModuleType, run: Run, config_dir: Path | None
 ) -> None:
     """Print the configuration, or hand the arguments to Hydra, all its jobs checked."""
-    flags, unknown = _Parser().parse_known_intermixed_args(arguments)
-    if unknown:
-        raise ConfigError(f"unknown flag {unknown[0]!r}: see --help")
-    exclusive = ("run", "multirun", "cfg", "info", "shell_completion", "hydra_help")
-    if len(modes := [f"--{flag}" for flag in exclusive if getattr(flags, flag)]) > 1:
-        raise ConfigError(f"{' and '.join(modes)} do not go together")
-    if (flags.resolve or flags.package) and not flags.cfg:
-        raise ConfigError("--resolve and --package go with --cfg")
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    modes.add_argument("--multirun", "-m", action="store_true")
+    modes.add_argument("--shell-completion", "-sc", action="store_true")
+    flags = parser.parse_intermixed_args(arguments)
     jobs = []
-    if not (flags.hydra_help or flags.shell_completion):
+    if not flags.shell_completion:
         jobs = [compose.load(module, job, config_dir) for job in _jobs(flags.overrides)]
     if any(job.resume not in (None, "auto") for job in jobs):
         raise ConfigError("resume=<folder> goes without flags; a sweep has resume=auto")
@@ -218,8 +130,7 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
 def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str, Any]:
     """Return the configuration from which Hydra knows the keys, the groups and its own settings."""
     defaults = compose.defaults(name, folders)
-    budget = compose.read_option(folders, "budget", defaults.budget)
-    values = {str(key): value for key, value in compose.merged(defaults, budget).items()}
+    values = nested(defaults | compose.read_option(folders, "budget", defaults["budget"]))
     chosen = [{group: values.pop(group)} for group in compose.GROUPS]
     known = {option for task in registry.tasks() for option in registry.options(task)}
     values["import"] = []

@@ -2,14 +2,15 @@
 
 `load("magpo", ["env=rware/tiny-4ag", "system.clip_eps=0.1"])` merges, later over earlier,
 configs/experiment.yaml, configs/<system>.yaml, the task, the budget, the logger, the task's tuned
-values and the overrides, key=value in Hydra's grammar. Values live there and nowhere else.
+values and the overrides, key=value in Hydra's grammar. Values live there and nowhere else; here
+they have dotted names.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -18,10 +19,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from magpo import files, plugins
-from magpo.config.schema import OF_THIS_PROCESS, RunConfig, check, dump, plain_values, unknown_key
+from magpo.config.schema import (
+    OF_THIS_PROCESS,
+    RunConfig,
+    check,
+    dump,
+    flat,
+    plain_values,
+)
 from magpo.envs import registry
 from magpo.errors import ConfigError
+from magpo.values import unknown_key
 
+Values = dict[str, Any]
 GROUPS = ("budget", "logger")  # folders of files to choose from, by budget=quick
 
 
@@ -34,95 +44,87 @@ def load(
     YAML has the module's name and lies beside it, or in `config_dir`. That folder may hold budget/,
     logger/ and tuned_values/ files too. Raises ConfigError.
     """
-    imports, others = split_imports(overrides)
-    plugins.load(imports)
+    load_imports(overrides)
     module = plugins.system(system) if isinstance(system, str) else system
     name, folders = locate(module, config_dir)
-    changes = dict(map(parse, others))
-    resume = changes.get("resume")
-    if resume in (None, "auto"):
+    changes = dict(parse(text) for text in overrides if not text.startswith("import="))
+    if changes.get("resume") in (None, "auto"):
         about, values = _new(name, folders, changes)
-    elif isinstance(resume, str):
-        about, values = _resumed(module, folders, Path(resume).expanduser(), changes)
     else:
-        raise ConfigError(f"resume must be a run's folder or auto, not {resume!r}")
-    own = {k: v for k, v in changes.items() if k not in ("env", "tuned", *GROUPS)}
-    known = list(_keys(OmegaConf.to_container(values)))
+        about, values = _resumed(module, folders, changes)
+    own = flat({key: changes[key] for key in changes if key not in ("env", "tuned", *GROUPS)})
     for key in own:
-        if key not in known and not key.startswith("vary."):
-            raise _unknown(key, name, known, folders)
+        if key not in values and not key.startswith("vary."):
+            raise _unknown(key, name, values, folders)
+    tree = OmegaConf.create()
     try:
-        for key, value in own.items():
-            OmegaConf.update(values, key, value, merge=False)
-        resolved: Any = OmegaConf.to_container(values, resolve=True)
+        for key, value in (values | own).items():
+            OmegaConf.update(tree, key, value, merge=False)
+        resolved: Any = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(str(error).partition("\n")[0]) from error
     about["imports"] = plugins.needed_by(module, about["env"])
     return check(module, resolved | {"run": about})
 
 
-def split_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate the values of `import=`, which may be given several times, from other arguments.
-
-    Raises ConfigError.
-    """
-    imports: list[str] = []
-    for text in (text for text in arguments if text.startswith("import=")):
-        _, value = parse(text)
-        imports += value if isinstance(value, list) else [value]
-    if wrong := [value for value in imports if not isinstance(value, str)]:
-        raise ConfigError(f"import must be a file or a module, not {wrong[0]!r}")
-    return imports, [text for text in arguments if not text.startswith("import=")]
+def load_imports(arguments: Sequence[str]) -> None:
+    """Import installed plugins, and what arguments name by `import=`, which may be given several
+    times. Raises ConfigError."""
+    values = [parse(text)[1] for text in arguments if text.startswith("import=")]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    plugins.load(map(str, names))
 
 
-def defaults(name: str, folders: Sequence[Path]) -> DictConfig:
+def defaults(name: str, folders: Sequence[Path]) -> Values:
     """Return the values of experiment.yaml and of the system's own file over them."""
-    return merged(read_option(folders, "experiment"), read_option(folders, name))
+    return read_option(folders, "experiment") | read_option(folders, name)
 
 
-def _new(
-    name: str, folders: Sequence[Path], chosen: Mapping[str, Any]
-) -> tuple[dict[str, Any], DictConfig]:
+def _new(name: str, folders: Sequence[Path], chosen: Values) -> tuple[Values, Values]:
     """Return what is said of a new run, and its values before its other overrides."""
     values = defaults(name, folders)
     if "env" not in chosen:
         suites = ", ".join(registry.suites())
         raise ConfigError(f"no task chosen: write env=<suite>/<task>, of {suites}")
     task = str(chosen["env"])
-    values["env"] = registry.options(task)
+    values |= flat(registry.options(task), "env.")
     budget, logger, tuned = (chosen.get(key, values.pop(key)) for key in (*GROUPS, "tuned"))
     if type(tuned) is not bool:
         raise ConfigError(f"tuned must be true or false, not {tuned!r}")
-    values["logger"] = _logger(folders, logger)
-    values = merged(values, read_option(folders, "budget", budget))
+    values |= _logger(folders, logger) | read_option(folders, "budget", budget)
     tuned = tuned and find(folders, f"tuned_values/{name}/{task}") is not None
     if tuned:
-        values = merged(values, read_option(folders, "tuned_values", f"{name}/{task}"))
+        values |= read_option(folders, "tuned_values", f"{name}/{task}")
     return {"system": name, "env": task, "budget": budget, "tuned": tuned}, values
 
 
-def _resumed(
-    module: ModuleType, folders: Sequence[Path], folder: Path, chosen: Mapping[str, Any]
-) -> tuple[dict[str, Any], DictConfig]:
-    """Return what is said of the run in `folder`, and its values."""
-    if not os.path.isfile(folder / "config.yaml"):  # False for any text, unlike Path.is_file
-        raise ConfigError(f"resume={folder}: no run there (it has no config.yaml); or resume=auto")
-    values = dump(read(module, folder / "config.yaml"))
+def _resumed(module: ModuleType, folders: Sequence[Path], chosen: Values) -> tuple[Values, Values]:
+    """Return what is said of the run in the folder `resume`, and its values."""
+    resume = chosen["resume"]
+    if not isinstance(resume, str):
+        raise ConfigError(f"resume must be a run's folder or auto, not {resume!r}")
+    file = Path(resume).expanduser() / "config.yaml"
+    if not os.path.isfile(file):  # False for any text, unlike Path.is_file
+        raise ConfigError(f"resume={resume}: no run there (it has no config.yaml); or resume=auto")
+    values = dump(from_values(module, plain_values(file), file))
     about = values.pop("run") | {k: chosen[k] for k in ("budget", "tuned") if k in chosen}
     if (task := chosen.get("env", about["env"])) != about["env"]:
-        raise ConfigError(f"resume={folder}: is a run on {about['env']}, not on {task}")
-    if "logger" in chosen:
-        values["logger"] = _logger(folders, chosen["logger"])
-    return about, OmegaConf.create(values | OF_THIS_PROCESS)
+        raise ConfigError(f"resume={resume}: is a run on {about['env']}, not on {task}")
+    logger = _logger(folders, chosen["logger"]) if "logger" in chosen else {}
+    return about, flat(values | OF_THIS_PROCESS) | logger
 
 
-def _unknown(key: str, name: str, known: Sequence[str], folders: Sequence[Path]) -> ConfigError:
+def _logger(folders: Sequence[Path], option: Any) -> Values:
+    """Return the default logger's values and those that the chosen one changes."""
+    values = read_option(folders, "logger", "default") | read_option(folders, "logger", option)
+    return flat(values, "logger.")
+
+
+def _unknown(key: str, name: str, known: Values, folders: Sequence[Path]) -> ConfigError:
     """The error for a key that is not the system's: which other systems of the package have it."""
-    files = {other: find(folders, other) for other in plugins.of_package()}
-    if owners := [other for other, file in files.items() if file and key in _keys(_yaml(file))]:
-        return ConfigError(
-            f"{key!r} is a key of {', '.join(owners)}, not of {name}; --help lists all"
-        )
+    systems = [other for other in plugins.of_package() if find(folders, other)]
+    if owners := [other for other in systems if key in read_option(folders, other)]:
+        return ConfigError(f"{key!r} is a key of {', '.join(owners)}, not of {name}")
     return ConfigError(unknown_key(key, [*known, "env", "tuned", "import", *GROUPS]))
 
 
@@ -165,12 +167,6 @@ def option_names(folders: Sequence[Path], group: str) -> list[str]:
     return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
 
 
-def read(system: str | ModuleType, file: Path) -> RunConfig:
-    """Read a run's config.yaml and check it like a new one. Raises ConfigError."""
-    module = plugins.system(system) if isinstance(system, str) else system
-    return from_values(module, plain_values(file), file)
-
-
 def from_values(module: ModuleType, values: Any, source: Path) -> RunConfig:
     """Make a run's configuration of the plain values of `dump`. Raises ConfigError."""
     name = plugins.system_name(module)
@@ -185,45 +181,25 @@ def from_values(module: ModuleType, values: Any, source: Path) -> RunConfig:
         raise ConfigError(f"{source}: {error}") from error
 
 
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all values and groups of values."""
-    for key, value in node.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{key}.")
-
-
 def find(folders: Sequence[Path], name: str) -> Path | None:
     """Return the file `name`.yaml of the first folder that has it."""
     paths = (folder / f"{name}.yaml" for folder in folders)
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
-def read_option(folders: Sequence[Path], *path: Any) -> DictConfig:
-    """Read the YAML file of this name, "experiment", or group and option, ("budget", "quick")."""
-    if file := find(folders, "/".join(map(str, path))):
-        return _yaml(file)
-    group, option = map(str, path)
-    raise registry.unknown(group, option, option_names(folders, group))
+def read_option(folders: Sequence[Path], *path: Any) -> Values:
+    """Read the YAML file of this name, "experiment", or group and option, ("budget", "quick").
 
-
-def _yaml(file: Path) -> DictConfig:
+    Raises ConfigError.
+    """
+    file = find(folders, "/".join(map(str, path)))
+    if file is None:
+        group, option = map(str, path)
+        raise registry.unknown(group, option, option_names(folders, group))
     try:
         values = OmegaConf.load(file)
     except files.UNREADABLE as error:
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
     if not isinstance(values, DictConfig) or "defaults" in values:
         raise ConfigError(f"{file}: must be keys and values, without a list of defaults")
-    return values
-
-
-def _logger(folders: Sequence[Path], option: Any) -> DictConfig:
-    """Return the default logger's values and those that the chosen one changes."""
-    return merged(read_option(folders, "logger", "default"), read_option(folders, "logger", option))
-
-
-def merged(*values: DictConfig) -> DictConfig:
-    """Return values group by group, later over earlier."""
-    merged = OmegaConf.merge(*values)
-    assert isinstance(merged, DictConfig)
-    return merged
+    return flat(cast(Values, OmegaConf.to_container(values)))

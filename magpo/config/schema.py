@@ -1,35 +1,34 @@
 """A run's configuration as frozen dataclasses, and how plain values are checked."""
 
 import json
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
 import jax
 import numpy as np
 import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    GetPydanticSchema,
-    TypeAdapter,
-    ValidationError,
-)
-from pydantic_core import ErrorDetails
+from pydantic import Field, GetPydanticSchema
 
 from magpo import contract
 from magpo.config import members
 from magpo.config.members import Member, Setting
 from magpo.contract import AlgorithmConfig
-from magpo.errors import ConfigError, nearest
+from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
+from magpo.values import (
+    Integer,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UserPath,
+    unknown_key,
+    validate,
+)
 
-T = TypeVar("T")
 # In C: faster, but deep nesting, which takes a long text, overflows its stack.
 FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # The keys that are no part of a run, and so not in its config.yaml.
@@ -38,25 +37,6 @@ OF_THIS_PROCESS: dict[str, Any] = {
     "allow_changes": [],
     "distributed": {"coordinator": None, "num_processes": None, "process_id": None},
 }
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value  # 2e7 steps
-
-
-PositiveInt = Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=2**31)]
-NonNegativeInt = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**31)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home folder
-Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**32)]
-
-
-def must_divide(key: str, value: int, of: str, number: int) -> None:
-    """Raise ValueError where `value`, set by `key`, does not divide `number`, named `of`."""
-    if number % value:
-        raise ValueError(f"{key} must divide {of} = {number}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -79,22 +59,16 @@ class LoggerConfig:
 class DistributedConfig:
     """This process among several; all None where SLURM says it, or there is but one."""
 
-    coordinator: str | None  # host:port of process 0
+    coordinator: Annotated[str, Field(pattern=r".:\d+$")] | None  # host:port of process 0
     num_processes: PositiveInt | None
     process_id: NonNegativeInt | None
 
     def __post_init__(self) -> None:
-        if self.coordinator is None and self.num_processes is None and self.process_id is None:
-            return
-        if self.coordinator is None or self.num_processes is None or self.process_id is None:
+        given = [value is not None for value in vars(self).values()]
+        if any(given) != all(given):
             raise ValueError("needs coordinator, num_processes and process_id, or none of them")
-        if not re.fullmatch(r".+:\d+", self.coordinator):
-            raise ValueError(f"coordinator must be host:port, not {self.coordinator!r}")
-        if self.process_id >= self.num_processes:
-            raise ValueError(
-                f"process_id must be below num_processes={self.num_processes}, "
-                f"not {self.process_id}"
-            )
+        if all(given) and self.process_id not in range(self.num_processes or 0):
+            raise ValueError(f"process_id must be below num_processes, not {self.process_id}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +82,7 @@ class RunConfig:
     seeds: tuple[Seed, ...]
     vary: dict[str, tuple[float | None, ...]]  # by dotted key: {"system.delta": (1.1, 1.2)}
     seeds_per_batch: PositiveInt | None  # members trained at once on a device, or on the CPU
-    total_steps: Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=10**15)]  # as asked for
+    total_steps: Annotated[Integer, Field(gt=0, lt=10**15)]  # as asked for
     num_envs: PositiveInt
     rollout_length: PositiveInt
     num_evaluations: PositiveInt
@@ -135,25 +109,19 @@ class RunConfig:
                 raise ValueError(
                     f"vary.{key} must be one or more different values, not {list(values)}"
                 )
-        if self.steps_per_update >= 2**31:
-            raise ValueError(
-                "num_envs * rollout_length, the steps of an update, must be below "
-                f"{2**31}, not {self.num_envs} * {self.rollout_length}"
-            )
+        steps = self.steps_per_update
+        if steps >= 2**31:
+            raise ValueError(f"num_envs * rollout_length must be below {2**31}, not {steps}")
         if self.updates_per_chunk == 0:
-            needed = self.num_evaluations * self.steps_per_update
-            fewer = self.total_steps // self.steps_per_update
-            lower = f" or num_evaluations at most {fewer}" if fewer else ""
             raise ValueError(
-                f"total_steps must be at least {needed}{lower}, not {self.total_steps}: an update "
-                f"takes num_envs * rollout_length = {self.steps_per_update} steps, and each of the "
-                f"{self.num_evaluations} evaluations follows one"
+                f"total_steps must be at least {self.num_evaluations * steps}, not "
+                f"{self.total_steps}: an update, of num_envs * rollout_length = {steps} steps, "
+                f"before each of num_evaluations = {self.num_evaluations}"
             )
         if self.num_updates >= 2**31:
             raise ValueError(
-                f"total_steps must be below {2**31 * self.steps_per_update}, not "
-                f"{self.total_steps}: an update takes num_envs * rollout_length = "
-                f"{self.steps_per_update} steps, and there can be {2**31 - 1} updates"
+                f"total_steps must be below {2**31 * steps}, not {self.total_steps}: "
+                f"2**31 updates of num_envs * rollout_length = {steps} steps"
             )
 
     @property
@@ -247,27 +215,30 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries by their dotted names."""
+    """Return the leaves of nested dictionaries by their dotted names; an empty one is a leaf."""
     leaves: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        leaves |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        is_group = isinstance(value, Mapping) and value
+        leaves |= flat(value, f"{name}.") if is_group else {name: value}
     return leaves
 
 
-def check(module: ModuleType, values: dict[str, Any]) -> RunConfig:
+def check(module: ModuleType, values: Mapping[str, Any]) -> RunConfig:
     """Make dataclasses of values under the names of `dump`. Raises ConfigError."""
-    values = {"vary": {}, **OF_THIS_PROCESS, **values}
+    values = {"vary": {}, **OF_THIS_PROCESS, **values, "algorithm": None}
     schema = contract.algorithm(module).Config
+    floats = contract.float_names(get_type_hints(schema)["hyper"])
     if isinstance(values["vary"], Mapping):
         values["vary"] = flat(values["vary"])
-        _check_varied_keys(values["vary"], schema)
+        for key in values["vary"]:
+            if key not in [f"system.{name}" for name in floats]:
+                raise ConfigError(f"vary.{key}: only floats can vary: {', '.join(floats)}")
     parts = {"hyper": values.pop("system", {})}
     if network := values.pop("network", {}):
         parts["network"] = network
     run = {"imports": {}, **values.pop("run")}
-    task, options = run["env"], values["env"]
-    values |= {**run, "env": {"name": task, "options": options}, "algorithm": None}
+    values |= run | {"env": {"name": run["env"], "options": values.get("env", {})}}
     config = validate(RunConfig, values)
     asked_for = [f.name for f in fields(schema) if f.name not in ("hyper", "network")]
     parts |= {number: getattr(config, number) for number in asked_for}
@@ -277,30 +248,12 @@ def check(module: ModuleType, values: dict[str, Any]) -> RunConfig:
         if key not in may_change:
             raise ConfigError(f"allow_changes: {unknown_key(key, may_change)}")
     for setting in config.settings if config.vary else ():
-        _check_setting(setting, schema, parts)
+        varied = {members.short_key(key): value for key, value in setting.items()}
+        try:
+            validate(schema, parts | {"hyper": parts["hyper"] | varied})
+        except ConfigError as error:
+            raise ConfigError(f"vary: {error}") from error
     return config
-
-
-def _check_varied_keys(varied: Iterable[str], schema: type) -> None:
-    """Raise ConfigError if a key of `vary` is not a float of `system.*`."""
-    hyper = get_type_hints(schema)["hyper"]
-    floats = [f"vary.system.{name}" for name in contract.float_names(hyper)]
-    for key in varied:
-        if f"vary.{key}" not in floats:
-            group, _, name = key.partition(".")
-            misspelt = group == "system" and name and name not in get_type_hints(hyper)
-            hint = nearest(f"vary.{key}", floats) if misspelt else ""
-            raise ConfigError(f"vary.{key}: {hint}only floats can vary: {', '.join(floats)}")
-
-
-def _check_setting(setting: Setting, schema: type, parts: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the system does not allow the varied values."""
-    varied = {members.short_key(key): value for key, value in setting.items()}
-    try:
-        validate(schema, {**parts, "hyper": parts["hyper"] | varied})
-    except ConfigError as error:
-        prefix = "vary." if str(error).startswith("system.") else "vary: "
-        raise ConfigError(f"{prefix}{error}") from error
 
 
 def plain_values(file: Path) -> dict[str, Any]:
@@ -313,39 +266,3 @@ def plain_values(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: not the configuration of a run")
     return values
-
-
-def unknown_key(key: str, known: Sequence[str]) -> str:
-    """Return the error line for an unknown key."""
-    return f"unknown key {key!r}: {nearest(key, known)}--help lists all"
-
-
-def validate(schema: type[T], values: Mapping[str, Any]) -> T:
-    """Build a dataclass as strictly as from JSON: no strings for numbers, no unknown keys."""
-    try:
-        text = json.dumps(values)
-        return TypeAdapter(schema).validate_json(text, strict=True, extra="forbid")
-    except ValidationError as error:
-        # What is there without a field says more than what is missing.
-        errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
-        first, *others = errors
-        more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(_line(first, schema) + more) from None
-
-
-def _line(error: ErrorDetails, schema: type) -> str:
-    """Return a pydantic error as a sentence."""
-    *parents, last = [str(part) for part in error["loc"]] or [""]
-    # The command line's name for an algorithm's `hyper` is `system`.
-    shown = ["system" if parent == "hyper" else parent for parent in parents]
-    key = ".".join([*shown, "system" if last == "hyper" and not parents else last])
-    if error["type"] == "unexpected_keyword_argument":
-        for parent in parents:
-            schema = get_type_hints(schema)[parent]
-        return unknown_key(key, [".".join((*shown, field.name)) for field in fields(schema)])
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    if error["type"] == "value_error":
-        return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    rule = error["msg"].replace("Input should", "must").replace("a valid array", "a list")
-    return f"{key} {rule.replace('an object', 'a group of keys')}, not {error['input']!r}"

@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Iterator
 
-from magpo import envs, tables
-from magpo.config import cli
+from magpo import commands, envs, tables
 from magpo.types import spec
 
 COLUMNS = ("task", "agents", "view", "actions", "steps", "terminates", "at the limit", "metric")
@@ -44,4 +43,4 @@ def main(*, markdown: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from magpo.config.schema import PositiveInt, validate
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 from magpo.hardware import processes
 from magpo.types import EnvSpec
+from magpo.values import PositiveInt, validate
 
 FORMAT = 2  # 1: without hyperparameters in the state
 META, MANIFEST = "meta.json", "manifest.json"

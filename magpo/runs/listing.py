@@ -10,14 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from magpo import commands, plugins, tables
 from magpo import config as configuration
-from magpo import plugins, tables
-from magpo.config import cli
 from magpo.config.members import short_key
-from magpo.config.schema import UserPath
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 from magpo.runs.folders import CONFIG, STATUS, status
+from magpo.values import UserPath
 
 COLUMNS = ("run", "system", "task", "status", "varied", "members", "steps", "of", "return")
 RETURN = b"eval/episode_return"
@@ -105,7 +104,7 @@ def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run `python -m magpo.runs [results]`."""
-    cli.command(USAGE, _main)
+    commands.run(USAGE, _main)
 
 
 def _main(results: UserPath = "results") -> None:

@@ -1,7 +1,6 @@
 """`python -m magpo.systems`: all systems in a table; --markdown: as the README has it."""
 
-from magpo import contract, plugins, tables
-from magpo.config import cli
+from magpo import commands, contract, plugins, tables
 
 COLUMNS = ("system", "centralised", "deployed", "carry", "parameters", "actions")
 
@@ -19,4 +18,4 @@ def main(*, markdown: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    cli.command(__doc__, main)
+    commands.run(__doc__, main)

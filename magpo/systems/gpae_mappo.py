@@ -29,7 +29,6 @@ import optax
 from pydantic import Field
 
 from magpo import experiment
-from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
 from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
 from magpo.envs.wrappers import AutoReset
 from magpo.errors import ConfigError
@@ -38,6 +37,7 @@ from magpo.networks.heads import Distribution, executed_action
 from magpo.networks.recurrent import ActionCritic, Actors, split_time
 from magpo.optimiser import clipped_adam, descend, grad_norms, init_each
 from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
+from magpo.values import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
 
 CARD = Card(
     centralised="a critic, in training",

@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import optax
 
 from magpo import experiment
-from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
 from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
 from magpo.envs.wrappers import AutoReset, terminal_value
 from magpo.metrics import episode_means, episode_sums, explained_variance
@@ -35,6 +34,7 @@ from magpo.networks.heads import Distribution, executed_action
 from magpo.networks.recurrent import Actors, Critic, split_time
 from magpo.optimiser import clipped_adam, grad_norms
 from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
+from magpo.values import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
 
 CARD = Card(
     centralised="a critic, in training",

@@ -31,7 +31,6 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from magpo import experiment
-from magpo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
 from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
 from magpo.envs.wrappers import AutoReset, terminal_value
 from magpo.metrics import episode_means, episode_sums, explained_variance
@@ -42,6 +41,7 @@ from magpo.networks.recurrent import Actors, split_time
 from magpo.networks.sable import Sable
 from magpo.optimiser import clipped_adam, descend, grad_norms, init_each
 from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
+from magpo.values import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, must_divide
 
 CARD = Card(
     centralised="a guider, in training",

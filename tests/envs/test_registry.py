@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from magpo import envs, files
-from magpo.config import cli
+from magpo import commands, envs, files
 from magpo.envs import __main__ as tasks_table
 from magpo.envs import registry
 from magpo.types import action_spec, spec
@@ -273,7 +272,7 @@ MISSING = "mabrax needs brax, which is not installed: pip install 'magpo[mabrax]
 
 
 def test_a_missing_library_is_named_with_what_installs_it():
-    code = "import sys; sys.modules['brax'] = None; from magpo import envs\n"
+    code = "import sys; sys.modules['brax'] = None; from magpo import commands, envs\n"
     code += "envs.make('mpe/simple_spread_3ag'); envs.make('mabrax/ant-4x2')"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -299,7 +298,7 @@ def test_the_table_leaves_out_what_is_not_installed(monkeypatch, capsys):
 def test_the_readmes_table_is_the_commands(monkeypatch, capsys):
     monkeypatch.setattr(envs, "make", made)
     monkeypatch.setattr(sys, "argv", ["magpo.envs", "--markdown"])
-    cli.command(tasks_table.__doc__, tasks_table.main)
+    commands.run(tasks_table.__doc__, tasks_table.main)
     table = capsys.readouterr().out
     assert table in (ROOT / "README.md").read_text()
     assert len(table.splitlines()) == 2 + len(envs.tasks())
@@ -308,7 +307,7 @@ def test_the_readmes_table_is_the_commands(monkeypatch, capsys):
 def test_help_builds_no_task(monkeypatch, capsys):
     monkeypatch.setattr(envs, "make", None)
     monkeypatch.setattr(sys, "argv", ["magpo.envs", "--help"])
-    cli.command(tasks_table.__doc__, tasks_table.main)
+    commands.run(tasks_table.__doc__, tasks_table.main)
     assert "--markdown" in capsys.readouterr().out
 
 

@@ -167,7 +167,7 @@ def test_nothing_in_a_folder_is_executed(config, folder, tmp_path):
             (path / file).write_bytes(pickle)
         sign(path)
     with pytest.raises(ConfigError):
-        configuration.read("magpo", folder / "config.yaml")
+        configuration.plain_values(folder / "config.yaml")
     with pytest.raises(ConfigError):
         begin(config, folder)
     assert [found.system for found in listing.summaries(folder)] == ["?"]
