@@ -81,28 +81,28 @@ def run(
     programs.train_chunk.trace(state)  # checks what it returns; kept for compiling
     with ExitStack() as stack:
         folder = Path(processes.agreed(lambda: resume.claimed(config, stack)))
-        start = None
+        start = Start(chunk=-1, state=None, best=None, measurements=[], log_bytes=0)
         if config.resume:
             evaluation = programs.evaluate.eval_shape(*arguments.evaluate)
-            start = resume.start(folder, config, state, best, evaluation)
+            start = resume.start(folder, config, state, best, evaluation) or start
         if processes.is_first():
             stack.enter_context(folders.recorded(folder))
         return _run(programs, arguments, env, config, folder, start, sinks)
 
 
 def _train(
-    programs: Programs, config: RunConfig, recorder: Recorder, saver: Saver, start: Start | None
+    programs: Programs, config: RunConfig, recorder: Recorder, saver: Saver, start: Start
 ) -> Result:
     """Train, evaluate and save chunk after chunk. `programs` are compiled."""
     train_keys, evaluation_keys, hyper = member_inputs(config)
-    last, training = config.num_evaluations, dict[str, Array]()
-    number = len(config.members)
-    if start is None:
-        first, best, state = 0, None, programs.init(train_keys, hyper)
+    number, last, training = len(config.members), config.num_evaluations, dict[str, Array]()
+    first, best = start.chunk + 1, start.best
+    if start.state is None:
+        state = programs.init(train_keys, hyper)
     else:  # with the hyperparameters of the configuration, which may have been changed
-        first, best, state = start.chunk + 1, start.best, start.state._replace(hyper=hyper)
-        if first <= last:
-            state, training = programs.train_chunk(state)
+        state = start.state._replace(hyper=hyper)
+    if 0 < first <= last:
+        state, training = programs.train_chunk(state)
     for index in range(first, last + 1):
         params, finite = programs.snapshot(state)
         chunk = np.full(number, index, np.int32)
@@ -133,7 +133,7 @@ def _run(
     env: Environment,
     config: RunConfig,
     folder: Path,
-    start: Start | None,
+    start: Start,
     own_sinks: Sequence[Callable[[Run], Sink]],
 ) -> Result:
     suite, _, task = env.name.partition("/")
@@ -151,8 +151,7 @@ def _run(
     sinks: list[Sink] = []  # of the first process
     processes.agreed(lambda: sinks.extend(_sinks(info, config, start, own_sinks, console.warn)))
     log = next((sink for sink in sinks if isinstance(sink, JsonLines)), None)
-    earlier = start.measurements if start else []
-    for measurement in earlier:
+    for measurement in start.measurements:
         console.resume(measurement)
     try:
         with Writer(sinks, console.warn) as writer:
@@ -161,7 +160,7 @@ def _run(
                 programs = compile_programs(programs, arguments)
             if needed := devices.memory_needed(programs.train_chunk):
                 console.footprint(needed, devices.memory_available(config))
-            recorder = Recorder(config, writer, console, earlier)
+            recorder = Recorder(config, writer, console, start.measurements)
             saver = Saver(config, folder, writer, log, spec(env))
             try:
                 with console.progress:
@@ -179,7 +178,7 @@ def _run(
 def _sinks(
     info: Run,
     config: RunConfig,
-    start: Start | None,
+    start: Start,
     own: Sequence[Callable[[Run], Sink]],
     warn: Callable[[str], None],
 ) -> list[Sink]:
@@ -187,14 +186,14 @@ def _sinks(
     their files cannot be written."""
     plot: list[Callable[[Run], Sink]] = [LearningCurve] if config.logger.plot else []
     with folders.writable(info.folder):
-        log = JsonLines(info, start.log_bytes if start else 0, warn)
+        log = JsonLines(info, start.log_bytes, warn)
         sinks: list[Sink] = [make(info) for make in (MarlEval, *plot, *own)]
-        for measurement in start.measurements if start else ():
+        for measurement in start.measurements:
             for sink in sinks:
                 sink.write(measurement)
         if config.logger.tensorboard:
-            resumed_at = start.measurements[-1].env_steps[0] if start else -1
-            sinks.append(TensorBoard(info, resumed_at if config.resume else None))
+            resumed_at = start.chunk * config.steps_per_chunk if config.resume else None
+            sinks.append(TensorBoard(info, resumed_at))
     if config.logger.neptune:
         configs = [configuration.dump_setting(config, m.setting) for m in config.members]
         sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, configs))
