@@ -88,7 +88,7 @@ class Console:
         shown = config.logger.console and processes.is_first()
         output: Any = _Output()
         self.terminal = Terminal(file=output, highlight=False, quiet=not shown)
-        columns = BarColumn(30), TextColumn("{task.description}", table_column=Column())
+        columns = BarColumn(20), TextColumn("{task.description}", table_column=Column())
         self.progress = Progress(
             *columns, console=self.terminal, transient=True, disable=not shown, auto_refresh=False
         )
