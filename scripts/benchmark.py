@@ -183,10 +183,9 @@ def measure(algorithm: Algorithm, config: RunConfig, lock: Path | None) -> dict[
     experiment.set_up_jax(config)
     env = experiment.make_env(config)
     setup = experiment.make_setup(algorithm, env, config)
-    programs = experiment.build_programs(algorithm, setup, env, config)
-    shapes = experiment.shapes_of(algorithm, programs, config)
+    programs, arguments = experiment.build_programs(algorithm, setup, env, config)
     started = time.perf_counter()
-    compiled = experiment.compile_programs(programs, shapes, config)
+    compiled = experiment.compile_programs(programs, arguments)
     compile_s = time.perf_counter() - started
     inputs = experiment.member_inputs(config)
     state, _ = wait(compiled.train_chunk(compiled.init(inputs.train_keys, inputs.hyper)))

@@ -31,7 +31,7 @@ def start(system: str, *overrides: str) -> tuple[Any, Any]:
     experiment.set_up_jax(settings)
     env = experiment.make_env(settings)
     setup = experiment.make_setup(algorithm, env, settings)
-    programs = experiment.build_programs(algorithm, setup, env, settings)
+    programs, _ = experiment.build_programs(algorithm, setup, env, settings)
     inputs = experiment.member_inputs(settings)
     update = programs.train_chunk
     return update, wait(update(programs.init(inputs.train_keys, inputs.hyper)))[0]

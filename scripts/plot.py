@@ -60,7 +60,7 @@ COLUMNS = (
     *("published_mean", "published_std", "published_in"),
 )
 COLOURS = (
-    *(curve.BLUE, curve.ORANGE, "#2b8a3e", "#8e44ad", "#c2185b", "#00868b", "#8a6d1d"),
+    *(curve.BLUE, "#d1580d", "#2b8a3e", "#8e44ad", "#c2185b", "#00868b", "#8a6d1d"),
     *("#3d3d3d", "#6c8ebf", "#e08e79"),
 )
 

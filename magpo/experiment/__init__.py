@@ -8,7 +8,6 @@ from magpo.experiment.programs import (
     make_env,
     make_setup,
     member_inputs,
-    shapes_of,
 )
 from magpo.experiment.recorder import DivergenceError
 from magpo.hardware.devices import set_up_jax
@@ -24,5 +23,4 @@ __all__ = [
     "member_inputs",
     "run",
     "set_up_jax",
-    "shapes_of",
 ]

@@ -1,6 +1,7 @@
 """Check the shapes that a system returns, before anything is compiled."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +11,20 @@ from magpo.errors import ConfigError
 from magpo.types import Environment, action_spec, spec
 
 
+def check_state(algorithm: Algorithm, state: Any) -> None:
+    """Raise ConfigError unless a TrainState has the fields that the loop and CARD name."""
+    names = getattr(state, "_fields", ())
+    for name in ("params", "hyper", *algorithm.CARD.per_environment):
+        needed = f"init must return a NamedTuple with {name}; it has {list(names)}"
+        _require(algorithm, name in names, needed)
+
+
 def check_act(algorithm: Algorithm, setup: Any, env: Environment, params: Any) -> None:
-    """Raise ConfigError unless `act` returns an action for each agent, and a carry like the one it
-    takes. `params` are all members', (M, ...)."""
+    """Raise ConfigError unless the policy's parameters are arrays in nested dictionaries, and `act`
+    returns an action for each agent, and a carry like the one it takes. `params` are all members',
+    (M, ...)."""
+    needed = f"policy_params must return nested dictionaries, not {_types(params)}"
+    _require(algorithm, isinstance(params, Mapping), needed)
     num_envs, wanted = 2, action_spec(spec(env))
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
 
@@ -23,56 +35,44 @@ def check_act(algorithm: Algorithm, setup: Any, env: Environment, params: Any) -
         return carry, algorithm.act(setup, params, carry, timestep.observation, key, False)
 
     before, returned = jax.eval_shape(act, one, jax.eval_shape(lambda: jax.random.key(0)))
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise ConfigError("act must return actions and the carry after them")
+    is_pair = isinstance(returned, tuple) and len(returned) == 2
+    _require(algorithm, is_pair, "act must return actions and the carry after them")
     action, after = returned
-    expected = (num_envs, *wanted.shape), wanted.dtype
-    if (getattr(action, "shape", None), getattr(action, "dtype", None)) != expected:
-        names = "(B, N)" if len(wanted.shape) == 1 else "(B, N, A)"
-        raise ConfigError(
-            f"act must return actions {names} = {_text(*expected)}, not {_tree(action)}"
-        )
-    if _layout(before) != _layout(after):
-        raise ConfigError(f"act must return a carry like {_tree(before)}, not {_tree(after)}")
+    expected = jax.ShapeDtypeStruct((num_envs, *wanted.shape), wanted.dtype)
+    axes = "(B, N)" if len(wanted.shape) == 1 else "(B, N, A)"
+    needed = f"act must return actions {axes} = {_types(expected)}, not {_types(action)}"
+    _require(algorithm, _alike(action, expected), needed)
+    needed = f"act must return a carry like {_types(before)}, not {_types(after)}"
+    _require(algorithm, _alike(before, after), needed)
 
 
-def check_state(algorithm: Algorithm, state: Any, params: Any) -> None:
-    """Raise ConfigError unless a TrainState has the fields that the loop and CARD name, and the
-    policy's parameters are arrays in nested dictionaries."""
-    names = getattr(state, "_fields", ())
-    for name in ("params", "hyper", *algorithm.CARD.per_environment):
-        if name not in names:
-            raise ConfigError(f"init must return a NamedTuple with {name}; it has {list(names)}")
-    if not isinstance(params, Mapping):
-        raise ConfigError(f"policy_params must return nested dictionaries, not {_tree(params)}")
-
-
-def check_chunk(returned: Any, state: Any, num_updates: int) -> None:
+def check_chunk(algorithm: Algorithm, returned: Any, state: Any, num_updates: int) -> None:
     """Raise ConfigError unless `train_chunk` returned a state like the one it took, and a value of
     each metric for each update."""
-    if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):
-        raise ConfigError("train_chunk must return the state and a dictionary of metrics")
+    is_pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)
+    needed = "train_chunk must return the state and a dictionary of metrics"
+    _require(algorithm, is_pair, needed)
     after, metrics = returned
-    if _layout(after) != _layout(state):
-        raise ConfigError("train_chunk must return a state with the shapes and dtypes of init's")
+    needed = "train_chunk must return a state with the shapes and dtypes of init's"
+    _require(algorithm, _alike(after, state), needed)
     for name, value in metrics.items():
-        if value.shape != (num_updates,):
-            raise ConfigError(
-                f"train_chunk: the metric {name!r} must have one value for each of {num_updates} "
-                f"updates, not the shape {value.shape}"
-            )
-        if name.startswith("rollout/") and "rollout/episodes" not in metrics:
-            raise ConfigError(f"train_chunk: {name!r} needs the metric rollout/episodes beside it")
+        needed = f"one value for each of {num_updates} updates, not the shape {value.shape}"
+        needed = f"train_chunk: the metric {name!r} must have {needed}"
+        _require(algorithm, value.shape == (num_updates,), needed)
+        is_counted = not name.startswith("rollout/") or "rollout/episodes" in metrics
+        needed = f"train_chunk: {name!r} needs the metric rollout/episodes beside it"
+        _require(algorithm, is_counted, needed)
 
 
-def _layout(tree: Any) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+def _require(algorithm: Any, condition: bool, needed: str) -> None:
+    """Raise ConfigError, which names the system's file, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{Path(algorithm.__file__).name}: {needed}")
 
 
-def _text(shape: Any, dtype: Any) -> str:
-    return f"{dtype}{list(shape)}"
+def _types(tree: Any) -> Any:
+    return jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)
 
 
-def _tree(tree: Any) -> str:
-    return str(jax.tree.map(lambda x: _text(x.shape, x.dtype), tree))
+def _alike(tree: Any, other: Any) -> bool:
+    return bool(jax.tree.flatten(_types(tree)) == jax.tree.flatten(_types(other)))

@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,36 +24,23 @@ from magpo.experiment import checks, interrupts
 from magpo.experiment.programs import (
     Best,
     Programs,
-    Shapes,
     build_programs,
     compile_programs,
     make_env,
     make_setup,
     member_inputs,
     no_best,
-    shapes_of,
 )
 from magpo.experiment.recorder import DivergenceError, Recorder
 from magpo.files import complain, flush_output
 from magpo.hardware import devices, processes
-from magpo.hardware.devices import set_up_jax
 from magpo.report.console import Console
-from magpo.report.measurements import Measurement, Run
-from magpo.report.sinks import (
-    JsonLines,
-    LearningCurve,
-    MarlEval,
-    Neptune,
-    Sink,
-    TensorBoard,
-    require_neptune,
-)
+from magpo.report.measurements import ABSOLUTE_EVALUATIONS, Measurement, Run
+from magpo.report.sinks import JsonLines, LearningCurve, MarlEval, Neptune, Sink, TensorBoard
 from magpo.report.writer import LoggingError, Writer
 from magpo.runs import folders, resume
 from magpo.runs.resume import Saver, Start
 from magpo.types import Array, Environment, spec
-
-ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
 
 
 @dataclass(frozen=True)
@@ -80,45 +68,47 @@ def run(
     Whatever ends the run, its files hold everything measured so far.
     """
     algorithm = contract.algorithm(module)
-    set_up_jax(config)
-    if config.logger.neptune:
-        require_neptune()
+    devices.set_up_jax(config)
+    if config.logger.neptune and find_spec("neptune") is None:
+        raise ConfigError("logger.neptune: needs the neptune client: install magpo[neptune]")
     env = env or make_env(config)
     _check_env(env, config)
     setup = make_setup(algorithm, env, config)
-    programs = build_programs(algorithm, setup, env, config)
-    with _named(module):
-        shapes = shapes_of(algorithm, programs, config)
-        checks.check_act(algorithm, setup, env, shapes.params)
-        programs.train_chunk.trace(shapes.state)  # checks what it returns; kept for compiling
+    programs, arguments = build_programs(algorithm, setup, env, config)
+    (state,) = arguments.train_chunk
+    best, params, *_ = arguments.keep_best
+    checks.check_act(algorithm, setup, env, params)
+    programs.train_chunk.trace(state)  # checks what it returns; kept for compiling
     with ExitStack() as stack:
         folder = Path(processes.agreed(lambda: resume.claimed(config, stack)))
-        start = None
+        start = Start(chunk=-1, state=None, best=None, measurements=[], log_bytes=0)
         if config.resume:
-            evaluation = programs.evaluate.eval_shape(shapes.params, shapes.keys, np.int32(0))
-            start = resume.start(folder, config, shapes.state, shapes.best, evaluation)
+            evaluation = programs.evaluate.eval_shape(*arguments.evaluate)
+            start = resume.start(folder, config, state, best, evaluation) or start
         if processes.is_first():
             stack.enter_context(folders.recorded(folder))
-        return _run(programs, shapes, env, config, folder, start, sinks)
+        return _run(programs, arguments, env, config, folder, start, sinks)
 
 
 def _train(
-    programs: Programs, config: RunConfig, recorder: Recorder, saver: Saver, start: Start | None
+    programs: Programs, config: RunConfig, recorder: Recorder, saver: Saver, start: Start
 ) -> Result:
     """Train, evaluate and save chunk after chunk. `programs` are compiled."""
     train_keys, evaluation_keys, hyper = member_inputs(config)
-    last, training = config.num_evaluations, dict[str, Array]()
-    if start is None:
-        first, best, state = 0, None, programs.init(train_keys, hyper)
+    number, last, training = len(config.members), config.num_evaluations, dict[str, Array]()
+    first, best = start.chunk + 1, start.best
+    if start.state is None:
+        state = programs.init(train_keys, hyper)
     else:  # with the hyperparameters of the configuration, which may have been changed
-        first, best, state = start.chunk + 1, start.best, start.state._replace(hyper=hyper)
-        if first <= last:
-            state, training = programs.train_chunk(state)
+        state = start.state._replace(hyper=hyper)
+    if 0 < first <= last:
+        state, training = programs.train_chunk(state)
     for index in range(first, last + 1):
         params, finite = programs.snapshot(state)
-        evaluation = programs.evaluate(params, evaluation_keys, np.int32(index))
+        chunk = np.full(number, index, np.int32)
+        evaluation = programs.evaluate(params, evaluation_keys, chunk)
         returns = evaluation["episode_return"]
-        best = programs.keep_best(best or no_best(config, params), params, returns, np.int32(index))
+        best = programs.keep_best(best or no_best(config, params), params, returns, chunk)
         copy = programs.copy(state) if index > 0 and config.keep else None
         measured = finite, evaluation, training
         if index < last:  # the device goes on while the host waits for what was measured
@@ -129,8 +119,8 @@ def _train(
     assert best is not None
     absolute = None
     if config.absolute_metric:
-        indices = map(np.int32, range(last + 1, last + 1 + ABSOLUTE_EVALUATIONS))
-        parts = [programs.evaluate(best.params, evaluation_keys, index) for index in indices]
+        chunks = (np.full(number, last + 1 + i, np.int32) for i in range(ABSOLUTE_EVALUATIONS))
+        parts = [programs.evaluate(best.params, evaluation_keys, chunk) for chunk in chunks]
         absolute = recorder.record_absolute(best, parts)
     params, _ = programs.snapshot(state)
     best, params = devices.gathered((best, params))
@@ -139,11 +129,11 @@ def _train(
 
 def _run(
     programs: Programs,
-    shapes: Shapes,
+    arguments: Programs,
     env: Environment,
     config: RunConfig,
     folder: Path,
-    start: Start | None,
+    start: Start,
     own_sinks: Sequence[Callable[[Run], Sink]],
 ) -> Result:
     suite, _, task = env.name.partition("/")
@@ -157,24 +147,23 @@ def _run(
         steps_per_update=config.steps_per_update,
         name=folders.about(folder)["name"],
     )
-    console = Console(info, config, ABSOLUTE_EVALUATIONS if config.absolute_metric else 0)
+    console = Console(info, config)
     sinks: list[Sink] = []  # of the first process
     processes.agreed(lambda: sinks.extend(_sinks(info, config, start, own_sinks, console.warn)))
     log = next((sink for sink in sinks if isinstance(sink, JsonLines)), None)
-    earlier = start.measurements if start else []
-    for measurement in earlier:
+    for measurement in start.measurements:
         console.resume(measurement)
     try:
         with Writer(sinks, console.warn) as writer:
-            console.header(env, shapes.params, shapes.state.params)
-            with console.compiling(programs._fields) as done:
-                programs = compile_programs(programs, shapes, config, done.append)
+            console.header(env, arguments.evaluate[0], arguments.train_chunk[0].params)
+            with console.compiling():
+                programs = compile_programs(programs, arguments)
             if needed := devices.memory_needed(programs.train_chunk):
                 console.footprint(needed, devices.memory_available(config))
-            recorder = Recorder(config, writer, console, earlier)
+            recorder = Recorder(config, writer, console, start.measurements)
             saver = Saver(config, folder, writer, log, spec(env))
             try:
-                with console.training():
+                with console.progress:
                     result = _train(programs, config, recorder, saver, start)
             except (KeyboardInterrupt, SystemExit):  # the latter a launcher's, out of its handler
                 saver.stop()
@@ -182,14 +171,14 @@ def _run(
     except (KeyboardInterrupt, DivergenceError):
         console.line(f"stopped; everything up to here is in {folder}", "yellow")
         raise
-    console.finished(result.measurements[-1], _of_best(result), result.absolute)
+    console.finished(result.measurements, np.asarray(result.best.chunk), result.absolute)
     return result
 
 
 def _sinks(
     info: Run,
     config: RunConfig,
-    start: Start | None,
+    start: Start,
     own: Sequence[Callable[[Run], Sink]],
     warn: Callable[[str], None],
 ) -> list[Sink]:
@@ -197,39 +186,18 @@ def _sinks(
     their files cannot be written."""
     plot: list[Callable[[Run], Sink]] = [LearningCurve] if config.logger.plot else []
     with folders.writable(info.folder):
-        log = JsonLines(info, start.log_bytes if start else 0, warn)
+        log = JsonLines(info, start.log_bytes, warn)
         sinks: list[Sink] = [make(info) for make in (MarlEval, *plot, *own)]
-        for measurement in start.measurements if start else ():
+        for measurement in start.measurements:
             for sink in sinks:
                 sink.write(measurement)
         if config.logger.tensorboard:
-            resumed_at = start.measurements[-1].env_steps[0] if start else -1
-            sinks.append(TensorBoard(info, resumed_at if config.resume else None))
+            resumed_at = start.chunk * config.steps_per_chunk if config.resume else None
+            sinks.append(TensorBoard(info, resumed_at))
     if config.logger.neptune:
         configs = [configuration.dump_setting(config, m.setting) for m in config.members]
         sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, configs))
     return [log, *sinks]
-
-
-def _of_best(result: Result) -> Measurement:
-    """Return the evaluations behind `result.best` as one measurement; its steps differ by
-    member."""
-    chosen = [result.measurements[i] for i in np.asarray(result.best.chunk)]
-    scores = {
-        name: np.stack([m.evaluation[name][place] for place, m in enumerate(chosen)])
-        for name in chosen[0].evaluation
-    }
-    steps = tuple(m.env_steps[place] for place, m in enumerate(chosen))
-    return result.measurements[-1]._replace(env_steps=steps, evaluation=scores)
-
-
-@contextmanager
-def _named(module: ModuleType) -> Iterator[None]:
-    """Name the system's file in a ConfigError about what it returns."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{Path(str(module.__file__)).name}: {error}") from error
 
 
 def _check_env(env: Environment, config: RunConfig) -> None:
@@ -239,9 +207,7 @@ def _check_env(env: Environment, config: RunConfig) -> None:
         try:
             envs.check(env)
         except ValueError as error:
-            first, *others = str(error).split("\n")
-            more = f" (and {len(others)} more: magpo.envs.check)" if others else ""
-            raise ConfigError(first + more) from error
+            raise ConfigError(str(error).replace("\n", "; ")) from error
     needed = config.algorithm.needs_global_state
     if needed != (spec(env).num_state_features is not None):
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 import ctypes
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,6 @@ import numpy as np
 from magpo import contract, envs
 from magpo.config.schema import RunConfig
 from magpo.contract import Algorithm
-from magpo.errors import ConfigError
 from magpo.evaluate import evaluate
 from magpo.experiment import checks
 from magpo.hardware import devices
@@ -31,13 +29,14 @@ class Best(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Jitted functions; all arrays have a leading axis of members, except `index`, ()."""
+    """Jitted functions, and the shapes of the arguments of each, in the order of compilation, the
+    longest first. All arrays have a leading axis of members."""
 
-    init: Any  # keys, hyperparameters -> state
     train_chunk: Any  # state, donated -> state, metrics (M, U)
+    evaluate: Any  # policy parameters, keys, index (M,) -> metrics (M, eval_episodes)
+    init: Any  # keys, hyperparameters -> state
     snapshot: Any  # state -> a copy of the policy's parameters, whether all parameters are finite
     copy: Any  # state -> a copy, for a checkpoint
-    evaluate: Any  # policy parameters, keys, index -> metrics (M, eval_episodes)
     keep_best: Any  # best, policy parameters, episode returns (M, eval_episodes), index -> best
 
 
@@ -47,16 +46,6 @@ class Inputs(NamedTuple):
     train_keys: Array
     evaluation_keys: Array
     hyper: Any
-
-
-class Shapes(NamedTuple):
-    """The shapes, dtypes and shardings that the programs take and return."""
-
-    keys: Any
-    hyper: Any
-    state: Any
-    params: Any  # of the policy
-    best: Best
 
 
 def make_env(config: RunConfig) -> Environment:
@@ -82,15 +71,21 @@ def make_setup(algorithm: Algorithm, env: Environment, config: RunConfig) -> Any
 
 def build_programs(
     algorithm: Algorithm, setup: Any, env: Environment, config: RunConfig
-) -> Programs:
-    """Build the run's programs, for all members at once, not yet compiled."""
+) -> tuple[Programs, Programs]:
+    """Build the run's programs, for all members at once, not yet compiled.
+
+    Returns them and, in their places, the shapes, dtypes and shardings of their arguments. Raises
+    ConfigError if the system's state is not what the loop needs.
+    """
 
     def init(key: Array, hyper: Any) -> Any:
-        return algorithm.init(setup, env, key)._replace(hyper=hyper)
+        state = algorithm.init(setup, env, key)
+        checks.check_state(algorithm, state)
+        return state._replace(hyper=hyper)
 
     def train_chunk(state: Any) -> Any:
         returned = algorithm.train_chunk(setup, env, state)
-        checks.check_chunk(returned, state, config.updates_per_chunk)
+        checks.check_chunk(algorithm, returned, state, config.updates_per_chunk)
         return returned
 
     def snapshot(state: Any) -> tuple[Any, Array]:
@@ -108,99 +103,65 @@ def build_programs(
         return Best(*(jax.tree.map(partial(jnp.where, better), new, best)))
 
     lay = devices.layout(config)
-    init_all = lay.each_member(init)
-    keys, _, hyper = jax.eval_shape(partial(member_inputs, config))
-    state_shapes = jax.eval_shape(init_all, keys, hyper)
-    state = lay.of_state(state_shapes, algorithm.CARD.per_environment)
     members, metrics = lay.of_members(), lay.of_metrics()
-    best = Best(metrics, metrics, members)
-    return Programs(
-        init=jax.jit(init_all, in_shardings=(members, members), out_shardings=state),
-        train_chunk=jax.jit(
-            lay.each_member(train_chunk),
-            in_shardings=(state,),
-            out_shardings=(state, metrics),
-            donate_argnums=0,
-        ),
-        snapshot=jax.jit(
-            lay.each_member(snapshot), in_shardings=(state,), out_shardings=(members, metrics)
-        ),
-        copy=jax.jit(partial(jax.tree.map, jnp.copy), in_shardings=(state,), out_shardings=state),
-        evaluate=jax.jit(
-            lay.each_member(evaluate_member, num_shared=1),
-            in_shardings=(members, members, None),
-            out_shardings=metrics,
-        ),
-        keep_best=jax.jit(
-            jax.vmap(keep_best, in_axes=(0, 0, 0, None)),
-            in_shardings=(best, members, metrics, None),
-            out_shardings=best,
-        ),
-    )
-
-
-def shapes_of(algorithm: Algorithm, programs: Programs, config: RunConfig) -> Shapes:
-    """Return the shapes that `programs` take and return."""
-    lay = devices.layout(config)
-    members, metrics = lay.of_members(), lay.of_metrics()
+    init_all, snapshot_all = lay.each_member(init), lay.each_member(snapshot)
     inputs = jax.eval_shape(partial(member_inputs, config))
     keys, _, hyper = devices.laid(inputs, members)
-    state = programs.init.eval_shape(keys, hyper)
-    if not hasattr(state, "params"):
-        raise ConfigError("init must return a NamedTuple with params")
-    params, _ = programs.snapshot.eval_shape(state)
-    checks.check_state(algorithm, state, params)
-    return Shapes(
-        keys=keys,
-        hyper=hyper,
-        state=devices.laid(state, lay.of_state(state, algorithm.CARD.per_environment)),
-        params=devices.laid(params, members),
-        best=devices.laid(no_best(config, params), Best(metrics, metrics, members)),
+    state = jax.eval_shape(init_all, keys, hyper)
+    of_state = lay.of_state(state, algorithm.CARD.per_environment)
+    state = devices.laid(state, of_state)
+    params = devices.laid(jax.eval_shape(snapshot_all, state)[0], members)
+    of_best = Best(metrics, metrics, members)
+    best = devices.laid(no_best(config, params), of_best)
+    returns = np.zeros((len(config.members), config.eval_episodes), np.float32)
+    index, returns = devices.laid((best.chunk, returns), metrics)
+    programs = Programs(
+        train_chunk=jax.jit(
+            lay.each_member(train_chunk), out_shardings=(of_state, metrics), donate_argnums=0
+        ),
+        evaluate=jax.jit(lay.each_member(evaluate_member), out_shardings=metrics),
+        init=jax.jit(init_all, out_shardings=of_state),
+        snapshot=jax.jit(snapshot_all, out_shardings=(members, metrics)),
+        copy=jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=of_state),
+        keep_best=jax.jit(jax.vmap(keep_best), out_shardings=of_best),
     )
+    arguments = Programs(
+        train_chunk=(state,),
+        evaluate=(params, keys, index),
+        init=(keys, hyper),
+        snapshot=(state,),
+        copy=(state,),
+        keep_best=(best, params, returns, index),
+    )
+    return programs, arguments
 
 
-def compile_programs(
-    programs: Programs,
-    shapes: Shapes,
-    config: RunConfig,
-    done: Callable[[str], None] = lambda name: None,
-) -> Programs:
-    """Compile all programs and tell `done` the name of each that is compiled.
+def compile_programs(programs: Programs, arguments: Programs) -> Programs:
+    """Compile all programs, for arguments of these shapes.
 
     While one compiles, the next is traced. Compiling side by side as well would save no time,
     because XLA uses all cores by itself, but take half as much memory again.
     """
-    index = np.int32(0)
-    returns = np.zeros((len(config.members), config.eval_episodes), np.float32)
-    arguments = {  # the longest first
-        "train_chunk": (shapes.state,),
-        "evaluate": (shapes.params, shapes.keys, index),
-        "init": (shapes.keys, shapes.hyper),
-        "snapshot": (shapes.state,),
-        "copy": (shapes.state,),
-        "keep_best": (shapes.best, shapes.params, returns, index),
-    }
-
     options: dict[str, Any] = {}
     if jax.default_backend() == "cpu":  # half the compiler's memory, and a tenth faster to run
         if jax.__version_info__ < (0, 11):  # later ones have no other emitters
             options["xla_cpu_use_fusion_emitters"] = False
         options["xla_cpu_experimental_ynn_fusion_type"] = ""
     # `init` runs once and is not worth optimising, which takes most of its compilation.
-    once = {"init": {"xla_backend_optimization_level": 0}}
+    once = options | {"xla_backend_optimization_level": 0}
 
-    def finish(name: str, lowered: Any) -> Any:
-        compiled = lowered.compile(options | once.get(name, {}))
+    def compiled(lowered: Any, options: dict[str, Any]) -> Any:
+        program = lowered.compile(options)
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)  # the compiler's memory, hundreds of MB, back to the system
-        done(name)
-        return compiled
+        return program
 
-    pool, futures = ThreadPoolExecutor(1), {}
-    for name, shaped in arguments.items():
-        futures[name] = pool.submit(finish, name, getattr(programs, name).lower(*shaped))
+    pool, futures = ThreadPoolExecutor(1), []
+    for program, shaped in zip(programs, arguments, strict=True):
+        chosen = once if program is programs.init else options
+        futures.append(pool.submit(compiled, program.lower(*shaped), chosen))
     pool.shutdown(wait=False)  # waiting here could not be interrupted
-    return Programs(**{name: future.result() for name, future in futures.items()})
+    return Programs(*(future.result() for future in futures))
 
 
 def member_inputs(config: RunConfig) -> Inputs:

@@ -67,11 +67,14 @@ class Recorder:
 
     def _check(self, index: int, finite: np.ndarray, metrics: dict[str, np.ndarray]) -> None:
         config = self.config
-        nan = {name: np.isnan(values) & defined(metrics, name) for name, values in metrics.items()}
-        anywhere = np.any(list(nan.values()), axis=0) if nan else np.zeros((1, 1), bool)  # (M, U)
-        if anywhere.any():
-            update, place = np.argwhere(anywhere.T)[0]
-            what = ", ".join(name for name in nan if nan[name][place, update])
+        found = sorted(
+            (update, place, name)
+            for name, values in metrics.items()
+            for place, update in np.argwhere(np.isnan(values) & defined(metrics, name))
+        )
+        if found:
+            update, place, _ = found[0]
+            what = ", ".join(name for *at, name in found if at == [update, place])
             update += (index - 1) * config.updates_per_chunk + 1
         elif not finite.all():
             place, what, update = np.argmin(finite), "parameters", index * config.updates_per_chunk
@@ -85,8 +88,6 @@ class Recorder:
 
 def _get(tree: Any) -> Any:
     """Return the arrays' values once they are computed, and let signals through meanwhile."""
-    pause = 1e-4
     while not all(array.is_ready() for array in jax.tree.leaves(tree)):
-        time.sleep(pause)
-        pause = min(2 * pause, 0.02)
+        time.sleep(0.002)
     return jax.device_get(tree)

@@ -34,36 +34,20 @@ class Layout:
     mesh: Mesh
     members_at_once: int | None  # of those on one device; None: all
 
-    def each_member(self, function: Callable[..., Any], num_shared: int = 0) -> Callable[..., Any]:
-        """Map `function` of one member over the arguments' leading axis; the last `num_shared`
-        arguments are the same for all members."""
+    def each_member(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Map `function` of one member over the arguments' leading axis."""
 
-        def over_members(mapped: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:
-            def one(arguments: tuple[Any, ...]) -> Any:
-                return function(*arguments, *shared)
-
+        def over_members(*arguments: Any) -> Any:
             if self.members_at_once is None:
-                return jax.vmap(one)(mapped)
-            if self.members_at_once == 1:  # vmapped, a `lax.cond` would run both of its branches
-                return jax.lax.map(one, mapped)
-            return jax.lax.map(one, mapped, batch_size=self.members_at_once)
+                return jax.vmap(function)(*arguments)
+            # Vmapped, a `lax.cond` would run both of its branches, for a batch of one too.
+            batch_size = self.members_at_once if self.members_at_once > 1 else None
+            return jax.lax.map(lambda one: function(*one), arguments, batch_size=batch_size)
 
-        spread: Any = over_members
-        if self.mesh.size > 1:  # each device runs its own members
-            spread = jax.shard_map(
-                over_members,
-                mesh=self.mesh,
-                in_specs=(EACH_MEMBER, ALL),
-                out_specs=EACH_MEMBER,
-                axis_names={MEMBER},
-                check_vma=False,
-            )
-
-        def of_all(*arguments: Any) -> Any:
-            split = len(arguments) - num_shared
-            return spread(arguments[:split], arguments[split:])
-
-        return of_all
+        if self.mesh.size == 1:
+            return over_members
+        specs: Any = {"in_specs": EACH_MEMBER, "out_specs": EACH_MEMBER, "axis_names": {MEMBER}}
+        return jax.shard_map(over_members, mesh=self.mesh, check_vma=False, **specs)
 
     def of_state(self, state: Any, per_environment: Sequence[str]) -> Any:
         """Return the sharding of each leaf of a TrainState, (M, ...): the second axis of the fields
@@ -106,37 +90,31 @@ def layout(config: RunConfig) -> Layout:
     Raises ConfigError if its sizes do not divide.
     """
     devices, num_members = jax.devices(), len(config.members)
-    noun = "members" if config.vary else "seeds"
-    at_once = config.seeds_per_batch
-    if devices[0].platform == "cpu" and not _cpu_is_split():
-        together = _together(config)
-        if num_members % together:
-            raise ConfigError(
-                f"seeds_per_batch must divide the {num_members} {noun}, not {together}"
-            )
-        devices = devices[: max(n for n in range(1, len(devices) + 1) if together % n == 0)]
-        at_once = 1
+    in_threads = devices[0].platform == "cpu" and not _cpu_is_split()
+    if in_threads:
+        fits = [n for n in range(1, len(devices) + 1) if _together(config) % n == 0]
+        devices = devices[: fits[-1]]
     number = len(devices)
     along_members = math.gcd(number, num_members)
+    per_device = num_members // along_members
+    at_once = config.seeds_per_batch or per_device
+    divided = num_members if in_threads else per_device
+    if divided % at_once:
+        where = "" if in_threads else " of a device"
+        raise ConfigError(
+            f"seeds_per_batch must divide the {divided} members{where}, not {at_once}"
+        )
+    at_once = 1 if in_threads else at_once
     along_envs = number // along_members
     if config.num_envs % along_envs:
         raise ConfigError(
-            f"{number} devices: {along_members} share the {num_members} {noun}, so num_envs must "
-            f"be a multiple of {along_envs}, not {config.num_envs}; or the {noun} one of {number}"
-        )
-    per_device = num_members // along_members
-    if at_once is not None and per_device % at_once:
-        raise ConfigError(
-            f"seeds_per_batch must divide the {per_device} {noun} of a device, not {at_once}"
+            f"{number} devices: {along_members} share the {num_members} members, so num_envs must "
+            f"be a multiple of {along_envs}, not {config.num_envs}"
         )
     axes = (AxisType.Auto, AxisType.Auto)
     shape = (along_members, along_envs)
     mesh = jax.make_mesh(shape, (MEMBER, "env"), axis_types=axes, devices=devices)
-    if per_device == 1:
-        at_once = 1
-    elif at_once == per_device:
-        at_once = None
-    return Layout(mesh, at_once)
+    return Layout(mesh, None if 1 < at_once == per_device else at_once)
 
 
 def _cpu_is_split() -> bool:

@@ -1,15 +1,12 @@
 """The learning curve of one run, drawn as for a paper. Imports matplotlib: import it late."""
 
 import csv
-import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter
 
 from magpo.config import members
@@ -17,82 +14,53 @@ from magpo.report.console import spread
 from magpo.report.measurements import Measurement, Run
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "scripts/published/magpo_table1.csv"
-BLUE, ORANGE, GREY = "#0b62a4", "#d1580d", "#5f6368"
+BLUE, GREY = "#0b62a4", "#5f6368"
 
 
 def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
-    """Draw the headline metric over environment steps to a PNG."""
+    """Draw the headline metric over environment steps to a PNG.
+
+    Each setting has its mean over seeds, their band, and the absolute metric at the end; a single
+    setting has its seeds too. The legend explains all settings' bands and metrics once.
+    """
     curve = [m for m in measurements if m.chunk is not None]
     steps = np.array([m.env_steps[0] for m in curve])  # (K,)
     values = np.stack([m.evaluation[run.headline].mean(-1) for m in curve])  # (K, M)
-    absolute = next((m.evaluation[run.headline] for m in measurements if m.chunk is None), None)
+    absolute = [m.evaluation[run.headline] for m in measurements if m.chunk is None]
     settings = members.by_setting(run.members)
-    longest = max(len(members.label(setting)) for setting, _ in settings)
-    columns = 3 if 0 < longest <= 22 else 2  # of the legend
-    width, rows = 6.4, 2
-    if len(settings) > 1:
-        width, rows = 7.6, math.ceil((len(settings) + 3) / columns)
-
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)  # inches: the last tick label's room
-    figure = Figure(figsize=(width, 3.66 + 0.17 * rows), layout=layout)
+    figure = Figure(figsize=(6.4, 3.66))
     axes = figure.add_subplot()
-    _draw_settings(axes, run, steps, values, absolute)
-    reference = published(run.system, run.suite, run.task)
-    if reference:
+    for i, (setting, places) in enumerate(settings):
+        last = i + 1 == len(settings)
+        seeds = values[:, places]  # (K, S)
+        colour, dashes = shade(i, len(settings))
+        label = f"{members.label(setting) or 'mean of seeds'}: {spread(seeds[-1])}"
+        axes.plot(steps, seeds.mean(1), dashes, color=colour, marker=".", ms=4, label=label)
+        if len(settings) == 1:
+            axes.plot(steps, seeds, color=colour, alpha=min(0.35, 1.5 / len(places)), linewidth=0.7)
+        low, high, meaning = band(seeds)
+        label = f"{meaning} ({len(places)} seeds)" if meaning and last else ""
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0, label=label)
+        for episodes in absolute:
+            score = episodes[places].mean(-1)  # (S,)
+            label = f"absolute metric ({episodes.shape[1]} episodes)" if last else ""
+            at = steps[-1], score.mean(), score.std()
+            axes.errorbar(*at, fmt="D", color=colour, mfc="white", capsize=3, zorder=5, label=label)
+    if reference := published(run.system, run.suite, run.task):
         text = f"published (20M steps): {reference[0]:.2f} ± {reference[1]:.2f}"
         axes.axhline(reference[0], color=GREY, linestyle=(0, (5, 3)), linewidth=1.2, label=text)
 
-    metric = run.headline.replace("_", " ")
     axes.set_title(f"{run.system.upper()} on {run.suite}/{run.task}", loc="left", fontsize=11)
-    axes.set_xlabel(f"environment steps (per {'member' if len(settings) > 1 else 'seed'})")
-    axes.set_ylabel(f"evaluation {metric}")
+    axes.set_xlabel("environment steps (per member)")
+    axes.set_ylabel(f"evaluation {run.headline.replace('_', ' ')}")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes.grid(color="#e6e6e6", linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02, y=0.08)
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)
-    figure.savefig(path, format="png", dpi=200)
-
-
-def _draw_settings(
-    axes: Axes, run: Run, steps: np.ndarray, values: np.ndarray, absolute: np.ndarray | None
-) -> None:
-    """Draw each setting's mean over seeds, their band, and the absolute metric at the end.
-
-    A single setting has its seeds drawn too; the legend explains all settings' bands and metrics.
-    """
-    settings = members.by_setting(run.members)
-    num_seeds, several = len(settings[0][1]), len(settings) > 1
-    for i, (setting, places) in enumerate(settings):
-        seeds = values[:, places]
-        low, high, meaning = band(seeds)
-        colour, dashes = shade(i, len(settings))
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        label = members.label(setting)
-        if not several:
-            label = f"mean of {num_seeds} seeds" if num_seeds > 1 else run.members[0].name
-            alpha = min(0.35, 1.5 / num_seeds)
-            axes.plot(steps, seeds, color=colour, alpha=alpha, linewidth=0.7)
-        axes.plot(
-            steps, seeds.mean(1), color=colour, linewidth=1.8, linestyle=dashes, label=label,
-            marker="o" if len(steps) < 3 else None,  # a curve of one or two points is not visible
-        )  # fmt: skip
-        if absolute is not None:
-            score = absolute[places].mean(-1)
-            axes.errorbar(
-                steps[-1], score.mean(), score.std() if num_seeds > 1 else None, fmt="D",
-                color=colour if several else ORANGE, markersize=5, capsize=3, clip_on=False,
-                zorder=5,
-            )  # fmt: skip
-    if num_seeds > 1:
-        text, colour = (f"{meaning} ({num_seeds} seeds)", GREY) if several else (meaning, BLUE)
-        axes.fill_between([], [], [], color=colour, alpha=0.25, linewidth=0, label=text)
-    if absolute is not None:
-        text, colour = f"absolute metric ({absolute.shape[1]} episodes)", GREY
-        if not several:
-            text, colour = f"{text}: {spread(absolute.mean(-1))}", ORANGE
-        axes.plot([], [], "D", color=colour, markersize=5, label=text)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=8.5, frameon=False
+    )
+    figure.savefig(path, format="png", dpi=200, bbox_inches="tight")
 
 
 def shade(place: int, number: int) -> tuple[Any, str]:
@@ -124,10 +92,8 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
 
 def published(system: str, suite: str, task: str) -> tuple[float, float] | None:
     """Return the published (mean, standard deviation) if the table exists and has the task."""
-    if not PUBLISHED.is_file():
-        return None
-    with PUBLISHED.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if (row["system"], row["suite"], row["task"]) == (system, suite, task):
-                return float(row["mean"]), float(row["std"])
+    table = PUBLISHED.read_text(encoding="utf-8") if PUBLISHED.is_file() else ""
+    for row in csv.DictReader(table.splitlines()):
+        if (row["system"], row["suite"], row["task"]) == (system, suite, task):
+            return float(row["mean"]), float(row["std"])
     return None

@@ -8,6 +8,8 @@ import numpy as np
 
 from magpo.config.members import Member
 
+ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
+
 
 class Run(NamedTuple):
     """The facts about a run that its records and pictures repeat."""
@@ -45,19 +47,11 @@ def plain(value: np.float32) -> float | None:
     return float(str(value)) if np.isfinite(value) else None
 
 
-class Scalar(NamedTuple):
-    """A value of one member."""
+def scalars(run: Run, measurement: Measurement) -> Iterator[tuple[int, int, str, float | None]]:
+    """Yield the place of a member, its environment steps, a name and the value at these steps.
 
-    place: int  # the member's
-    env_steps: int
-    name: str
-    value: float | None
-
-
-def scalars(run: Run, measurement: Measurement) -> Iterator[Scalar]:
-    """Yield a measurement's values: those of the updates, then of the evaluation that follows them.
-
-    `eval/*` and `absolute/*` are means over episodes. `time/steps_per_s` counts one member's steps.
+    The values of the updates come before those of the evaluation that follows them. `eval/*` and
+    `absolute/*` are means over episodes. `time/steps_per_s` counts one member's steps.
     """
     training = measurement.training
     masks = {name: defined(training, name) for name in training}
@@ -67,10 +61,10 @@ def scalars(run: Run, measurement: Measurement) -> Iterator[Scalar]:
             steps = last_step - (num_updates - 1 - update) * run.steps_per_update
             for name in training:
                 if masks[name][place, update]:
-                    yield Scalar(place, steps, name, plain(training[name][place, update]))
+                    yield place, steps, name, plain(training[name][place, update])
     kind = "absolute" if measurement.chunk is None else "eval"
     for place, steps in enumerate(measurement.env_steps):
         for name, value in measurement.evaluation.items():
-            yield Scalar(place, steps, f"{kind}/{name}", plain(value[place].mean()))
+            yield place, steps, f"{kind}/{name}", plain(value[place].mean())
         for name, seconds in measurement.timing.items():
-            yield Scalar(place, steps, f"time/{name}", round(seconds, 4))
+            yield place, steps, f"time/{name}", round(seconds, 4)

@@ -5,12 +5,10 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 from magpo.config.members import Member, label
-from magpo.errors import ConfigError
-from magpo.files import write_aside
+from magpo.files import UNREADABLE, write_aside
 from magpo.report.measurements import Measurement, Run, plain, scalars
 
 
@@ -28,8 +26,8 @@ class Sink(Protocol):
 class JsonLines:
     """metrics.jsonl: one value a line, in the order of `scalars`.
 
-    The file is written again if somebody removes, replaces or changes it, and lines that others
-    added stay. For that, the rows are kept in memory too, compressed to a tenth or less.
+    The file is written again if somebody removes, replaces or changes it; the changed one stays
+    beside it. For that, the rows are kept in memory too, compressed to a tenth or less.
     """
 
     def __init__(
@@ -44,10 +42,10 @@ class JsonLines:
         if damaged or len(kept) < keep_bytes:
             missing = keep_bytes - len(kept)
             self.warn(f"{self.path}: damaged lines: {damaged}, missing bytes: {missing}")
-        self.size = kept.rfind(b"\n") + 1  # bytes surely on file, whole lines
+        self.size = self.end = kept.rfind(b"\n") + 1  # bytes on file, and of all rows
         self.file.truncate(self.size)
+        self.rows = [zlib.compress(kept[: self.size], 1)]
         self.unwritten = bytearray()
-        self.rows: dict[int | None, bytes] = {-1: zlib.compress(kept[: self.size], 1)}  # by chunk
         self.ends: dict[int | None, int] = {}  # bytes, by chunk
 
     def write(self, measurement: Measurement) -> None:
@@ -66,16 +64,24 @@ class JsonLines:
                 "value": value,
             }
             rows += json.dumps(record).encode() + b"\n"
-        self.rows[measurement.chunk] = zlib.compress(rows, 1)
+        self.rows.append(zlib.compress(rows, 1))
         self.unwritten += rows
-        self.ends[measurement.chunk] = self.size + len(self.unwritten)
+        self.end += len(rows)
+        self.ends[measurement.chunk] = self.end
         with contextlib.suppress(OSError):  # a full disk: tried again, and raised, by `save`
             self._append()
 
     def _append(self) -> None:
         """Write the rows of this attempt and those that an earlier one, on a full disk, left."""
         if not self._is_as_left():
-            self._write_again()
+            self.warn(f"{self.path} was changed by another program: all records are written again")
+            self.warn = lambda text: None
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self.path.replace(self.path.with_suffix(".jsonl.changed"))
+            self.file.close()
+            self.file = self.path.open("a+b", buffering=0)
+            self.unwritten, self.size = bytearray().join(map(zlib.decompress, self.rows)), 0
         while self.unwritten:
             written = self.file.write(self.unwritten)
             del self.unwritten[:written]
@@ -83,32 +89,10 @@ class JsonLines:
 
     def _is_as_left(self) -> bool:
         """Return whether the path still leads to the open file, and that is as it was left."""
-        try:
-            there = self.path.stat()
-        except FileNotFoundError:
-            return False
-        same = os.path.samestat(there, os.fstat(self.file.fileno()))
-        return same and there.st_size == self.size
-
-    def _write_again(self) -> None:
-        """Write all rows, after the lines of others that the file has now."""
-        self.warn(f"{self.path} was changed by another program: all records are written again")
-        self.warn = lambda text: None
-        rows = {chunk: zlib.decompress(block) for chunk, block in self.rows.items()}
-        ours = {line for block in rows.values() for line in block.split(b"\n")}
-        *found, last = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        if not any(line.startswith(last) for line in ours):  # it is no half row of ours
-            found.append(last)
-        others = b"".join(line + b"\n" for line in found if line not in ours)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(self.path, lambda aside: aside.write_bytes(others + b"".join(rows.values())))
-        self.file.close()
-        self.file = self.path.open("a+b", buffering=0)
-        self.size = len(others)
-        for chunk, block in rows.items():
-            self.size += len(block)
-            self.ends[chunk] = self.size
-        self.unwritten.clear()
+        with contextlib.suppress(FileNotFoundError):
+            there, ours = self.path.stat(), os.fstat(self.file.fileno())
+            return os.path.samestat(there, ours) and there.st_size == self.size
+        return False
 
     def save(self) -> None:
         self._append()
@@ -117,10 +101,9 @@ class JsonLines:
 
 def _is_record(line: bytes) -> bool:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        return bool(json.loads(line)["name"])
+    except UNREADABLE:
         return False
-    return isinstance(record, dict) and "name" in record
 
 
 class MarlEval:
@@ -201,12 +184,6 @@ class TensorBoard:
             writer.close()
 
 
-def require_neptune() -> None:
-    """Raise ConfigError if Neptune's client is not installed."""
-    if find_spec("neptune") is None:
-        raise ConfigError("logger.neptune: needs the neptune client: install magpo[neptune]")
-
-
 class Neptune:
     """A Neptune run for each member, in a group with the run's name; offline without a token."""
 
@@ -215,8 +192,7 @@ class Neptune:
     ) -> None:
         """Take the configuration of each member."""
         self.run, self.project, self.tags, self.configs = run, project, list(tags), configs
-        self.runs: list[Any] = []
-        self.refused: Exception | None = None
+        self.runs: list[Any] | None = None
 
     def _begin(self, member: Member, config: dict[str, Any]) -> Any:
         import neptune
@@ -237,20 +213,16 @@ class Neptune:
         return one
 
     def write(self, measurement: Measurement) -> None:
-        if self.refused is not None:  # once is enough: to be refused can take minutes
-            raise self.refused
-        try:
-            self.runs = self.runs or list(map(self._begin, self.run.members, self.configs))
-        except Exception as error:
-            self.refused = error
-            raise
+        if self.runs is None:
+            self.runs = []  # once is enough: to be refused can take minutes
+            self.runs = list(map(self._begin, self.run.members, self.configs))
         for place, env_steps, name, value in scalars(self.run, measurement):
-            if value is not None:
+            if self.runs and value is not None:
                 self.runs[place][name].append(value, step=env_steps)
 
     def save(self) -> None:
         """Do nothing: the client sends by itself."""
 
     def close(self) -> None:
-        for one in self.runs:
+        for one in self.runs or ():
             one.stop()

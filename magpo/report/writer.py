@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from magpo.report.measurements import Measurement
 from magpo.report.sinks import Sink
@@ -30,8 +31,7 @@ class Writer:
     ) -> None:
         self.sinks = sinks
         self.warn = warn
-        self._queue: queue.Queue[Measurement | Callable[[], object] | None]
-        self._queue = queue.Queue(queue_size)
+        self._queue: queue.Queue[Any] = queue.Queue(queue_size)
         self._lost: dict[str, Exception] = {}  # measurements, by sink
         self._unsaved: dict[str, Exception] = {}  # files, by sink, until a later attempt succeeds
         self._warned: set[str] = set()
@@ -54,14 +54,11 @@ class Writer:
         if self._abandoned:
             return
         self._queue.put(None)
-        interrupt: KeyboardInterrupt | None = None
-        while self._thread.is_alive():
-            try:
-                self._thread.join()
-            except KeyboardInterrupt as pressed:  # the files first; a second one kills
-                interrupt = pressed
-        if interrupt is not None:
-            raise interrupt
+        try:
+            self._thread.join()
+        except KeyboardInterrupt:  # the files first; a second one kills
+            self._thread.join()
+            raise
         if kind is None and (errors := self._unsaved | self._lost):
             lost = "; ".join(f"{name}: {error}" for name, error in errors.items())
             raise LoggingError(f"not everything could be written: {lost}")
@@ -74,19 +71,16 @@ class Writer:
                     self._try(self._lost, type(sink).__name__, partial(sink.write, item))
             else:
                 self._try(self._unsaved, "checkpoint", item)
-            if time.monotonic() >= due:
-                due = time.monotonic() + 100 * self._save()
-        self._save()
-        for sink in self.sinks:
-            if close := getattr(sink, "close", None):
-                self._try(self._unsaved, type(sink).__name__, close)
+            if (start := time.monotonic()) >= due:
+                self._all("save")
+                due = time.monotonic() + 100 * (time.monotonic() - start)
+        self._all("save")
+        self._all("close")
 
-    def _save(self) -> float:
-        """Save all sinks; return the seconds it took."""
-        start = time.monotonic()
+    def _all(self, method: str) -> None:
+        """Save, or close, all sinks that have this method."""
         for sink in self.sinks:
-            self._try(self._unsaved, type(sink).__name__, sink.save)
-        return time.monotonic() - start
+            self._try(self._unsaved, type(sink).__name__, getattr(sink, method, lambda: None))
 
     def _try(self, errors: dict[str, Exception], name: str, attempt: Callable[[], object]) -> None:
         try:

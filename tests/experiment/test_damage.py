@@ -32,10 +32,9 @@ def folder(config, monkeypatch):
 def begin(config, folder):
     """What a resume does before it compiles: the chunk it would go on from, and all its arrays."""
     config = dataclasses.replace(config, resume=str(folder))
-    programs = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
-    shapes = experiment.shapes_of(SYSTEM, programs, config)
-    evaluation = programs.evaluate.eval_shape(shapes.params, shapes.keys, np.int32(0))
-    return resume.start(folder, config, shapes.state, shapes.best, evaluation)
+    programs, shapes = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
+    evaluation = programs.evaluate.eval_shape(*shapes.evaluate)
+    return resume.start(folder, config, *shapes.train_chunk, shapes.keep_best[0], evaluation)
 
 
 def sign(path):

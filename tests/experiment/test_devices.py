@@ -142,7 +142,7 @@ def test_a_seed_at_a_time_runs_one_branch_of_a_cond(config, one_device, override
 
 
 def test_sizes_that_do_not_divide_are_refused(config, one_device, monkeypatch):
-    with pytest.raises(ConfigError, match="seeds_per_batch must divide the 3 seeds of a device"):
+    with pytest.raises(ConfigError, match="seeds_per_batch must divide the 3 members of a device"):
         run(config, seeds_per_batch=2)
     gpus = 15 * devices.jax.devices()
     monkeypatch.setattr(devices.jax, "devices", lambda: gpus)
@@ -153,8 +153,8 @@ def test_sizes_that_do_not_divide_are_refused(config, one_device, monkeypatch):
 def test_too_much_is_said(tmp_path, capsys):
     run = configuration.load("mappo", SMALL)
     info = Run(tmp_path, "mappo", "a", "b", run.members, "episode_return", 1, "x")
-    Console(info, run, 0).footprint(needed=3_000_000_000, available=2_000_000_000)
+    Console(info, run).footprint(needed=3_000_000_000, available=2_000_000_000)
     printed = capsys.readouterr().out
-    assert printed.startswith("memory: 3.00G of 2.00G bytes on each device\nwarning: that is too")
-    Console(info, run, 0).footprint(needed=1, available=2)
+    assert printed.startswith("memory: 3.0 GB of 2.0 GB on each device\nwarning: that is too")
+    Console(info, run).footprint(needed=1, available=2)
     assert "warning" not in capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_a_full_disk_is_said_and_what_was_saved_is_whole(results, unforeseen):
     printed, code = last_lines(results, "full")
     assert code == 1
     assert printed.count("No space left on device; training goes on") >= 1
-    assert "1.28k of 1.28k steps" in printed
+    assert "1,280 of 1,280 steps" in printed
     assert "error: not everything could be written: " in printed
     assert unforeseen or "Traceback" not in printed  # of what is cut short tensorstore prints some
     (folder,) = (results / "full").glob("*/*/*")

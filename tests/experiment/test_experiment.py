@@ -68,16 +68,16 @@ def test_best_is_the_latest_highest_score_with_its_parameters(config):
 
 
 def test_a_nan_return_is_never_best(config):
-    programs = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
+    programs, _ = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
     old = Best(np.float32([1, 1, 1]), np.int32([4, 4, 4]), np.int32([40, 50, 60]))
     returns = np.float32([[np.nan, 9, 9], [1, 1, 1], [0, 0, 1]])
-    best = programs.keep_best(old, np.int32([41, 51, 61]), returns, np.int32(5))
+    best = programs.keep_best(old, np.int32([41, 51, 61]), returns, np.int32([5, 5, 5]))
     np.testing.assert_array_equal(best.chunk, [4, 5, 4])
     np.testing.assert_array_equal(best.params, [40, 51, 60])
 
 
 def test_snapshot_outlives_the_donated_state(config):
-    programs = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
+    programs, _ = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
     inputs = experiment.member_inputs(config)
     state = programs.init(inputs.train_keys, inputs.hyper)
     params, finite = programs.snapshot(state)
@@ -383,7 +383,7 @@ def test_console_has_one_line_per_evaluation_and_the_end(config, capsys):
     out = capsys.readouterr().out
     assert sum(" of 120 steps" in line for line in out.splitlines()) == K + 1
     assert "memory: " in out and "too much" not in out
-    assert "120 per seed, 127 rounded down to whole chunks" in out
+    assert "120 per member, 127 rounded down to whole chunks" in out
     assert "Rewards are sparse" not in out
     assert out.rstrip().endswith(f"results: {result.folder}")
 

@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from experiment.counting import SEEDS, K, U, records, run
 from magpo.errors import ConfigError
-from magpo.report import sinks, writer
+from magpo.experiment import loop
+from magpo.report import writer
 from magpo.runs import resume
 
 
@@ -68,7 +69,7 @@ def test_neptune_without_a_token_writes_to_disk(config, monkeypatch):
 
 
 def test_a_missing_client_is_said_before_anything_is_written(config, monkeypatch):
-    monkeypatch.setattr(sinks, "find_spec", lambda name: None)
+    monkeypatch.setattr(loop, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"install magpo\[neptune\]"):
         run(config, logger=dataclasses.replace(config.logger, neptune=True))
     assert not Path(config.results_dir).exists()
