@@ -114,7 +114,7 @@ def test_a_run_names_the_module_that_it_imported(home, monkeypatch):
     run = config.load("mappo", ["import=rendezvous", "env=ring/rendezvous"])
     assert list(run.imports) == ["rendezvous"] and plugins.require(run.imports) == []
     forget()
-    with pytest.raises(ConfigError, match="needs rendezvous, .*: import=rendezvous$"):
+    with pytest.raises(ConfigError, match=r"needs rendezvous, .*: import=rendezvous$"):
         plugins.require(run.imports)
 
 
