@@ -66,21 +66,13 @@ def evaluate(
         return (episodes.step < env.time_limit) & episodes.running.any()
 
     def step(episodes: _Episodes) -> _Episodes:
-        action, carry = algorithm.act(
-            setup,
-            params,
-            episodes.carry,
-            episodes.timestep.observation,
-            jax.random.fold_in(act_key, episodes.step),
-            greedy,
-        )
+        key = jax.random.fold_in(act_key, episodes.step)
+        observation = episodes.timestep.observation
+        action, carry = algorithm.act(setup, params, episodes.carry, observation, key, greedy)
         env_state, timestep = jax.vmap(env.step)(episodes.env_state, action)
         before = episodes.metrics
-        after = _measure(
-            timestep,
-            before["episode_return"] + timestep.reward.mean(-1),
-            before["episode_length"] + 1,
-        )
+        episode_return = before["episode_return"] + timestep.reward.mean(-1)
+        after = _measure(timestep, episode_return, before["episode_length"] + 1)
         return _Episodes(
             step=episodes.step + 1,
             env_state=env_state,
@@ -129,19 +121,18 @@ def _main(
     trained = policy.read(run)
     places = trained.places(setting=vary)
     task = policy.make_env(trained, env, options)
-    algorithm, setup = trained.algorithm, policy.make_setup(trained, task)
+    setup = policy.build(trained, 0, env=task).setup
 
     @partial(jax.jit, static_argnums=2)
     @partial(jax.vmap, in_axes=(0, 0, None))
     def play(params: Any, key: Array, size: int) -> dict[str, Array]:
-        return evaluate(algorithm, setup, task, params, key, size, greedy)
+        return evaluate(trained.algorithm, setup, task, params, key, size, greedy)
 
-    chosen = jnp.array(places)
-    params = jax.tree.map(lambda x: x[chosen], trained.params)
+    params = jax.tree.map(lambda x: x[places], trained.params)
     key = jax.random.key(seed)
     means: dict[str, Any] = dict.fromkeys(["episode_return", task.headline, "episode_length"], 0.0)
     for left in range(episodes, 0, -BATCH):
-        keys, size = jax.random.split(key, len(trained.score))[chosen], min(left, BATCH)
+        keys, size = jax.random.split(key, len(trained.score))[places], min(left, BATCH)
         metrics = jax.device_get(play(params, keys, size))  # (members, size) each
         means = {n: m + metrics[n].sum(-1) / episodes for n, m in means.items()}
         key = jax.random.fold_in(key, left)

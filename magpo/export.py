@@ -24,7 +24,6 @@ from magpo.config.schema import NonNegativeInt, Seed, UserPath
 from magpo.runs.policy import TrainedPolicy, load_policy
 from magpo.types import Array, Observation
 
-PLATFORMS = ("cpu", "cuda", "tpu")
 USAGE = """\
 usage: python -m magpo.export run=<folder> [key=value ...]
 
@@ -54,8 +53,11 @@ def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
         sampled, _ = policy.act(carry, observation, key, greedy=False)
         return jnp.where(greedy, likely, sampled), *jax.tree.leaves(after)
 
-    carry = [jax.ShapeDtypeStruct((*batch, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
-    named = {f"carry_{i}": leaf for i, leaf in enumerate(carry)}
+    named = {
+        f"carry_{i}": jax.ShapeDtypeStruct((*batch, *leaf.shape[1:]), leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    }
+    outputs = ["action", *named]
     named |= {
         "agents_view": jax.ShapeDtypeStruct((*batch, policy.env.num_features), jnp.float32),
         "action_mask": jax.ShapeDtypeStruct((*batch, policy.env.action_dim), jnp.bool),
@@ -63,25 +65,18 @@ def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
         "random_bits": jax.ShapeDtypeStruct((2,), jnp.uint32),
         "greedy": jax.ShapeDtypeStruct((), jnp.bool),
     }
-    exported = jax.export.export(jax.jit(act), platforms=PLATFORMS)(*named.values())
-    outputs = ["action", *(f"carry_{i}" for i in range(len(carry)))]
+    exported = jax.export.export(jax.jit(act), platforms=("cpu", "cuda", "tpu"))(*named.values())
     description = {
         "task": policy.env.name,
         "action_kind": policy.env.action_kind,
-        "inputs": list(map(_describe, named.keys(), named.values())),
-        "outputs": list(map(_describe, outputs, exported.out_avals)),
+        "inputs": dict(zip(named, map(str, exported.in_avals), strict=True)),
+        "outputs": dict(zip(outputs, map(str, exported.out_avals), strict=True)),
         "carry_at_the_start": "zeros",
         "random_bits": "two new uint32 numbers at every step; unused where greedy",
         "agents_view": "the agent's own, as magpo.envs gives it: its one-hot id first",
-        "platforms": list(PLATFORMS),
         "jax": jax.__version__,
     }
     return bytes(exported.serialize()), description
-
-
-def _describe(name: str, leaf: Any) -> dict[str, Any]:
-    shape = [size if isinstance(size, int) else str(size) for size in leaf.shape]
-    return {"name": name, "shape": shape, "dtype": str(leaf.dtype)}
 
 
 def main() -> None:

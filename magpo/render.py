@@ -73,15 +73,12 @@ def write_gif(path: Path, env: Environment, episode: Episode) -> None:
     action is None at the end; without one, by what its agents see.
     """
     from matplotlib.animation import PillowWriter
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from magpo.envs import pictures
 
-    draw = pictures.DRAW.get(env.name.partition("/")[0])
-    own: Any = getattr(env, "draw", None)
+    suite = env.name.partition("/")[0]
     figure = Figure(figsize=(4.8, 5.0), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     writer = PillowWriter(fps=4)
     with writer.saving(figure, str(path), dpi=80):
@@ -89,10 +86,10 @@ def write_gif(path: Path, env: Environment, episode: Episode) -> None:
             axes.clear()
             over = t == len(episode.actions)
             action = None if over else episode.actions[t]
-            if draw is not None:
-                draw(axes, env, state, action)
-            elif own is not None:
-                own(axes, state, action)
+            if suite in pictures.DRAW:
+                pictures.DRAW[suite](axes, env, state, action)
+            elif hasattr(env, "draw"):
+                env.draw(axes, state, action)
             else:
                 pictures.views(axes, episode.views[t], action)
             reward = "the end" if over else f"reward {episode.rewards[t]:+.2f}"
@@ -126,17 +123,15 @@ def _main(
     greedy: bool = False,
     seed: Seed = 0,
 ) -> None:
-    if (run is None) == (env is None):
-        raise ConfigError("give env=<suite>/<task> or run=<folder>, one of them")
-    if vary and run is None:
-        raise ConfigError("vary.<key>=<value> chooses a policy: it needs run=<folder>")
     acting = None
-    if run is not None:
+    if env is not None and run is None and not vary:
+        task = envs.make(env, **options)
+    elif run is not None and env is None:
         trained = policy.read(run)
         task = policy.make_env(trained, None, options)
         acting = policy.build(trained, trained.best(trained.places(setting=vary)), env=task)
     else:
-        task = envs.make(str(env), **options)
+        raise ConfigError("give env=<suite>/<task>, or run=<folder> and its vary.<key>=<value>")
     as_html = task.name.startswith("mabrax/")
     suffix = ".html" if as_html else ".gif"
     file = Path(out or task.name.replace("/", "_") + suffix)

@@ -4,10 +4,11 @@ import json
 import math
 import os
 import shlex
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from magpo import config as configuration
@@ -79,13 +80,11 @@ def _summary(folder: Path) -> Summary:
     return run
 
 
-def _best_mean(returns: Sequence[dict[str, Any]], varied: Sequence[str]) -> float | None:
+def _best_mean(returns: Iterable[dict[str, Any]], varied: Sequence[str]) -> float | None:
     """Return the best setting's mean over seeds of the returns in records; None without any."""
-    of_setting = defaultdict[tuple[Any, ...], list[float]](list)
-    for record in returns:
-        if record["value"] is not None:
-            of_setting[tuple(record[key] for key in varied)].append(record["value"])
-    return max((sum(values) / len(values) for values in of_setting.values()), default=None)
+    settings = groupby(returns, key=lambda record: [record[key] for key in varied])
+    values = [[r["value"] for r in of_one if r["value"] is not None] for _, of_one in settings]
+    return max(map(fmean, filter(None, values)), default=None)
 
 
 def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
@@ -122,7 +121,7 @@ def _main(results: UserPath = "results") -> None:
         last = "-" if run.last_return is None else f"{run.last_return:.3g}"
         words = [run.folder.resolve().name, run.system, run.task, run.status, varied]
         rows.append([*words, str(run.num_members), f"{run.steps:,}", f"{run.total_steps:,}", last])
-    tables.show(COLUMNS, rows, num_words=5)
+    tables.show(COLUMNS, rows, numbers=4)
     for run in runs:
         if run.resume:
             print(tables.printable(run.resume))

@@ -425,7 +425,7 @@ def test_export_and_render_take_a_member(trained, monkeypatch, capsys, tmp_path)
     arguments = (f"run={folder}", "vary.system.shift=3", f"out={tmp_path / 'out'}")
     printed(monkeypatch, capsys, export, *arguments, "seed=11")
     description = json.loads((tmp_path / "out/policy.json").read_text())
-    assert description["inputs"][0]["name"] == "carry_0"
+    assert next(iter(description["inputs"])) == "carry_0"
     assert description["carry_at_the_start"] == "zeros"
     monkeypatch.setattr(render, "write_gif", lambda *args: None)
     printed(monkeypatch, capsys, render, *arguments[:2], f"out={tmp_path / 'a.gif'}")

@@ -155,7 +155,10 @@ def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Console, "update", remove)
         folder = run(config).folder
-    assert f"warning: {folder} was removed: made again" in capsys.readouterr().out
+    assert (
+        f"warning: {folder / 'metrics.jsonl'} was changed by another program"
+        in capsys.readouterr().out
+    )
     assert folders.status(folder) == "finished"
     same_logs(folder, whole.folder)
     run(config, resume=str(folder))
