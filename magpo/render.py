@@ -3,12 +3,11 @@
 Writes a GIF, for MABrax brax's HTML: under random legal actions, or of a run's best policy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from magpo import envs
 from magpo.config import cli
@@ -31,42 +30,38 @@ usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
   seed=0                 of the episode, 0 .. 2**32 - 1"""
 
 
-class Episode(NamedTuple):
-    """An episode on the host."""
+class Frame(NamedTuple):
+    """A state of an episode, on the host, and the step from it."""
 
-    states: list[Any]  # L + 1
-    views: list[np.ndarray]  # L + 1, each (N, O)
-    actions: np.ndarray  # (L, N[, A])
-    rewards: np.ndarray  # (L,) mean over agents
+    state: Any
+    view: Any  # (N, O)
+    action: Any  # (N[, A]); None at the end
+    reward: float  # mean over agents; 0 at the end
 
 
 def play(
     env: Environment, acting: policy.TrainedPolicy | None, steps: int, seed: int, greedy: bool
-) -> Episode:
+) -> Iterator[Frame]:
     """Play an episode to its end or for `steps` steps; random legal actions without a policy."""
     reset_key, act_key = jax.random.split(jax.random.key(seed))
     state, timestep = jax.jit(env.reset)(reset_key)
     step = jax.jit(env.step)
     carry = acting.initial_carry() if acting else None
-    states, views, actions, rewards = [state], [timestep.observation.agents_view], [], []
     for t in range(min(steps, env.time_limit)):
         key = jax.random.fold_in(act_key, t)
+        before, seen = state, timestep.observation
         if acting:
-            action, carry = acting.act(carry, timestep.observation, key, greedy)
+            action, carry = acting.act(carry, seen, key, greedy)
         else:
-            action = random_action(env, timestep.observation.action_mask, key)
-        state, timestep = step(state, action)
-        states.append(state)
-        views.append(timestep.observation.agents_view)
-        actions.append(np.asarray(action))
-        rewards.append(float(timestep.reward.mean()))
+            action = random_action(env, seen.action_mask, key)
+        state, timestep = step(before, action)
+        yield jax.device_get(Frame(before, seen.agents_view, action, timestep.reward.mean()))
         if timestep.last():
             break
-    states, views = jax.device_get((states, views))
-    return Episode(states, views, np.stack(actions), np.array(rewards))
+    yield jax.device_get(Frame(state, timestep.observation.agents_view, None, 0.0))
 
 
-def write_gif(path: Path, env: Environment, episode: Episode) -> None:
+def write_gif(path: Path, env: Environment, frames: Sequence[Frame]) -> None:
     """Write a frame for each step: the state, the actions and the reward.
 
     An environment of the user's is drawn by its method `draw(axes, state, action)`, where the
@@ -82,27 +77,25 @@ def write_gif(path: Path, env: Environment, episode: Episode) -> None:
     axes = figure.add_subplot()
     writer = PillowWriter(fps=4)
     with writer.saving(figure, str(path), dpi=80):
-        for t, state in enumerate(episode.states):
+        for t, (state, view, action, reward) in enumerate(frames):
             axes.clear()
-            over = t == len(episode.actions)
-            action = None if over else episode.actions[t]
             if suite in pictures.DRAW:
                 pictures.DRAW[suite](axes, env, state, action)
             elif hasattr(env, "draw"):
                 env.draw(axes, state, action)
             else:
-                pictures.views(axes, episode.views[t], action)
-            reward = "the end" if over else f"reward {episode.rewards[t]:+.2f}"
-            done = episode.rewards[: t + (not over)].sum()
-            axes.set_title(f"{env.name}, step {t}: {reward}, return {done:.2f}", fontsize=9)
+                pictures.views(axes, view, action)
+            now = "the end" if action is None else f"reward {reward:+.2f}"
+            done = sum(frame.reward for frame in frames[: t + 1])
+            axes.set_title(f"{env.name}, step {t}: {now}, return {done:.2f}", fontsize=9)
             writer.grab_frame()
 
 
-def write_html(path: Path, env: Any, episode: Episode) -> None:
+def write_html(path: Path, env: Any, frames: Sequence[Frame]) -> None:
     """Write a page with brax's own viewer, which loads its script from the web."""
     from brax.io import html
 
-    poses = [state.pipeline_state for state in episode.states]
+    poses = [frame.state.pipeline_state for frame in frames]
     brax_env = env.simulator.env
     path.write_text(html.render(brax_env.sys.tree_replace({"opt.timestep": brax_env.dt}), poses))
 
@@ -137,9 +130,10 @@ def _main(
     file = Path(out or task.name.replace("/", "_") + suffix)
     if file.suffix.lower() != suffix:
         raise ConfigError(f"out={file}: must be a file's name that ends in {suffix}")
-    episode = play(task, acting, steps, seed, greedy)
-    (write_html if as_html else write_gif)(file, task, episode)
-    print(f"{file}: {len(episode.actions)} steps, return {episode.rewards.sum():.3f}")
+    frames = list(play(task, acting, steps, seed, greedy))
+    (write_html if as_html else write_gif)(file, task, frames)
+    total = sum(frame.reward for frame in frames)
+    print(f"{file}: {len(frames) - 1} steps, return {total:.3f}")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ def show(
     """Print a table. The last `numbers` columns are aligned to the right; in Markdown the first
     column has names of code."""
     if markdown:
-        print("|", " | ".join(columns), "|")
-        print("|", " | ".join("---" for _ in columns), "|")
-        for cells in rows:
-            print("|", " | ".join([f"`{cells[0]}`", *cells[1:]]), "|")
+        named = ([f"`{name}`", *cells] for name, *cells in rows)
+        for line in (columns, ["---"] * len(columns), *named):
+            print("|", " | ".join(line), "|")
         return
     table = plain(columns, len(columns) - numbers)
     for cells in rows:

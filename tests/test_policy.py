@@ -90,7 +90,7 @@ def of_params(convert):
         (lambda meta, record: record.update({"best.score": np.full(2, np.nan)}), "not 32 bits"),
         (lambda meta, record: record.update({"best.chunk": np.int32([1, 9])}), "out of range"),
         (lambda meta, record: record.update({"best.chunk": np.int32([[1], [1]])}), "not 32 bits"),
-        (lambda meta, record: meta["env"].update(num_agents=4), "is not of 4 agents x 5"),
+        (lambda meta, record: meta["env"].update(num_agents=4), "is not of 4 agents x 10"),
         (lambda meta, record: meta["env"].update(num_agents="3"), "env.num_agents must be"),
         (lambda meta, record: meta["config"].update(seeds=[7]), "for each of 1 members"),
         (lambda meta, record: meta["config"].pop("network"), "network is missing"),

@@ -77,7 +77,6 @@ def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, An
             described = jax.tree.map(_describe, arrays)
             _write(aside / META, {"format": 2, "chunk": chunk, **meta, "arrays": described})
             _write(aside / MANIFEST, {name: _sha256(aside / name) for name in _files(aside)})
-            shutil.rmtree(final, ignore_errors=True)
             os.replace(aside, final)
     except BaseException as error:
         if processes.is_first():
@@ -173,11 +172,11 @@ def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any
 def difference(meta: Mapping[str, Any], part: str, template: Any) -> str:
     """Return the first difference in names, shapes and dtypes between a part and `template`; "":
     there is none."""
-    expected = {name: _describe(leaf) for name, leaf in _named(template).items()}
-    found = meta["arrays"].get(part, {})
+    expected = {name: "{}{}".format(*_describe(leaf)) for name, leaf in _named(template).items()}
+    found = {name: "{}{}".format(*said) for name, said in meta["arrays"].get(part, {}).items()}
     for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
-            ours, theirs = _text(expected.get(name)), _text(found.get(name))
+        ours, theirs = expected.get(name, "no"), found.get(name, "no")
+        if ours != theirs:
             return f"{part} has {theirs} {name}, this run {ours}"
     return ""
 
@@ -256,10 +255,6 @@ def _as_stored(dtype: str, shape: list[int]) -> list[Any]:
     if not dtype.startswith("key<"):
         return [dtype, shape]
     return ["uint32", [*shape, *jax.random.key_data(jax.random.key(0)).shape]]
-
-
-def _text(described: list[Any] | None) -> str:
-    return "{}{}".format(*described) if described else "no"
 
 
 def _files(folder: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from magpo.files import UNREADABLE
 from magpo.runs.folders import CONFIG, STATUS, status
 
 COLUMNS = ("run", "system", "task", "status", "varied", "members", "steps", "of", "return")
-RETURN = b"eval/episode_return"
+RETURN = b'"name": "eval/episode_return"'
 USAGE = """\
 usage: python -m magpo.runs [results]
 
@@ -36,21 +35,11 @@ class Summary(NamedTuple):
     task: str
     num_members: int
     varied: tuple[str, ...]  # dotted keys
-    imports: tuple[str, ...]  # the user's files that it needs
     status: str
     steps: int  # evaluated so far, per member
     total_steps: int
     last_return: float | None  # mean over seeds, of the best setting
-
-    @property
-    def resume(self) -> str | None:
-        """The command that continues the run; None if there is nothing to continue."""
-        if self.status in ("running", "finished", "unknown"):
-            return None
-        packaged = f"-m magpo.systems.{self.system}"
-        program = packaged if self.system in plugins.of_package() else f"{self.system}.py"
-        imports = [f" import={name}" for name in self.imports if name != program]
-        return f"python {program} resume={shlex.quote(str(self.folder))}{''.join(imports)}"
+    resume: str | None  # the command that continues the run, if there is anything to continue
 
 
 def summaries(root: Path) -> list[Summary]:
@@ -63,21 +52,29 @@ def summaries(root: Path) -> list[Summary]:
 
 
 def _summary(folder: Path) -> Summary:
-    run = Summary(folder, "?", "?", 0, (), (), "unknown", 0, 0, None)
+    run = Summary(folder, "?", "?", 0, (), "unknown", 0, 0, None, None)
     with suppress(*UNREADABLE):
         values = configuration.plain_values(folder / CONFIG)
-        system, task = str(values["run"]["system"]), str(values["run"]["env"])
-        vary = configuration.flat(values.get("vary", {}))
-        num_members = len(values["seeds"]) * math.prod(map(len, vary.values()))
-        run = run._replace(system=system, task=task, num_members=num_members, varied=tuple(vary))
-        run = run._replace(imports=tuple(map(str, values["run"].get("imports", ()))))
+        about, vary = values["run"], configuration.flat(values.get("vary", {}))
+        run = run._replace(system=str(about["system"]), task=str(about["env"]), varied=tuple(vary))
+        run = run._replace(num_members=len(values["seeds"]) * math.prod(map(len, vary.values())))
         per_chunk = values["num_envs"] * values["rollout_length"] * values["num_evaluations"]
         run = run._replace(total_steps=int(values["total_steps"] // per_chunk * per_chunk))
         run = run._replace(status=status(folder))
+        if run.status not in ("running", "finished", "unknown"):
+            run = run._replace(resume=_resume(run, map(str, about.get("imports", ()))))
         returns = _last_returns(folder / "metrics.jsonl", run.num_members)
         run = run._replace(steps=int(max((record["env_steps"] for record in returns), default=0)))
         run = run._replace(last_return=_best_mean(returns, run.varied))
     return run
+
+
+def _resume(run: Summary, imports: Iterable[str]) -> str:
+    """Return the command that continues a run, which needs these files of the user's."""
+    own = run.system not in plugins.of_package()
+    program = f"{run.system}.py" if own else f"-m magpo.systems.{run.system}"
+    others = [f" import={name}" for name in imports if name != program]
+    return f"python {program} resume={shlex.quote(str(run.folder))}{''.join(others)}"
 
 
 def _best_mean(returns: Iterable[dict[str, Any]], varied: Sequence[str]) -> float | None:
@@ -94,9 +91,7 @@ def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
         for length in (2**13, 2**16, 2**20, end):
             stream.seek(max(0, end - length))
             lines = stream.read().splitlines()[bool(length < end) :]
-            likely = [line for line in lines if RETURN in line and line.endswith(b"}")]
-            records = map(json.loads, likely)  # to parse all lines would take most of the time
-            returns = [record for record in records if record["name"] == RETURN.decode()]
+            returns = [json.loads(s) for s in lines if RETURN in s and s.endswith(b"}")]
             if len(returns) >= num_members:
                 break
     return returns[-num_members:]
@@ -109,7 +104,7 @@ def main() -> None:
 
 def _main(results: UserPath = "results") -> None:
     root = Path(results)
-    if not os.path.isdir(root):  # False for any text, unlike Path.is_dir
+    if not root.is_dir():
         raise ConfigError(f"{root}: no such folder")
     runs = summaries(root)
     if not runs:

@@ -71,8 +71,7 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
     """
     folder = Path(folder).expanduser()
     module = system or _system(folder)
-    algorithm = contract.algorithm(module)
-    trained = folders.newest_checkpoint(folder, partial(_load, module, algorithm))
+    trained = folders.newest_checkpoint(folder, partial(_load, module))
     if trained is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
     for name in plugins.require(trained.config.imports, module):
@@ -80,10 +79,9 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
     return trained
 
 
-def _load(
-    module: ModuleType, algorithm: Algorithm, path: Path, meta: Mapping[str, Any]
-) -> TrainedRun:
+def _load(module: ModuleType, path: Path, meta: Mapping[str, Any]) -> TrainedRun:
     """Load a checkpoint's best policies. Raises CheckpointError unless they can act."""
+    algorithm = contract.algorithm(module)
     record = checkpoint.load_named(path, meta, "record")
     try:
         run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
@@ -130,8 +128,7 @@ class TrainedPolicy:
 
     def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> Any:
         """Return the recurrent state at the start of an episode, (*batch[, N], ...) each."""
-        size = int(np.prod(batch_shape, dtype=int))
-        carry = self.algorithm.initial_carry(self.setup, (size,))
+        carry = self.algorithm.initial_carry(self.setup, (int(np.prod(batch_shape)),))
         return jax.tree.map(partial(self._outwards, batch_shape), carry)
 
     def act(
@@ -150,22 +147,17 @@ class TrainedPolicy:
     @partial(jax.jit, static_argnames=("self", "greedy"))
     def _act(
         self, params: Any, carry: Any, observation: Observation, key: Array, greedy: bool
-    ) -> tuple[Array, Any]:
+    ) -> Any:
         batch_shape = observation.step_count.shape
 
         def inwards(x: Array) -> Array:
             x = x.reshape(-1, *x.shape[len(batch_shape) :])
             return x[:, None] if self.one_agent else x
 
-        inner = Observation(
-            agents_view=inwards(observation.agents_view),
-            action_mask=inwards(observation.action_mask),
-            step_count=observation.step_count.reshape(-1),
-        )
-        carry = jax.tree.map(inwards, carry)
-        action, carry = self.algorithm.act(self.setup, params, carry, inner, key, greedy)
-        outwards = partial(self._outwards, batch_shape)
-        return outwards(action), jax.tree.map(outwards, carry)
+        inner, carry = jax.tree.map(inwards, (observation, carry))
+        inner = inner._replace(step_count=observation.step_count.reshape(-1))
+        acted = self.algorithm.act(self.setup, params, carry, inner, key, greedy)
+        return jax.tree.map(partial(self._outwards, batch_shape), acted)
 
     def _outwards(self, batch_shape: tuple[int, ...], x: Array) -> Array:
         """Reshape (B, N, ...), as a system has it, to (*batch[, N], ...)."""

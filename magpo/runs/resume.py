@@ -68,7 +68,6 @@ def start(
     run's checkpoints is usable, if the configuration changed, or if a finished run has no
     checkpoint.
     """
-
     new = configuration.dump(config)
 
     def load(path: Path, meta: dict[str, Any]) -> Start:
@@ -200,10 +199,10 @@ class Saver:
         try:
             log_bytes = 0
             if self.log:
-                if not (self.folder / folders.STATUS).exists():  # the folder was removed
-                    folders.begin(self.folder, self.config, self.about)
                 self.log.save()
                 log_bytes = self.log.ends[chunk]
+                if not (self.folder / folders.STATUS).exists():  # the folder was removed
+                    folders.begin(self.folder, self.config, self.about)
             evaluations = [m.evaluation for m in measurements]
             history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}
             history["wall_s"] = np.array([m.wall_s for m in measurements])

@@ -62,8 +62,8 @@ def test_a_trained_policy_is_shown(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["env=lbf/8x8"], "did you mean"),
-        (["env=lbf/8x8-2p-2f-coop", "run=here"], "one of them"),
-        (["steps=3"], "one of them"),
+        (["env=lbf/8x8-2p-2f-coop", "run=here"], "give env="),
+        (["steps=3"], "give env="),
         (["env=lbf/8x8-2p-2f-coop", "steps=0"], "steps must be greater than 0"),
         (["env=lbf/8x8-2p-2f-coop", "seed=4294967296"], "seed must be less than 4294967296"),
         (["env=lbf/8x8-2p-2f-coop", "env.fov=9"], "fov must be at most 8"),

@@ -29,6 +29,7 @@ from experiment.counting import (
     records,
     run,
 )
+from experiment.test_damage import sign
 from experiment.test_resume import arrays, same_logs, stop_after
 from magpo import config as configuration
 from magpo import evaluate, experiment, export, render
@@ -449,15 +450,17 @@ def test_a_run_that_varies_is_plotted_by_setting(vary, whole):
         np.testing.assert_array_equal(line.values[-1], finals[places])
 
 
-def test_an_old_checkpoint_is_refused_with_one_line(config, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+def test_an_old_checkpoint_is_refused_with_one_line(config, capsys):
     folder = run(config).folder
-    monkeypatch.undo()
+    for path in checkpoint.checkpoints(folder / "checkpoints"):
+        meta = json.loads((path / "meta.json").read_text())
+        (path / "meta.json").write_text(json.dumps(meta | {"format": 1}))
+        sign(path)
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     del saved["vary"]
     (folder / "config.yaml").write_text(yaml.safe_dump(saved))
     capsys.readouterr()
-    message = "no checkpoint can be used: .*has checkpoint format 1, this version of magpo reads 2"
+    message = "no checkpoint can be used: .*: format must be 2, not 1"
     with pytest.raises(ConfigError, match=message):
         run(config, resume=str(folder))
     with pytest.raises(ConfigError, match=message):
