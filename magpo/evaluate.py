@@ -1,9 +1,14 @@
 """Evaluation: whole episodes of a policy, measured on their own.
 
-    python -m magpo.evaluate run=<folder> episodes=320 greedy=true
+usage: python -m magpo.evaluate run=<folder> [key=value ...]
 
-plays the best policies of a run, those of all its members, on its task, or with env=<suite>/<task>
-on another if the shapes allow; env.<option>=<value> changes the task.
+  run=<folder>           a run's results folder; its best policies are played, all members'
+  vary.<key>=<value>     only the members with this value, of a run that varied it
+  episodes=320           per member, >= 1
+  greedy=false           true: the most likely actions instead of sampled ones
+  seed=0                 of the episodes, 0 .. 2**32 - 1
+  env=<suite>/<task>     another task than the run's, if the shapes allow
+  env.<option>=<value>   options of the task; by default the run's
 """
 
 from collections.abc import Mapping
@@ -91,24 +96,7 @@ def _measure(timestep: TimeStep, episode_return: Array, episode_length: Array) -
     return suite | {"episode_return": episode_return, "episode_length": episode_length}
 
 
-USAGE = """\
-usage: python -m magpo.evaluate run=<folder> [key=value ...]
-
-  run=<folder>           a run's results folder; its best policies are played, all members'
-  vary.<key>=<value>     only the members with this value, of a run that varied it
-  episodes=320           per member, >= 1
-  greedy=false           true: the most likely actions instead of sampled ones
-  seed=0                 of the episodes, 0 .. 2**32 - 1
-  env=<suite>/<task>     another task than the run's, if the shapes allow
-  env.<option>=<value>   options of the task; by default the run's"""
-
-
-def main() -> None:
-    """Run `python -m magpo.evaluate run=<folder> [key=value ...]`."""
-    cli.command(USAGE, _main)
-
-
-def _main(
+def main(
     *,
     run: UserPath,
     vary: Mapping[str, float | None] = {},
@@ -118,6 +106,7 @@ def _main(
     env: str | None = None,
     options: Mapping[str, Any] = {},
 ) -> None:
+    """Play a run's best policies and print their members' means."""
     trained = policy.read(run)
     places = trained.places(setting=vary)
     task = policy.make_env(trained, env, options)
@@ -143,4 +132,4 @@ def _main(
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

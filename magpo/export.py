@@ -1,10 +1,15 @@
 """A trained policy as one portable file, which runs with JAX alone.
 
-    python -m magpo.export run=<folder>
+usage: python -m magpo.export run=<folder> [key=value ...]
 
-writes the decentralised policy of one agent as <folder>/policy/policy.stablehlo, StableHLO by
-`jax.export`, with its parameters in it, and policy.json, which says what goes in and out. The batch
-size stays free. Without this library:
+  run=<folder>         a run's results folder; its policy with the best score is exported
+  out=<folder>         where policy.stablehlo and policy.json go (default: <run>/policy)
+  seed=<seed>          only this seed's policies
+  vary.<key>=<value>   only policies with this value, of a run that varied it
+  agent=0              whose policy, if the agents' differ
+
+policy.stablehlo is the decentralised policy of one agent in StableHLO, by `jax.export`, with its
+parameters in it; policy.json says what goes in and out. The batch size stays free. Without magpo:
 
     policy = jax.export.deserialize(Path("policy.stablehlo").read_bytes())
     outputs = policy.call(*inputs)  # in the order of policy.json
@@ -23,15 +28,6 @@ from magpo.config import cli
 from magpo.config.schema import NonNegativeInt, Seed, UserPath
 from magpo.runs.policy import TrainedPolicy, load_policy
 from magpo.types import Array, Observation
-
-USAGE = """\
-usage: python -m magpo.export run=<folder> [key=value ...]
-
-  run=<folder>         a run's results folder; its policy with the best score is exported
-  out=<folder>         where policy.stablehlo and policy.json go (default: <run>/policy)
-  seed=<seed>          only this seed's policies
-  vary.<key>=<value>   only policies with this value, of a run that varied it
-  agent=0              whose policy, if the agents' differ"""
 
 
 def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
@@ -79,12 +75,7 @@ def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
     return bytes(exported.serialize()), description
 
 
-def main() -> None:
-    """Run `python -m magpo.export run=<folder>`."""
-    cli.command(USAGE, _main)
-
-
-def _main(
+def main(
     *,
     run: UserPath,
     out: UserPath | None = None,
@@ -92,6 +83,7 @@ def _main(
     vary: Mapping[str, float | None] = {},
     agent: NonNegativeInt = 0,
 ) -> None:
+    """Export one agent's policy."""
     policy = load_policy(run, seed, vary, agent)
     data, description = export(policy)
     folder = Path(out or Path(run, "policy"))
@@ -102,4 +94,4 @@ def _main(
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

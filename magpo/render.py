@@ -1,6 +1,15 @@
-"""Show an episode: `python -m magpo.render env=<suite>/<task>` or `run=<folder>`.
+"""An episode as a picture: a GIF, for MABrax a page with brax's own viewer.
 
-Writes a GIF, for MABrax brax's HTML: under random legal actions, or of a run's best policy.
+usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
+
+  env=<suite>/<task>     a task, under random legal actions
+  run=<folder>           a run's results folder: its best policy, on its task
+  vary.<key>=<value>     the best policy with this value, of a run that varied it
+  env.<option>=<value>   options of the task
+  out=<file>             where to (default: <task>.gif, for MABrax <task>.html)
+  steps=500              at most this many, >= 1
+  greedy=false           true: the policy's most likely actions
+  seed=0                 of the episode, 0 .. 2**32 - 1
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,18 +25,6 @@ from magpo.envs.wrappers import random_action
 from magpo.errors import ConfigError
 from magpo.runs import policy
 from magpo.types import Environment
-
-USAGE = """\
-usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
-
-  env=<suite>/<task>     a task, under random legal actions
-  run=<folder>           a run's results folder: its best policy, on its task
-  vary.<key>=<value>     the best policy with this value, of a run that varied it
-  env.<option>=<value>   options of the task
-  out=<file>             where to (default: <task>.gif, for MABrax <task>.html)
-  steps=500              at most this many, >= 1
-  greedy=false           true: the policy's most likely actions
-  seed=0                 of the episode, 0 .. 2**32 - 1"""
 
 
 class Frame(NamedTuple):
@@ -100,12 +97,7 @@ def write_html(path: Path, env: Any, frames: Sequence[Frame]) -> None:
     path.write_text(html.render(brax_env.sys.tree_replace({"opt.timestep": brax_env.dt}), poses))
 
 
-def main() -> None:
-    """Run `python -m magpo.render`."""
-    cli.command(USAGE, _main)
-
-
-def _main(
+def main(
     *,
     run: UserPath | None = None,
     env: str | None = None,
@@ -116,6 +108,7 @@ def _main(
     greedy: bool = False,
     seed: Seed = 0,
 ) -> None:
+    """Play an episode and write it."""
     acting = None
     if env is not None and run is None and not vary:
         task = envs.make(env, **options)
@@ -125,16 +118,15 @@ def _main(
         acting = policy.build(trained, trained.best(trained.places(setting=vary)), env=task)
     else:
         raise ConfigError("give env=<suite>/<task>, or run=<folder> and its vary.<key>=<value>")
-    as_html = task.name.startswith("mabrax/")
-    suffix = ".html" if as_html else ".gif"
+    suffix = ".html" if task.name.startswith("mabrax/") else ".gif"
     file = Path(out or task.name.replace("/", "_") + suffix)
     if file.suffix.lower() != suffix:
         raise ConfigError(f"out={file}: must be a file's name that ends in {suffix}")
     frames = list(play(task, acting, steps, seed, greedy))
-    (write_html if as_html else write_gif)(file, task, frames)
+    (write_html if suffix == ".html" else write_gif)(file, task, frames)
     total = sum(frame.reward for frame in frames)
     print(f"{file}: {len(frames) - 1} steps, return {total:.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(__doc__, main)

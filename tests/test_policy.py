@@ -13,6 +13,7 @@ import pytest
 
 import magpo
 from magpo import config, evaluate, experiment, export, render
+from magpo.config import cli
 from magpo.errors import ConfigError
 from magpo.runs import checkpoint, policy
 from magpo.types import Observation
@@ -227,7 +228,7 @@ def call(monkeypatch, capsys, module, *arguments):
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     code = 0
     try:
-        module.main()
+        cli.command(module.__doc__, module.main)
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
@@ -298,7 +299,7 @@ def test_commands_look_for_a_run_below_home(command, monkeypatch, tmp_path, caps
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["", "run='~/nowhere'"])
     with pytest.raises(SystemExit):
-        command.main()
+        cli.command(command.__doc__, command.main)
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/nowhere: no run there")
     with pytest.raises(ConfigError, match=f"{tmp_path}/nowhere: no run there"):
         magpo.load_policy("~/nowhere")

@@ -1,5 +1,6 @@
 """`python -m magpo.runs [results]`"""
 
-from magpo.runs.listing import main
+from magpo.config import cli
+from magpo.runs import listing
 
-main()
+cli.command(listing.__doc__, listing.main)

@@ -133,8 +133,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     damage."""
     try:
         manifest = {META: None} | json.loads((folder / MANIFEST).read_bytes())
+        found = {name: _sha256(folder / name) for name in _files(folder)}
         for name, checksum in manifest.items():
-            if _sha256(folder / name) != checksum:
+            if found.get(name) != checksum:
                 raise ConfigError(f"{name} is damaged")
         meta: dict[str, Any] = json.loads((folder / META).read_bytes())
         env = validate(Meta, meta).env

@@ -46,8 +46,9 @@ def create(config: RunConfig) -> Path:
 
 
 def begin(folder: Path, config: RunConfig, about: dict[str, str]) -> None:
-    """Write config.yaml and run.json."""
-    write_config(folder, config)
+    """Write config.yaml, complete and resolved, and run.json of a run that begins or continues."""
+    text = yaml.safe_dump(configuration.dump(config), sort_keys=False)
+    write_aside(folder / CONFIG, lambda aside: aside.write_text(text, encoding="utf-8"))
     _write_status(folder, about | {"status": "running"})
 
 
@@ -55,20 +56,13 @@ def newest_unfinished(config: RunConfig) -> Path | None:
     """Return the newest unfinished run of this configuration on which no process works."""
     parent = Path(config.results_dir, config.system, config.env.name)
     wanted = configuration.dump(config)
-    for file in sorted(parent.glob(f"*/{STATUS}"), reverse=True):
-        folder = file.parent
+    for folder in sorted(parent.glob("*"), reverse=True):
         if status(folder) in ("finished", "running", "unknown"):
             continue
         with suppress(ConfigError):
             if not configuration.differences(configuration.plain_values(folder / CONFIG), wanted):
                 return folder
     return None
-
-
-def write_config(folder: Path, config: RunConfig) -> None:
-    """Write the run's config.yaml, complete and resolved."""
-    text = yaml.safe_dump(configuration.dump(config), sort_keys=False)
-    write_aside(folder / CONFIG, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def about(folder: Path) -> dict[str, str]:
@@ -149,8 +143,7 @@ def writable(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
-    """Record in run.json that the run continues, and how it ended."""
-    _set_status(folder, "running")
+    """Record in run.json how the run ended."""
     try:
         yield
     except BaseException as error:

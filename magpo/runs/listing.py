@@ -1,4 +1,7 @@
-"""The runs under a folder, in a table: `python -m magpo.runs [results]`."""
+"""The runs under a folder, the newest last, and how to resume those that ended early.
+
+usage: python -m magpo.runs [results]
+"""
 
 import json
 import math
@@ -12,7 +15,6 @@ from typing import Any, NamedTuple
 
 from magpo import config as configuration
 from magpo import plugins, tables
-from magpo.config import cli
 from magpo.config.members import short_key
 from magpo.config.schema import UserPath
 from magpo.errors import ConfigError
@@ -21,10 +23,6 @@ from magpo.runs.folders import CONFIG, STATUS, status
 
 COLUMNS = ("run", "system", "task", "status", "varied", "members", "steps", "of", "return")
 RETURN = b'"name": "eval/episode_return"'
-USAGE = """\
-usage: python -m magpo.runs [results]
-
-Lists the runs under a folder, the newest last, and how to resume those that ended early."""
 
 
 class Summary(NamedTuple):
@@ -97,12 +95,8 @@ def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
     return returns[-num_members:]
 
 
-def main() -> None:
-    """Run `python -m magpo.runs [results]`."""
-    cli.command(USAGE, _main)
-
-
-def _main(results: UserPath = "results") -> None:
+def main(results: UserPath = "results") -> None:
+    """Print the table."""
     root = Path(results)
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder")

@@ -101,16 +101,16 @@ def start(
         return Start(chunk, loaded, record["best"], measured, meta["log_bytes"])
 
     def take_over() -> None:
-        root = folder / folders.CHECKPOINTS
+        root, about = folder / folders.CHECKPOINTS, folders.about(folder)
         if found is None:  # it ended before its first checkpoint, and begins again
-            if folders.about(folder)["status"] == "finished":
+            if about["status"] == "finished":
                 raise ConfigError(
                     f"resume={folder}: finished, and has no checkpoint to continue from"
                 )
             old = configuration.plain_values(folder / folders.CONFIG)
             _check_changes(folder, old, new, config)
         with folders.writable(folder):
-            folders.write_config(folder, config)
+            folders.begin(folder, config, about)
             if config.keep:
                 root.mkdir(exist_ok=True)
             checkpoint.set_aside(root, found.chunk if found else 0)

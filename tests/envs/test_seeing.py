@@ -10,6 +10,7 @@ from PIL import Image
 from systems import cases
 
 from magpo import config, experiment, render
+from magpo.config import cli
 from magpo.systems import magpo as system
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -25,7 +26,7 @@ TASKS = {
 
 def rendered(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["render", *map(str, arguments)])
-    render.main()
+    cli.command(render.__doc__, render.main)
     return capsys.readouterr().out
 
 
@@ -78,7 +79,7 @@ def test_a_trained_policy_is_shown(tmp_path, monkeypatch, capsys):
 def test_bad_requests_are_one_line(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["render", *arguments])
     with pytest.raises(SystemExit) as stop:
-        render.main()
+        cli.command(render.__doc__, render.main)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and message in err
 

@@ -33,7 +33,7 @@ from experiment.test_damage import sign
 from experiment.test_resume import arrays, same_logs, stop_after
 from magpo import config as configuration
 from magpo import evaluate, experiment, export, render
-from magpo.config import members
+from magpo.config import cli, members
 from magpo.errors import ConfigError
 from magpo.report import measurements, sinks
 from magpo.runs import checkpoint, listing, policy, resume
@@ -339,7 +339,7 @@ def test_the_list_of_runs_has_members_and_varied_keys(whole, monkeypatch, capsys
     assert summary.last_return == pytest.approx(last.reshape(6, 2).mean(1).max())
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["runs", str(result.folder.parents[3])])
-    listing.main()
+    cli.command(listing.__doc__, listing.main)
     header, row = capsys.readouterr().out.splitlines()
     assert "varied" in header and "members" in header
     assert "shift, bound" in row and " 12 " in row
@@ -390,7 +390,7 @@ def test_a_setting_that_the_run_has_not_is_named(trained, setting, message):
 def printed(monkeypatch, capsys, module, *arguments):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    module.main()
+    cli.command(module.__doc__, module.main)
     return capsys.readouterr().out
 
 
