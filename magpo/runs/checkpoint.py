@@ -187,7 +187,9 @@ def load_named(
 ) -> dict[str, Any]:
     """Load one part of a checkpoint by name, random keys as their numbers: as arrays with the
     shardings of `template`, or else as NumPy arrays. Raises CheckpointError."""
-    path, ocp = (folder / part).absolute(), _orbax()
+    import orbax.checkpoint as ocp
+
+    path = (folder / part).absolute()
     described = {name: _as_stored(*said) for name, said in meta["arrays"].get(part, {}).items()}
     arguments = dict.fromkeys(described, ocp.RestoreArgs(restore_type=np.ndarray))
     for name, leaf in template.items():
@@ -214,18 +216,11 @@ def check_best(folder: Path, score: Any, chunk: Any, params: Any) -> None:
         raise CheckpointError(f"{folder}: a parameter, score or chunk is out of range")
 
 
-def _orbax() -> Any:
-    """Import Orbax late, because that takes a second, and silence its log: it raises its errors
-    too."""
-    import orbax.checkpoint
-
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    return orbax.checkpoint
-
-
 def _checkpointer() -> Any:
     """Make a checkpointer whose processes wait for each other without using their devices."""
-    ocp = _orbax()
+    import orbax.checkpoint as ocp  # late, because that takes a second
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises its errors too
     together = ocp.options.MultiprocessingOptions(active_processes=processes.everyone())
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together)
     return ocp.Checkpointer(handler, multiprocessing_options=together)

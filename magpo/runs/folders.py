@@ -20,7 +20,6 @@ from magpo.errors import ConfigError
 from magpo.files import UNREADABLE, complain, write_aside
 from magpo.hardware import processes
 from magpo.runs import checkpoint
-from magpo.runs.checkpoint import CheckpointError
 
 if sys.platform != "win32":
     import fcntl
@@ -92,9 +91,9 @@ def newest_checkpoint(folder: Path, load: Callable[[Path, dict[str, Any]], T]) -
             continue
         try:
             if meta["run"] != run:
-                raise CheckpointError(f"{path}: belongs to another run")
+                raise checkpoint.CheckpointError(f"{path}: belongs to another run")
             loaded = load(path, meta)
-        except CheckpointError as error:
+        except checkpoint.CheckpointError as error:
             refused.append(str(error))
             continue
         for reason in refused if processes.is_first() else ():

@@ -27,7 +27,6 @@ from magpo.contract import Algorithm, Deployed, Parameters
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE, complain
 from magpo.runs import checkpoint, folders
-from magpo.runs.checkpoint import CheckpointError
 from magpo.types import Array, Environment, EnvSpec, Observation, spec
 
 
@@ -98,7 +97,7 @@ def _load(module: ModuleType, path: Path, meta: Mapping[str, Any]) -> TrainedRun
         jax.eval_shape(policy.act, policy.initial_carry(), seen, jax.random.key(0))
     except Exception as error:  # what a system raises that meets parameters not its own
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: its policies cannot act: {reason}") from error
+        raise checkpoint.CheckpointError(f"{path}: its policies cannot act: {reason}") from error
     checkpoint.check_best(path, trained.score, trained.chunk, trained.params)
     return trained
 

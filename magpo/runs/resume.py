@@ -22,7 +22,6 @@ from magpo.report.measurements import Measurement
 from magpo.report.sinks import JsonLines
 from magpo.report.writer import Writer
 from magpo.runs import checkpoint, folders
-from magpo.runs.checkpoint import CheckpointError
 from magpo.types import EnvSpec
 
 # The keys, or groups of keys, on which the state's meaning depends: what a member is, and what the
@@ -79,7 +78,7 @@ def start(
             misfit = f"an evaluation must follow {steps} steps, not {config.steps_per_chunk}"
         before, now = meta["config"] | {"with": meta["with"]}, new | {"with": _with(config)}
         if misfit and not configuration.differences(before, now):
-            raise CheckpointError(f"{path}: {misfit}")
+            raise checkpoint.CheckpointError(f"{path}: {misfit}")
         _check_changes(folder, before, now, config, misfit)
         history = {n: np.zeros((chunk + 1, *x.shape), x.dtype) for n, x in evaluation.items()}
         template = {"best": best, "history": history | {"wall_s": np.zeros(chunk + 1)}}
