@@ -136,7 +136,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         found = {name: _sha256(folder / name) for name in _files(folder)}
         for name, checksum in manifest.items():
             if found.get(name) != checksum:
-                raise ConfigError(f"{name} is damaged")
+                raise ConfigError(f"{name} is missing or damaged")
         meta: dict[str, Any] = json.loads((folder / META).read_bytes())
         env = validate(Meta, meta).env
         if meta["chunk"] != int(folder.name):

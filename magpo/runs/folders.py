@@ -81,8 +81,10 @@ def newest_checkpoint(folder: Path, load: Callable[[Path, dict[str, Any]], T]) -
     Newer ones that cannot be used, for which `load` may raise CheckpointError, are named on stderr.
     Raises ConfigError if none can be used. Of several processes all have to call this.
     """
-    found = processes.agreed(lambda: list(map(str, checkpoint.checkpoints(folder / CHECKPOINTS))))
-    run, refused = about(folder)["id"], list[str]()
+    refused, root = list[str](), folder / CHECKPOINTS
+    run, *found = processes.agreed(
+        lambda: [about(folder)["id"], *map(str, checkpoint.checkpoints(root))]
+    )
     for path in map(Path, found):
         try:
             meta = processes.agreed(partial(checkpoint.read_meta, path))

@@ -68,7 +68,7 @@ def _summary(folder: Path) -> Summary:
 
 
 def _resume(run: Summary, imports: Iterable[str]) -> str:
-    """Return the command that continues a run, which needs these files of the user's."""
+    """Return the command that continues a run, with the imports that it needs."""
     own = run.system not in plugins.of_package()
     program = f"{run.system}.py" if own else f"-m magpo.systems.{run.system}"
     others = [f" import={name}" for name in imports if name != program]

@@ -42,7 +42,8 @@ class TrainedRun:
     chunk: np.ndarray  # (M,) chunks trained by then
 
     def places(self, seed: int | None = None, setting: Mapping[str, Any] = {}) -> np.ndarray:
-        """Return the places of the members with this seed and these values. Raises ConfigError."""
+        """Return the places of the members with this seed and these values, (K,) int. Raises
+        ConfigError if there are none."""
         vary = self.config.vary
         for key, value in setting.items():
             if value not in vary.get(key, ()):

@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, monkeypat
     newest, _ = checkpoint.checkpoints(folder / "checkpoints")
     (newest / "meta.json").write_bytes(b"{}")
     run(config, resume=str(folder))
-    assert f"{newest}: meta.json is damaged" in capsys.readouterr().err
+    assert f"{newest}: meta.json is missing or damaged" in capsys.readouterr().err
     same_logs(folder, whole.folder)
 
     for path in checkpoint.checkpoints(folder / "checkpoints"):
