@@ -1,9 +1,14 @@
 """Evaluation: whole episodes of a policy, measured on their own.
 
-    python -m magpo.evaluate run=<folder> episodes=320 greedy=true
+usage: python -m magpo.evaluate run=<folder> [key=value ...]
 
-plays the best policies of a run, those of all its members, on its task, or with env=<suite>/<task>
-on another if the shapes allow; env.<option>=<value> changes the task.
+  run=<folder>           a run's results folder; its best policies are played, all members'
+  vary.<key>=<value>     only the members with this value, of a run that varied it
+  episodes=320           per member, >= 1
+  greedy=false           true: the most likely actions instead of sampled ones
+  seed=0                 of the episodes, 0 .. 2**32 - 1
+  env=<suite>/<task>     another task than the run's, if the shapes allow
+  env.<option>=<value>   options of the task; by default the run's
 """
 
 from collections.abc import Mapping
@@ -65,21 +70,13 @@ def evaluate(
         return (episodes.step < env.time_limit) & episodes.running.any()
 
     def step(episodes: _Episodes) -> _Episodes:
-        action, carry = algorithm.act(
-            setup,
-            params,
-            episodes.carry,
-            episodes.timestep.observation,
-            jax.random.fold_in(act_key, episodes.step),
-            greedy,
-        )
+        key = jax.random.fold_in(act_key, episodes.step)
+        observation = episodes.timestep.observation
+        action, carry = algorithm.act(setup, params, episodes.carry, observation, key, greedy)
         env_state, timestep = jax.vmap(env.step)(episodes.env_state, action)
         before = episodes.metrics
-        after = _measure(
-            timestep,
-            before["episode_return"] + timestep.reward.mean(-1),
-            before["episode_length"] + 1,
-        )
+        episode_return = before["episode_return"] + timestep.reward.mean(-1)
+        after = _measure(timestep, episode_return, before["episode_length"] + 1)
         return _Episodes(
             step=episodes.step + 1,
             env_state=env_state,
@@ -98,24 +95,7 @@ def _measure(timestep: TimeStep, episode_return: Array, episode_length: Array) -
     return suite | {"episode_return": episode_return, "episode_length": episode_length}
 
 
-USAGE = """\
-usage: python -m magpo.evaluate run=<folder> [key=value ...]
-
-  run=<folder>           a run's results folder; its best policies are played, all members'
-  vary.<key>=<value>     only the members with this value, of a run that varied it
-  episodes=320           per member, >= 1
-  greedy=false           true: the most likely actions instead of sampled ones
-  seed=0                 of the episodes, 0 .. 2**32 - 1
-  env=<suite>/<task>     another task than the run's, if the shapes allow
-  env.<option>=<value>   options of the task; by default the run's"""
-
-
-def main() -> None:
-    """Run `python -m magpo.evaluate run=<folder> [key=value ...]`."""
-    commands.run(USAGE, _main)
-
-
-def _main(
+def main(
     *,
     run: UserPath,
     vary: Mapping[str, float | None] = {},
@@ -125,22 +105,22 @@ def _main(
     env: str | None = None,
     options: Mapping[str, Any] = {},
 ) -> None:
+    """Play a run's best policies and print their members' means."""
     trained = policy.read(run)
     places = trained.places(setting=vary)
     task = policy.make_env(trained, env, options)
-    algorithm, setup = trained.algorithm, policy.make_setup(trained, task)
+    setup = policy.build(trained, 0, env=task).setup
 
     @partial(jax.jit, static_argnums=2)
     @partial(jax.vmap, in_axes=(0, 0, None))
     def play(params: Any, key: Array, size: int) -> dict[str, Array]:
-        return evaluate(algorithm, setup, task, params, key, size, greedy)
+        return evaluate(trained.algorithm, setup, task, params, key, size, greedy)
 
-    chosen = jnp.array(places)
-    params = jax.tree.map(lambda x: x[chosen], trained.params)
+    params = jax.tree.map(lambda x: x[places], trained.params)
     key = jax.random.key(seed)
     means: dict[str, Any] = dict.fromkeys(["episode_return", task.headline, "episode_length"], 0.0)
     for left in range(episodes, 0, -BATCH):
-        keys, size = jax.random.split(key, len(trained.score))[chosen], min(left, BATCH)
+        keys, size = jax.random.split(key, len(trained.score))[places], min(left, BATCH)
         metrics = jax.device_get(play(params, keys, size))  # (members, size) each
         means = {n: m + metrics[n].sum(-1) / episodes for n, m in means.items()}
         key = jax.random.fold_in(key, left)
@@ -151,4 +131,4 @@ def _main(
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(__doc__, main)

@@ -1,10 +1,15 @@
 """A trained policy as one portable file, which runs with JAX alone.
 
-    python -m magpo.export run=<folder>
+usage: python -m magpo.export run=<folder> [key=value ...]
 
-writes the decentralised policy of one agent as <folder>/policy/policy.stablehlo, StableHLO by
-`jax.export`, with its parameters in it, and policy.json, which says what goes in and out. The batch
-size stays free. Without this library:
+  run=<folder>         a run's results folder; its policy with the best score is exported
+  out=<folder>         where policy.stablehlo and policy.json go (default: <run>/policy)
+  seed=<seed>          only this seed's policies
+  vary.<key>=<value>   only policies with this value, of a run that varied it
+  agent=0              whose policy, if the agents' differ
+
+policy.stablehlo is the decentralised policy of one agent in StableHLO, by `jax.export`, with its
+parameters in it; policy.json says what goes in and out. The batch size stays free. Without magpo:
 
     policy = jax.export.deserialize(Path("policy.stablehlo").read_bytes())
     outputs = policy.call(*inputs)  # in the order of policy.json
@@ -23,16 +28,6 @@ from magpo import commands
 from magpo.runs.policy import TrainedPolicy, load_policy
 from magpo.types import Array, Observation
 from magpo.values import NonNegativeInt, Seed, UserPath
-
-PLATFORMS = ("cpu", "cuda", "tpu")
-USAGE = """\
-usage: python -m magpo.export run=<folder> [key=value ...]
-
-  run=<folder>         a run's results folder; its policy with the best score is exported
-  out=<folder>         where policy.stablehlo and policy.json go (default: <run>/policy)
-  seed=<seed>          only this seed's policies
-  vary.<key>=<value>   only policies with this value, of a run that varied it
-  agent=0              whose policy, if the agents' differ"""
 
 
 def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
@@ -54,8 +49,11 @@ def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
         sampled, _ = policy.act(carry, observation, key, greedy=False)
         return jnp.where(greedy, likely, sampled), *jax.tree.leaves(after)
 
-    carry = [jax.ShapeDtypeStruct((*batch, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
-    named = {f"carry_{i}": leaf for i, leaf in enumerate(carry)}
+    named = {
+        f"carry_{i}": jax.ShapeDtypeStruct((*batch, *leaf.shape[1:]), leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    }
+    outputs = ["action", *named]
     named |= {
         "agents_view": jax.ShapeDtypeStruct((*batch, policy.env.num_features), jnp.float32),
         "action_mask": jax.ShapeDtypeStruct((*batch, policy.env.action_dim), jnp.bool),
@@ -63,33 +61,21 @@ def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
         "random_bits": jax.ShapeDtypeStruct((2,), jnp.uint32),
         "greedy": jax.ShapeDtypeStruct((), jnp.bool),
     }
-    exported = jax.export.export(jax.jit(act), platforms=PLATFORMS)(*named.values())
-    outputs = ["action", *(f"carry_{i}" for i in range(len(carry)))]
+    exported = jax.export.export(jax.jit(act), platforms=("cpu", "cuda", "tpu"))(*named.values())
     description = {
         "task": policy.env.name,
         "action_kind": policy.env.action_kind,
-        "inputs": list(map(_describe, named.keys(), named.values())),
-        "outputs": list(map(_describe, outputs, exported.out_avals)),
+        "inputs": dict(zip(named, map(str, exported.in_avals), strict=True)),
+        "outputs": dict(zip(outputs, map(str, exported.out_avals), strict=True)),
         "carry_at_the_start": "zeros",
         "random_bits": "two new uint32 numbers at every step; unused where greedy",
         "agents_view": "the agent's own, as magpo.envs gives it: its one-hot id first",
-        "platforms": list(PLATFORMS),
         "jax": jax.__version__,
     }
     return bytes(exported.serialize()), description
 
 
-def _describe(name: str, leaf: Any) -> dict[str, Any]:
-    shape = [size if isinstance(size, int) else str(size) for size in leaf.shape]
-    return {"name": name, "shape": shape, "dtype": str(leaf.dtype)}
-
-
-def main() -> None:
-    """Run `python -m magpo.export run=<folder>`."""
-    commands.run(USAGE, _main)
-
-
-def _main(
+def main(
     *,
     run: UserPath,
     out: UserPath | None = None,
@@ -97,6 +83,7 @@ def _main(
     vary: Mapping[str, float | None] = {},
     agent: NonNegativeInt = 0,
 ) -> None:
+    """Export one agent's policy."""
     policy = load_policy(run, seed, vary, agent)
     data, description = export(policy)
     folder = Path(out or Path(run, "policy"))
@@ -107,4 +94,4 @@ def _main(
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(__doc__, main)

@@ -1,23 +1,5 @@
-"""Show an episode: `python -m magpo.render env=<suite>/<task>` or `run=<folder>`.
+"""An episode as a picture: a GIF, for MABrax a page with brax's own viewer.
 
-Writes a GIF, for MABrax brax's HTML: under random legal actions, or of a run's best policy.
-"""
-
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
-
-from magpo import commands, envs
-from magpo.envs.wrappers import random_action
-from magpo.errors import ConfigError
-from magpo.runs import policy
-from magpo.types import Environment
-from magpo.values import PositiveInt, Seed, UserPath
-
-USAGE = """\
 usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
 
   env=<suite>/<task>     a task, under random legal actions
@@ -27,94 +9,94 @@ usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
   out=<file>             where to (default: <task>.gif, for MABrax <task>.html)
   steps=500              at most this many, >= 1
   greedy=false           true: the policy's most likely actions
-  seed=0                 of the episode, 0 .. 2**32 - 1"""
+  seed=0                 of the episode, 0 .. 2**32 - 1
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from magpo import commands, envs
+from magpo.envs.wrappers import random_action
+from magpo.errors import ConfigError
+from magpo.runs import policy
+from magpo.types import Environment
+from magpo.values import PositiveInt, Seed, UserPath
 
 
-class Episode(NamedTuple):
-    """An episode on the host."""
+class Frame(NamedTuple):
+    """A state of an episode, on the host, and the step from it."""
 
-    states: list[Any]  # L + 1
-    views: list[np.ndarray]  # L + 1, each (N, O)
-    actions: np.ndarray  # (L, N[, A])
-    rewards: np.ndarray  # (L,) mean over agents
+    state: Any
+    view: Any  # (N, O)
+    action: Any  # (N[, A]); None at the end
+    reward: float  # mean over agents; 0 at the end
 
 
 def play(
     env: Environment, acting: policy.TrainedPolicy | None, steps: int, seed: int, greedy: bool
-) -> Episode:
+) -> Iterator[Frame]:
     """Play an episode to its end or for `steps` steps; random legal actions without a policy."""
     reset_key, act_key = jax.random.split(jax.random.key(seed))
     state, timestep = jax.jit(env.reset)(reset_key)
     step = jax.jit(env.step)
     carry = acting.initial_carry() if acting else None
-    states, views, actions, rewards = [state], [timestep.observation.agents_view], [], []
     for t in range(min(steps, env.time_limit)):
         key = jax.random.fold_in(act_key, t)
+        before, seen = state, timestep.observation
         if acting:
-            action, carry = acting.act(carry, timestep.observation, key, greedy)
+            action, carry = acting.act(carry, seen, key, greedy)
         else:
-            action = random_action(env, timestep.observation.action_mask, key)
-        state, timestep = step(state, action)
-        states.append(state)
-        views.append(timestep.observation.agents_view)
-        actions.append(np.asarray(action))
-        rewards.append(float(timestep.reward.mean()))
+            action = random_action(env, seen.action_mask, key)
+        state, timestep = step(before, action)
+        yield jax.device_get(Frame(before, seen.agents_view, action, timestep.reward.mean()))
         if timestep.last():
             break
-    states, views = jax.device_get((states, views))
-    return Episode(states, views, np.stack(actions), np.array(rewards))
+    yield jax.device_get(Frame(state, timestep.observation.agents_view, None, 0.0))
 
 
-def write_gif(path: Path, env: Environment, episode: Episode) -> None:
+def write_gif(path: Path, env: Environment, frames: Sequence[Frame]) -> None:
     """Write a frame for each step: the state, the actions and the reward.
 
     An environment of the user's is drawn by its method `draw(axes, state, action)`, where the
     action is None at the end; without one, by what its agents see.
     """
     from matplotlib.animation import PillowWriter
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from magpo.envs import pictures
 
-    draw = pictures.DRAW.get(env.name.partition("/")[0])
-    own: Any = getattr(env, "draw", None)
+    suite = env.name.partition("/")[0]
     figure = Figure(figsize=(4.8, 5.0), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     writer = PillowWriter(fps=4)
     with writer.saving(figure, str(path), dpi=80):
-        for t, state in enumerate(episode.states):
+        for t, (state, view, action, reward) in enumerate(frames):
             axes.clear()
-            over = t == len(episode.actions)
-            action = None if over else episode.actions[t]
-            if draw is not None:
-                draw(axes, env, state, action)
-            elif own is not None:
-                own(axes, state, action)
+            if suite in pictures.DRAW:
+                pictures.DRAW[suite](axes, env, state, action)
+            elif hasattr(env, "draw"):
+                env.draw(axes, state, action)
             else:
-                pictures.views(axes, episode.views[t], action)
-            reward = "the end" if over else f"reward {episode.rewards[t]:+.2f}"
-            done = episode.rewards[: t + (not over)].sum()
-            axes.set_title(f"{env.name}, step {t}: {reward}, return {done:.2f}", fontsize=9)
+                pictures.views(axes, view, action)
+            now = "the end" if action is None else f"reward {reward:+.2f}"
+            done = sum(frame.reward for frame in frames[: t + 1])
+            axes.set_title(f"{env.name}, step {t}: {now}, return {done:.2f}", fontsize=9)
             writer.grab_frame()
 
 
-def write_html(path: Path, env: Any, episode: Episode) -> None:
+def write_html(path: Path, env: Any, frames: Sequence[Frame]) -> None:
     """Write a page with brax's own viewer, which loads its script from the web."""
     from brax.io import html
 
-    poses = [state.pipeline_state for state in episode.states]
+    poses = [frame.state.pipeline_state for frame in frames]
     brax_env = env.simulator.env
     path.write_text(html.render(brax_env.sys.tree_replace({"opt.timestep": brax_env.dt}), poses))
 
 
-def main() -> None:
-    """Run `python -m magpo.render`."""
-    commands.run(USAGE, _main)
-
-
-def _main(
+def main(
     *,
     run: UserPath | None = None,
     env: str | None = None,
@@ -125,26 +107,25 @@ def _main(
     greedy: bool = False,
     seed: Seed = 0,
 ) -> None:
-    if (run is None) == (env is None):
-        raise ConfigError("give env=<suite>/<task> or run=<folder>, one of them")
-    if vary and run is None:
-        raise ConfigError("vary.<key>=<value> chooses a policy: it needs run=<folder>")
+    """Play an episode and write it."""
     acting = None
-    if run is not None:
+    if env is not None and run is None and not vary:
+        task = envs.make(env, **options)
+    elif run is not None and env is None:
         trained = policy.read(run)
         task = policy.make_env(trained, None, options)
         acting = policy.build(trained, trained.best(trained.places(setting=vary)), env=task)
     else:
-        task = envs.make(str(env), **options)
-    as_html = task.name.startswith("mabrax/")
-    suffix = ".html" if as_html else ".gif"
+        raise ConfigError("give env=<suite>/<task>, or run=<folder> and its vary.<key>=<value>")
+    suffix = ".html" if task.name.startswith("mabrax/") else ".gif"
     file = Path(out or task.name.replace("/", "_") + suffix)
     if file.suffix.lower() != suffix:
         raise ConfigError(f"out={file}: must be a file's name that ends in {suffix}")
-    episode = play(task, acting, steps, seed, greedy)
-    (write_html if as_html else write_gif)(file, task, episode)
-    print(f"{file}: {len(episode.actions)} steps, return {episode.rewards.sum():.3f}")
+    frames = list(play(task, acting, steps, seed, greedy))
+    (write_html if suffix == ".html" else write_gif)(file, task, frames)
+    total = sum(frame.reward for frame in frames)
+    print(f"{file}: {len(frames) - 1} steps, return {total:.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(__doc__, main)

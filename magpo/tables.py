@@ -7,26 +7,21 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 
 def show(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    markdown: bool = False,
-    num_words: int | None = None,
+    columns: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = False, numbers: int = 0
 ) -> None:
-    """Print a table. The first `num_words` columns are aligned to the left, by default all; in
-    Markdown the first column has names of code."""
+    """Print a table. The last `numbers` columns are aligned to the right; in Markdown the first
+    column has names of code."""
     if markdown:
-        print("|", " | ".join(columns), "|")
-        print("|", " | ".join("---" for _ in columns), "|")
-        for cells in rows:
-            print("|", " | ".join([f"`{cells[0]}`", *cells[1:]]), "|")
+        named = ([f"`{name}`", *cells] for name, *cells in rows)
+        for line in (columns, ["---"] * len(columns), *named):
+            print("|", " | ".join(line), "|")
         return
-    table = plain(columns, len(columns) if num_words is None else num_words)
+    table = plain(columns, len(columns) - numbers)
     for cells in rows:
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        table.add_row(*map(printable, cells))
     show_wide(table)
 
 
@@ -41,7 +36,7 @@ def plain(columns: Sequence[str], num_words: int = 0) -> Table:
 
 def show_wide(table: Table) -> None:
     """Print a table, on narrower terminals too as if they had 130 columns."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, 130)
     console.print(table)
 

@@ -119,7 +119,7 @@ def test_a_file_that_others_added_is_no_damage(folder, state):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"format": 1}, "format 1, this version of magpo reads 2"), ({"chunk": 7}, "chunk 7")],
+    [({"format": 1}, "format must be 2, not 1"), ({"chunk": 7}, "chunk 7")],
 )
 def test_a_checkpoint_of_another_format_or_name_is_refused(folder, change, message):
     meta = json.loads((folder / "meta.json").read_text())

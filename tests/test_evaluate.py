@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magpo import commands
+from magpo.evaluate import __doc__ as usage
 from magpo.evaluate import evaluate, main
 from magpo.types import Observation, StepType, TimeStep, restart
 
@@ -116,6 +118,6 @@ def test_keys_decide():
 def test_bad_requests_are_one_line(argument, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", "run=nowhere", argument])
     with pytest.raises(SystemExit) as stop:
-        main()
+        commands.run(usage, main)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and message in err

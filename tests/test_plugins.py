@@ -9,10 +9,20 @@ from pathlib import Path
 import pytest
 
 import magpo
-from magpo import config, evaluate, experiment, export, files, load_policy, plugins, render
+from magpo import (
+    commands,
+    config,
+    evaluate,
+    experiment,
+    export,
+    files,
+    load_policy,
+    plugins,
+    render,
+)
 from magpo.envs import registry
 from magpo.errors import ConfigError
-from magpo.runs import listing
+from magpo.runs import folders, listing
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -47,9 +57,9 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def command(monkeypatch, main, *arguments):
+def command(monkeypatch, module, *arguments):
     monkeypatch.setattr(sys, "argv", ["", *arguments])
-    main()
+    commands.run(module.__doc__, module.main)
 
 
 def forget():
@@ -67,25 +77,26 @@ def test_every_command_takes_a_users_environment_and_system(home, monkeypatch, c
     forget()
     asked = [f"run={folder}"]
     commands = {
-        evaluate.main: [*asked, "episodes=2"],
-        render.main: [*asked, "out=a.gif", "steps=2"],
-        export.main: asked,
+        evaluate: [*asked, "episodes=2"],
+        render: [*asked, "out=a.gif", "steps=2"],
+        export: asked,
     }
-    for main, arguments in commands.items():
+    for module, arguments in commands.items():
         with pytest.raises(SystemExit) as stop:
-            command(monkeypatch, main, *arguments)
+            command(monkeypatch, module, *arguments)
         assert stop.value.code == 2
         assert "needs mine.py, which is not imported: import=<its" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"needs mine\.py"):
         load_policy(folder)
-    for main, arguments in commands.items():
-        command(monkeypatch, main, *arguments, *IMPORTS)
+    for module, arguments in commands.items():
+        command(monkeypatch, module, *arguments, *IMPORTS)
     assert (home / "a.gif").stat().st_size and (folder / "policy/policy.stablehlo").exists()
     assert "warning" not in capsys.readouterr().err
     assert load_policy(folder).env.name == "ring/rendezvous"
     (listed,) = listing.summaries(home)
     assert (listed.system, listed.task) == ("mine", "ring/rendezvous")
-    stopped = listed._replace(status="interrupted")
+    folders._set_status(folder, "interrupted")
+    (stopped,) = listing.summaries(home)
     assert stopped.resume.startswith("python mine.py resume=")
     assert stopped.resume.endswith(" import=rendezvous.py")
 
@@ -97,7 +108,7 @@ def test_a_file_that_has_changed(home, monkeypatch, capsys):
     plugins._hash.cache_clear()
     with (home / "rendezvous.py").open("a") as file:
         file.write("\n")
-    command(monkeypatch, evaluate.main, f"run={folder}", "episodes=2", "import=rendezvous.py")
+    command(monkeypatch, evaluate, f"run={folder}", "episodes=2", "import=rendezvous.py")
     assert "warning: rendezvous.py is not what it was" in capsys.readouterr().err
     again = ["import=rendezvous.py", f"resume={folder}"]
     with pytest.raises(ConfigError, match=r"not as it was: run\.imports\.rendezvous\.py: "):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import magpo
-from magpo import config, evaluate, experiment, export, render
+from magpo import commands, config, evaluate, experiment, export, render
 from magpo.errors import ConfigError
 from magpo.runs import checkpoint, policy
 from magpo.types import Observation
@@ -90,11 +90,11 @@ def of_params(convert):
         (lambda meta, record: record.update({"best.score": np.full(2, np.nan)}), "not 32 bits"),
         (lambda meta, record: record.update({"best.chunk": np.int32([1, 9])}), "out of range"),
         (lambda meta, record: record.update({"best.chunk": np.int32([[1], [1]])}), "not 32 bits"),
-        (lambda meta, record: meta["env"].update(num_agents=4), "is not of 4 agents x 5"),
+        (lambda meta, record: meta["env"].update(num_agents=4), "is not of 4 agents x 10"),
         (lambda meta, record: meta["env"].update(num_agents="3"), "env.num_agents must be"),
         (lambda meta, record: meta["config"].update(seeds=[7]), "for each of 1 members"),
         (lambda meta, record: meta["config"].pop("network"), "network is missing"),
-        (lambda meta, record: meta.pop("config"), "meta.json: config is missing"),
+        (lambda meta, record: meta.pop("config"), "config is missing"),
     ],
 )
 def test_a_wrong_checkpoint_is_named_and_the_one_before_used(
@@ -212,23 +212,22 @@ def test_an_exported_policy_runs_with_jax_alone(folder, observation, tmp_path):
             action, after = loaded.act(carry[:size], part, key, greedy)
             assert out[f"{size} {greedy}"][0] == action.tolist()
             np.testing.assert_allclose(out[f"{size} {greedy}"][1], after, atol=1e-6)
-    names = [entry["name"] for entry in description["inputs"]]
-    assert names == [
-        "carry_0",
-        "agents_view",
-        "action_mask",
-        "step_count",
-        "random_bits",
-        "greedy",
-    ]
-    assert description["inputs"][1]["shape"] == ["batch", O]
+    assert description["inputs"] == {
+        "carry_0": "float32[batch,8]",
+        "agents_view": f"float32[batch,{O}]",
+        "action_mask": f"bool[batch,{A}]",
+        "step_count": "int32[batch]",
+        "random_bits": "uint32[2]",
+        "greedy": "bool[]",
+    }
+    assert description["outputs"] == {"action": "int32[batch]", "carry_0": "float32[batch,8]"}
 
 
 def call(monkeypatch, capsys, module, *arguments):
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     code = 0
     try:
-        module.main()
+        commands.run(module.__doc__, module.main)
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
@@ -257,7 +256,7 @@ def test_evaluate_plays_every_seed(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["env=coordsum/5x20-80"], "reads 5 features and has 10 discrete actions"),
+        (["env=coordsum/5x20-80"], "is for 5 features and 10 discrete actions; coordsum/5x20-80"),
         (["env=coordsum/3x10-3"], "did you mean 'coordsum/3x10-30'"),
         (["env.time_limt=3"], "did you mean 'time_limit'"),
         (["episodes=0"], "episodes must be greater than 0"),
@@ -277,7 +276,7 @@ def test_bad_folders_are_one_line(module, monkeypatch, capsys, tmp_path):
     assert "usage" in call(monkeypatch, capsys, module, "--help")[1]
     (tmp_path / "config.yaml").write_text("run: {system: os}")
     code, _, err = call(monkeypatch, capsys, module, f"run={tmp_path}")
-    assert code == 2 and "a run of 'os'" in err
+    assert code == 2 and "unknown system 'os'" in err
 
 
 def test_choices_that_the_run_has_not(folder):
@@ -299,7 +298,7 @@ def test_commands_look_for_a_run_below_home(command, monkeypatch, tmp_path, caps
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["", "run='~/nowhere'"])
     with pytest.raises(SystemExit):
-        command.main()
+        commands.run(command.__doc__, command.main)
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/nowhere: no run there")
     with pytest.raises(ConfigError, match=f"{tmp_path}/nowhere: no run there"):
         magpo.load_policy("~/nowhere")

@@ -19,14 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from magpo import files, plugins
-from magpo.config.schema import (
-    OF_THIS_PROCESS,
-    RunConfig,
-    check,
-    dump,
-    flat,
-    plain_values,
-)
+from magpo.config.schema import OF_THIS_PROCESS, RunConfig, check, dump, flat, plain_values
 from magpo.envs import registry
 from magpo.errors import ConfigError
 from magpo.values import unknown_key

@@ -1,5 +1,6 @@
 """`python -m magpo.runs [results]`"""
 
-from magpo.runs.listing import main
+from magpo import commands
+from magpo.runs import listing
 
-main()
+commands.run(listing.__doc__, listing.main)

@@ -15,13 +15,12 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,6 @@ from magpo.hardware import processes
 from magpo.types import EnvSpec
 from magpo.values import PositiveInt, validate
 
-FORMAT = 2  # 1: without hyperparameters in the state
 META, MANIFEST = "meta.json", "manifest.json"
 
 
@@ -46,7 +44,7 @@ class CheckpointError(ConfigError):
 class Meta:
     """The schema of meta.json."""
 
-    format: int
+    format: Literal[2]  # 1: without hyperparameters in the state
     chunk: PositiveInt
     run: str
     config: dict[str, Any]
@@ -71,17 +69,14 @@ def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, An
         aside.mkdir(parents=True)
     try:
         _check_room(aside, parts)
-        described = {}
+        arrays = {part: _named(tree) for part, tree in parts.items()}
         with _checkpointer() as checkpointer:
-            for part, tree in parts.items():
-                arrays = _named(tree)
-                described[part] = {name: _describe(leaf) for name, leaf in arrays.items()}
-                stored = {name: _stored(leaf) for name, leaf in arrays.items()}
-                checkpointer.save((aside / part).absolute(), stored)
+            for part, leaves in arrays.items():
+                checkpointer.save((aside / part).absolute(), jax.tree.map(_stored, leaves))
         if processes.is_first():
-            _write(aside / META, {"format": FORMAT, "chunk": chunk, **meta, "arrays": described})
+            described = jax.tree.map(_describe, arrays)
+            _write(aside / META, {"format": 2, "chunk": chunk, **meta, "arrays": described})
             _write(aside / MANIFEST, {name: _sha256(aside / name) for name in _files(aside)})
-            shutil.rmtree(final, ignore_errors=True)
             os.replace(aside, final)
     except BaseException as error:
         if processes.is_first():
@@ -129,8 +124,7 @@ def set_aside(root: Path, after: int) -> None:
 
 def checkpoints(root: Path) -> list[Path]:
     """Return the finished checkpoints, newest first, without checking that they are intact."""
-    folders = root.iterdir() if root.is_dir() else []
-    return sorted((f for f in folders if re.fullmatch(r"\d{8}", f.name)), reverse=True)
+    return sorted(root.glob("[0-9]" * 8), reverse=True)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -138,31 +132,24 @@ def read_meta(folder: Path) -> dict[str, Any]:
     meta.json contradicts its schema or itself. Files that others added, as desktops do, are no
     damage."""
     try:
-        manifest, files = json.loads((folder / MANIFEST).read_bytes()), _files(folder)
-        for name, checksum in ({META: None} | manifest).items():
-            if name not in files:
-                raise CheckpointError(f"{folder}: {name} is missing")
-            if _sha256(folder / name) != checksum:
-                raise CheckpointError(f"{folder}: {name} is damaged")
+        manifest = {META: None} | json.loads((folder / MANIFEST).read_bytes())
+        found = {name: _sha256(folder / name) for name in _files(folder)}
+        for name, checksum in manifest.items():
+            if found.get(name) != checksum:
+                raise ConfigError(f"{name} is missing or damaged")
         meta: dict[str, Any] = json.loads((folder / META).read_bytes())
-        if (found := meta.get("format")) != FORMAT:
-            raise CheckpointError(
-                f"{folder}: has checkpoint format {found!r}, this version of magpo reads {FORMAT}"
-            )
         env = validate(Meta, meta).env
-    except CheckpointError:
-        raise
+        if meta["chunk"] != int(folder.name):
+            raise ConfigError(f"is the checkpoint of chunk {meta['chunk']}")
+        seen = {"agents_view": env.num_features, "action_mask": env.action_dim}
+        for name, (_, shape) in meta["arrays"].get("state", {}).items():
+            size = seen.get(name.rpartition(".")[2])
+            if size is not None and shape[-2:] != [env.num_agents, size]:
+                raise ConfigError(f"{name} is not of {env.num_agents} agents x {size}")
     except ConfigError as error:
-        raise CheckpointError(f"{folder}: {META}: {error}") from error
+        raise CheckpointError(f"{folder}: {error}") from error
     except UNREADABLE as error:
-        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
-    if meta["chunk"] != int(folder.name):
-        raise CheckpointError(f"{folder}: is the checkpoint of chunk {meta['chunk']!r}")
-    seen = {"agents_view": env.num_features, "action_mask": env.action_dim}
-    for name, (_, shape) in meta["arrays"].get("state", {}).items():
-        size = seen.get(name.rpartition(".")[2])
-        if size is not None and shape[-2:] != [env.num_agents, size]:
-            raise CheckpointError(f"{folder}: {name} is not of {env.num_agents} agents x {size}")
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     return meta
 
 
@@ -174,33 +161,49 @@ def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any
     """
     if misfit := difference(meta, part, template):
         raise CheckpointError(f"{folder}: {misfit}")
-    names = _named(template)
-    restored = _restore(folder / part, names)
-    arrays = [_unstored(restored[name], leaf) for name, leaf in names.items()]
-    return jax.tree.unflatten(jax.tree.structure(template), arrays)
+    leaves = _named(template)
+    arrays = load_named(folder, meta, part, leaves)
+    restored = [
+        jax.random.wrap_key_data(arrays[name]) if _is_key(leaf) else arrays[name]
+        for name, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(template), restored)
 
 
 def difference(meta: Mapping[str, Any], part: str, template: Any) -> str:
     """Return the first difference in names, shapes and dtypes between a part and `template`; "":
     there is none."""
-    expected = {name: _describe(leaf) for name, leaf in _named(template).items()}
-    found = meta["arrays"].get(part, {})
+    expected = {name: "{}{}".format(*_describe(leaf)) for name, leaf in _named(template).items()}
+    found = {name: "{}{}".format(*said) for name, said in meta["arrays"].get(part, {}).items()}
     for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
-            ours, theirs = _text(expected.get(name)), _text(found.get(name))
+        ours, theirs = expected.get(name, "no"), found.get(name, "no")
+        if ours != theirs:
             return f"{part} has {theirs} {name}, this run {ours}"
     return ""
 
 
-def load_named(folder: Path, meta: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
-    """Load one part of a checkpoint as NumPy arrays by name, random keys as their numbers. Raises
-    CheckpointError."""
-    described = meta["arrays"].get(part, {})
-    arrays = _restore(folder / part, dict.fromkeys(described))
-    for name, wanted in described.items():
-        if not wanted[0].startswith("key<") and _describe(arrays.get(name)) != wanted:
-            raise CheckpointError(f"{folder}: {part} has no {_text(wanted)} {name}")
-    return {name: np.asarray(arrays[name]) for name in described}
+def load_named(
+    folder: Path, meta: Mapping[str, Any], part: str, template: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Load one part of a checkpoint by name, random keys as their numbers: as arrays with the
+    shardings of `template`, or else as NumPy arrays. Raises CheckpointError."""
+    import orbax.checkpoint as ocp
+
+    path = (folder / part).absolute()
+    described = {name: _as_stored(*said) for name, said in meta["arrays"].get(part, {}).items()}
+    arguments = dict.fromkeys(described, ocp.RestoreArgs(restore_type=np.ndarray))
+    for name, leaf in template.items():
+        if getattr(leaf, "sharding", None) is not None:
+            arguments[name] = ocp.ArrayRestoreArgs(sharding=leaf.sharding)
+    try:
+        with _checkpointer() as checkpointer:
+            stored = checkpointer.metadata(path).item_metadata.tree
+            if {name: _describe(leaf) for name, leaf in stored.items()} != described:
+                raise TypeError("not what meta.json says")  # to load it would convert it
+            restored: dict[str, Any] = checkpointer.restore(path, restore_args=arguments)
+    except Exception as error:  # intact by its checksums, and still nothing that Orbax reads
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from error
+    return restored
 
 
 def check_best(folder: Path, score: Any, chunk: Any, params: Any) -> None:
@@ -213,42 +216,11 @@ def check_best(folder: Path, score: Any, chunk: Any, params: Any) -> None:
         raise CheckpointError(f"{folder}: a parameter, score or chunk is out of range")
 
 
-def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
-    """Load arrays by name, with the shapes and shardings of `template`; None: as they are."""
-
-    def argument(leaf: Any) -> Any:
-        sharding = getattr(leaf, "sharding", None)
-        if sharding is None:
-            return _orbax().RestoreArgs(restore_type=np.ndarray)
-        return _orbax().ArrayRestoreArgs(sharding=sharding)
-
-    try:
-        with _checkpointer() as checkpointer:
-            stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
-            for name, leaf in template.items():
-                if leaf is not None and _describe(stored[name]) != _describe_stored(leaf):
-                    raise TypeError(name)  # to load it would convert it
-            restored: dict[str, Any] = checkpointer.restore(
-                folder.absolute(),
-                restore_args={name: argument(leaf) for name, leaf in template.items()},
-            )
-    except Exception as error:  # intact by its checksums, and still nothing that Orbax reads
-        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__})") from error
-    return restored
-
-
-def _orbax() -> Any:
-    """Import Orbax late, because that takes a second, and silence its log: it raises its errors
-    too."""
-    import orbax.checkpoint
-
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    return orbax.checkpoint
-
-
 def _checkpointer() -> Any:
     """Make a checkpointer whose processes wait for each other without using their devices."""
-    ocp = _orbax()
+    import orbax.checkpoint as ocp  # late, because that takes a second
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises its errors too
     together = ocp.options.MultiprocessingOptions(active_processes=processes.everyone())
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together)
     return ocp.Checkpointer(handler, multiprocessing_options=together)
@@ -265,24 +237,20 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _stored(leaf: Any) -> Any:
+    """Return an array as Orbax stores it: random keys as their numbers."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _unstored(array: Any, leaf: Any) -> Any:
-    return jax.random.wrap_key_data(array) if _is_key(leaf) else array
-
-
-def _describe_stored(leaf: Any) -> list[Any]:
-    return _describe(jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf)
-
-
 def _describe(leaf: Any) -> list[Any]:
-    """Return [dtype, shape], as JSON reads it back, of an array; of anything else [none, []]."""
-    return [str(getattr(leaf, "dtype", "none")), list(getattr(leaf, "shape", ()))]
+    """Return an array's [dtype, shape], as JSON reads it back."""
+    return [str(leaf.dtype), list(leaf.shape)]
 
 
-def _text(described: list[Any] | None) -> str:
-    return "{}{}".format(*described) if described else "no"
+def _as_stored(dtype: str, shape: list[int]) -> list[Any]:
+    """Return what `_describe` says of a described array once it is stored."""
+    if not dtype.startswith("key<"):
+        return [dtype, shape]
+    return ["uint32", [*shape, *jax.random.key_data(jax.random.key(0)).shape]]
 
 
 def _files(folder: Path) -> list[str]:

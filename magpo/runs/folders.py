@@ -1,6 +1,5 @@
 """Runs on disk: their folders, the locks on them, and their status."""
 
-import errno
 import json
 import sys
 import time
@@ -8,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -20,7 +20,6 @@ from magpo.errors import ConfigError
 from magpo.files import UNREADABLE, complain, write_aside
 from magpo.hardware import processes
 from magpo.runs import checkpoint
-from magpo.runs.checkpoint import CheckpointError
 
 if sys.platform != "win32":
     import fcntl
@@ -32,44 +31,37 @@ STATUS, CONFIG, LOCK, CHECKPOINTS = "run.json", "config.yaml", ".lock", "checkpo
 
 def create(config: RunConfig) -> Path:
     """Create a new folder for a run. Raises ConfigError if it cannot be written."""
-    parent = Path(config.results_dir, config.system, *config.env.name.split("/"))
-    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    try:
+    parent = Path(config.results_dir, config.system, config.env.name)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    with writable(parent):
         parent.mkdir(parents=True, exist_ok=True)
         for attempt in count(1):
             folder = parent / (name if attempt == 1 else f"{name}_{attempt}")
             with suppress(FileExistsError):  # another run began in this second
                 folder.mkdir()
                 break
-        write_config(folder, config)
-        began = datetime.now().isoformat(timespec="seconds")
-        facts = {"id": uuid.uuid4().hex, "name": folder.name, "began": began}
-        _write_status(folder, facts | {"status": "running"})
-    except OSError as error:
-        raise ConfigError(
-            f"results_dir={config.results_dir}: cannot write there: {error.strerror}"
-        ) from error
+        begin(folder, config, {"id": uuid.uuid4().hex, "name": folder.name})
     return folder
+
+
+def begin(folder: Path, config: RunConfig, about: dict[str, str]) -> None:
+    """Write config.yaml, complete and resolved, and run.json of a run that begins or continues."""
+    text = yaml.safe_dump(configuration.dump(config), sort_keys=False)
+    write_aside(folder / CONFIG, lambda aside: aside.write_text(text, encoding="utf-8"))
+    _write_status(folder, about | {"status": "running"})
 
 
 def newest_unfinished(config: RunConfig) -> Path | None:
     """Return the newest unfinished run of this configuration on which no process works."""
-    parent = Path(config.results_dir, config.system, *config.env.name.split("/"))
+    parent = Path(config.results_dir, config.system, config.env.name)
     wanted = configuration.dump(config)
-    for folder in sorted(parent.glob(f"*/{STATUS}"), reverse=True):
-        folder = folder.parent
+    for folder in sorted(parent.glob("*"), reverse=True):
         if status(folder) in ("finished", "running", "unknown"):
             continue
         with suppress(ConfigError):
             if not configuration.differences(configuration.plain_values(folder / CONFIG), wanted):
                 return folder
     return None
-
-
-def write_config(folder: Path, config: RunConfig) -> None:
-    """Write the run's config.yaml, complete and resolved."""
-    text = yaml.safe_dump(configuration.dump(config), sort_keys=False)
-    write_aside(folder / CONFIG, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def about(folder: Path) -> dict[str, str]:
@@ -82,16 +74,6 @@ def about(folder: Path) -> dict[str, str]:
         raise ConfigError(f"{folder / STATUS}: cannot be read") from error
 
 
-def mend(folder: Path, config: RunConfig, about: dict[str, str]) -> bool:
-    """Restore config.yaml and run.json if the folder was removed; return whether it was."""
-    if (folder / STATUS).exists():
-        return False
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, config)
-    _write_status(folder, about | {"status": "running"})
-    return True
-
-
 def newest_checkpoint(folder: Path, load: Callable[[Path, dict[str, Any]], T]) -> T | None:
     """Return what `load` makes of the run's newest usable checkpoint and its meta.json; None if the
     run has none at all.
@@ -99,30 +81,26 @@ def newest_checkpoint(folder: Path, load: Callable[[Path, dict[str, Any]], T]) -
     Newer ones that cannot be used, for which `load` may raise CheckpointError, are named on stderr.
     Raises ConfigError if none can be used. Of several processes all have to call this.
     """
-    refused: list[str] = []  # whole on the first process
-    while found := processes.agreed(lambda: _newest_intact(folder, refused)):
+    refused, root = list[str](), folder / CHECKPOINTS
+    run, *found = processes.agreed(
+        lambda: [about(folder)["id"], *map(str, checkpoint.checkpoints(root))]
+    )
+    for path in map(Path, found):
         try:
-            loaded = load(Path(found[0]), found[1])
-        except CheckpointError as error:
+            meta = processes.agreed(partial(checkpoint.read_meta, path))
+        except ConfigError as error:
+            refused.append(str(error))
+            continue
+        try:
+            if meta["run"] != run:
+                raise checkpoint.CheckpointError(f"{path}: belongs to another run")
+            loaded = load(path, meta)
+        except checkpoint.CheckpointError as error:
             refused.append(str(error))
             continue
         for reason in refused if processes.is_first() else ():
             complain(f"warning: {reason}: using the one before")
         return loaded
-    return None
-
-
-def _newest_intact(folder: Path, refused: list[str]) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint that is as it was written, after as many as were `refused`."""
-    for path in checkpoint.checkpoints(folder / CHECKPOINTS)[len(refused) :]:
-        try:
-            meta = checkpoint.read_meta(path)
-            if meta["run"] != about(folder)["id"]:
-                raise CheckpointError(f"{path}: belongs to another run")
-        except CheckpointError as error:
-            refused.append(str(error))
-            continue
-        return path, meta
     if refused:
         raise ConfigError(f"{folder}: no checkpoint can be used: {refused[0]}")
     return None
@@ -166,8 +144,7 @@ def writable(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
-    """Record in run.json that the run continues, and how it ended."""
-    _set_status(folder, "running")
+    """Record in run.json how the run ended."""
     try:
         yield
     except BaseException as error:
@@ -195,7 +172,7 @@ def _try_lock(folder: Path, attempts: int = 1, shared: bool = False) -> Iterator
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 free = True
             except OSError as error:  # some network file systems have no locks at all
-                free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+                free = not isinstance(error, BlockingIOError)
             if free:
                 break
             time.sleep(0.05)

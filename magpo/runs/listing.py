@@ -1,17 +1,20 @@
-"""The runs under a folder, in a table: `python -m magpo.runs [results]`."""
+"""The runs under a folder, the newest last, and how to resume those that ended early.
+
+usage: python -m magpo.runs [results]
+"""
 
 import json
 import math
-import os
 import shlex
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
-from magpo import commands, plugins, tables
 from magpo import config as configuration
+from magpo import plugins, tables
 from magpo.config.members import short_key
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
@@ -19,11 +22,7 @@ from magpo.runs.folders import CONFIG, STATUS, status
 from magpo.values import UserPath
 
 COLUMNS = ("run", "system", "task", "status", "varied", "members", "steps", "of", "return")
-RETURN = b"eval/episode_return"
-USAGE = """\
-usage: python -m magpo.runs [results]
-
-Lists the runs under a folder, the newest last, and how to resume those that ended early."""
+RETURN = b'"name": "eval/episode_return"'
 
 
 class Summary(NamedTuple):
@@ -34,21 +33,11 @@ class Summary(NamedTuple):
     task: str
     num_members: int
     varied: tuple[str, ...]  # dotted keys
-    imports: tuple[str, ...]  # the user's files that it needs
     status: str
     steps: int  # evaluated so far, per member
     total_steps: int
     last_return: float | None  # mean over seeds, of the best setting
-
-    @property
-    def resume(self) -> str | None:
-        """The command that continues the run; None if there is nothing to continue."""
-        if self.status in ("running", "finished", "unknown"):
-            return None
-        packaged = f"-m magpo.systems.{self.system}"
-        program = packaged if self.system in plugins.of_package() else f"{self.system}.py"
-        imports = [f" import={name}" for name in self.imports if name != program]
-        return f"python {program} resume={shlex.quote(str(self.folder))}{''.join(imports)}"
+    resume: str | None  # the command that continues the run, if there is anything to continue
 
 
 def summaries(root: Path) -> list[Summary]:
@@ -61,30 +50,36 @@ def summaries(root: Path) -> list[Summary]:
 
 
 def _summary(folder: Path) -> Summary:
-    run = Summary(folder, "?", "?", 0, (), (), "unknown", 0, 0, None)
+    run = Summary(folder, "?", "?", 0, (), "unknown", 0, 0, None, None)
     with suppress(*UNREADABLE):
         values = configuration.plain_values(folder / CONFIG)
-        system, task = str(values["run"]["system"]), str(values["run"]["env"])
-        vary = configuration.flat(values.get("vary", {}))
-        num_members = len(values["seeds"]) * math.prod(map(len, vary.values()))
-        run = run._replace(system=system, task=task, num_members=num_members, varied=tuple(vary))
-        run = run._replace(imports=tuple(map(str, values["run"].get("imports", ()))))
+        about, vary = values["run"], configuration.flat(values.get("vary", {}))
+        run = run._replace(system=str(about["system"]), task=str(about["env"]), varied=tuple(vary))
+        run = run._replace(num_members=len(values["seeds"]) * math.prod(map(len, vary.values())))
         per_chunk = values["num_envs"] * values["rollout_length"] * values["num_evaluations"]
         run = run._replace(total_steps=int(values["total_steps"] // per_chunk * per_chunk))
         run = run._replace(status=status(folder))
+        if run.status not in ("running", "finished", "unknown"):
+            run = run._replace(resume=_resume(run, map(str, about.get("imports", ()))))
         returns = _last_returns(folder / "metrics.jsonl", run.num_members)
         run = run._replace(steps=int(max((record["env_steps"] for record in returns), default=0)))
         run = run._replace(last_return=_best_mean(returns, run.varied))
     return run
 
 
-def _best_mean(returns: Sequence[dict[str, Any]], varied: Sequence[str]) -> float | None:
+def _resume(run: Summary, imports: Iterable[str]) -> str:
+    """Return the command that continues a run, with the imports that it needs."""
+    own = run.system not in plugins.of_package()
+    program = f"{run.system}.py" if own else f"-m magpo.systems.{run.system}"
+    others = [f" import={name}" for name in imports if name != program]
+    return f"python {program} resume={shlex.quote(str(run.folder))}{''.join(others)}"
+
+
+def _best_mean(returns: Iterable[dict[str, Any]], varied: Sequence[str]) -> float | None:
     """Return the best setting's mean over seeds of the returns in records; None without any."""
-    of_setting = defaultdict[tuple[Any, ...], list[float]](list)
-    for record in returns:
-        if record["value"] is not None:
-            of_setting[tuple(record[key] for key in varied)].append(record["value"])
-    return max((sum(values) / len(values) for values in of_setting.values()), default=None)
+    settings = groupby(returns, key=lambda record: [record[key] for key in varied])
+    values = [[r["value"] for r in of_one if r["value"] is not None] for _, of_one in settings]
+    return max(map(fmean, filter(None, values)), default=None)
 
 
 def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
@@ -94,22 +89,16 @@ def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
         for length in (2**13, 2**16, 2**20, end):
             stream.seek(max(0, end - length))
             lines = stream.read().splitlines()[bool(length < end) :]
-            likely = [line for line in lines if RETURN in line and line.endswith(b"}")]
-            records = map(json.loads, likely)  # to parse all lines would take most of the time
-            returns = [record for record in records if record["name"] == RETURN.decode()]
+            returns = [json.loads(s) for s in lines if RETURN in s and s.endswith(b"}")]
             if len(returns) >= num_members:
                 break
     return returns[-num_members:]
 
 
-def main() -> None:
-    """Run `python -m magpo.runs [results]`."""
-    commands.run(USAGE, _main)
-
-
-def _main(results: UserPath = "results") -> None:
+def main(results: UserPath = "results") -> None:
+    """Print the table."""
     root = Path(results)
-    if not os.path.isdir(root):  # False for any text, unlike Path.is_dir
+    if not root.is_dir():
         raise ConfigError(f"{root}: no such folder")
     runs = summaries(root)
     if not runs:
@@ -121,7 +110,7 @@ def _main(results: UserPath = "results") -> None:
         last = "-" if run.last_return is None else f"{run.last_return:.3g}"
         words = [run.folder.resolve().name, run.system, run.task, run.status, varied]
         rows.append([*words, str(run.num_members), f"{run.steps:,}", f"{run.total_steps:,}", last])
-    tables.show(COLUMNS, rows, num_words=5)
+    tables.show(COLUMNS, rows, numbers=4)
     for run in runs:
         if run.resume:
             print(tables.printable(run.resume))

@@ -9,7 +9,7 @@ one of the run's name, or a module of your own.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from magpo.contract import Algorithm, Deployed, Parameters
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE, complain
 from magpo.runs import checkpoint, folders
-from magpo.runs.checkpoint import CheckpointError
 from magpo.types import Array, Environment, EnvSpec, Observation, spec
 
 
@@ -42,28 +41,27 @@ class TrainedRun:
     score: np.ndarray  # (M,) mean episode return of the evaluation that made them the best
     chunk: np.ndarray  # (M,) chunks trained by then
 
-    def places(
-        self, seed: int | None = None, setting: Mapping[str, Any] | None = None
-    ) -> list[int]:
-        """Return the places of the members with this seed and these values. Raises ConfigError."""
-        setting, vary = setting or {}, self.config.vary
+    def places(self, seed: int | None = None, setting: Mapping[str, Any] = {}) -> np.ndarray:
+        """Return the places of the members with this seed and these values, (K,) int. Raises
+        ConfigError if there are none."""
+        vary = self.config.vary
         for key, value in setting.items():
             if value not in vary.get(key, ()):
                 has = "; ".join(f"vary.{k}=[{','.join(map(text, v))}]" for k, v in vary.items())
                 raise ConfigError(
                     f"vary.{key}={json.dumps(value)}: the run has {has or 'nothing that varies'}"
                 )
-        if seed is not None and seed not in self.config.seeds:
+        if seed not in (None, *self.config.seeds):
             raise ConfigError(f"seed={seed}: the run has {list(self.config.seeds)}")
-        return [
-            place
-            for place, member in enumerate(self.config.members)
-            if seed in (None, member.seed) and setting.items() <= member.setting.items()
+        chosen = [
+            seed in (None, member.seed) and setting.items() <= member.setting.items()
+            for member in self.config.members
         ]
+        return np.flatnonzero(chosen)
 
-    def best(self, places: Sequence[int]) -> int:
+    def best(self, places: np.ndarray) -> int:
         """Return the place with the highest score."""
-        return places[int(np.nanargmax(self.score[list(places)]))]
+        return int(places[np.nanargmax(self.score[places])])
 
 
 def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
@@ -73,8 +71,7 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
     """
     folder = Path(folder).expanduser()
     module = system or _system(folder)
-    algorithm = contract.algorithm(module)
-    trained = folders.newest_checkpoint(folder, partial(_load, module, algorithm))
+    trained = folders.newest_checkpoint(folder, partial(_load, module))
     if trained is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
     for name in plugins.require(trained.config.imports, module):
@@ -82,39 +79,28 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
     return trained
 
 
-def _load(
-    module: ModuleType, algorithm: Algorithm, path: Path, meta: Mapping[str, Any]
-) -> TrainedRun:
+def _load(module: ModuleType, path: Path, meta: Mapping[str, Any]) -> TrainedRun:
     """Load a checkpoint's best policies. Raises CheckpointError unless they can act."""
+    algorithm = contract.algorithm(module)
     record = checkpoint.load_named(path, meta, "record")
     try:
         run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
         best: Any = config.nested(record)["best"]
         trained = TrainedRun(run, algorithm, EnvSpec(**meta["env"]), **best)
         number, leaves = len(run.members), jax.tree.leaves(best)
-        of_one = {trained.score.shape[1:], trained.chunk.shape[1:]}
         whole = all(x.shape[:1] == (number,) and x.dtype != np.float64 for x in leaves)
-        if not whole or of_one != {()}:
+        if not whole or trained.score.ndim + trained.chunk.ndim != 2:
             raise ConfigError(f"not 32 bits for each of {number} members")
-        _rehearse(build(trained, 0))
-    except Exception as error:  # what a system raises that meets parameters not its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: its policies cannot act: {reason}") from error
-    checkpoint.check_best(path, trained.score, trained.chunk, trained.params)
-    return trained
-
-
-def _rehearse(policy: "TrainedPolicy") -> None:
-    """Trace `act` on observations of the shapes that the policy was trained on."""
-
-    def act() -> Any:
-        env = policy.env
+        policy, env = build(trained, 0), trained.env
         view = jnp.zeros((env.num_agents, env.num_features))
         mask = jnp.ones((env.num_agents, env.action_dim), bool)
-        observation = Observation(agents_view=view, action_mask=mask, step_count=jnp.int32(0))
-        return policy.act(policy.initial_carry(), observation, jax.random.key(0))
-
-    jax.eval_shape(act)
+        seen = Observation(agents_view=view, action_mask=mask, step_count=jnp.int32(0))
+        jax.eval_shape(policy.act, policy.initial_carry(), seen, jax.random.key(0))
+    except Exception as error:  # what a system raises that meets parameters not its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise checkpoint.CheckpointError(f"{path}: its policies cannot act: {reason}") from error
+    checkpoint.check_best(path, trained.score, trained.chunk, trained.params)
+    return trained
 
 
 def _system(folder: Path) -> ModuleType:
@@ -122,11 +108,9 @@ def _system(folder: Path) -> ModuleType:
     try:
         run = config.plain_values(folder / "config.yaml")["run"]
         name, imports = str(run["system"]), dict(run.get("imports", {}))
-    except (*UNREADABLE, ConfigError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{folder}: no run there (no config.yaml that can be read)") from error
     plugins.require(imports)
-    if name not in plugins.systems():
-        raise ConfigError(f"{folder}: a run of {name!r}, which is not imported: import=<its file>")
     return plugins.system(name, imports)
 
 
@@ -144,8 +128,7 @@ class TrainedPolicy:
 
     def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> Any:
         """Return the recurrent state at the start of an episode, (*batch[, N], ...) each."""
-        size = int(np.prod(batch_shape, dtype=int))
-        carry = self.algorithm.initial_carry(self.setup, (size,))
+        carry = self.algorithm.initial_carry(self.setup, (int(np.prod(batch_shape)),))
         return jax.tree.map(partial(self._outwards, batch_shape), carry)
 
     def act(
@@ -164,22 +147,17 @@ class TrainedPolicy:
     @partial(jax.jit, static_argnames=("self", "greedy"))
     def _act(
         self, params: Any, carry: Any, observation: Observation, key: Array, greedy: bool
-    ) -> tuple[Array, Any]:
+    ) -> Any:
         batch_shape = observation.step_count.shape
 
         def inwards(x: Array) -> Array:
             x = x.reshape(-1, *x.shape[len(batch_shape) :])
             return x[:, None] if self.one_agent else x
 
-        inner = Observation(
-            agents_view=inwards(observation.agents_view),
-            action_mask=inwards(observation.action_mask),
-            step_count=observation.step_count.reshape(-1),
-        )
-        carry = jax.tree.map(inwards, carry)
-        action, carry = self.algorithm.act(self.setup, params, carry, inner, key, greedy)
-        outwards = partial(self._outwards, batch_shape)
-        return outwards(action), jax.tree.map(outwards, carry)
+        inner, carry = jax.tree.map(inwards, (observation, carry))
+        inner = inner._replace(step_count=observation.step_count.reshape(-1))
+        acted = self.algorithm.act(self.setup, params, carry, inner, key, greedy)
+        return jax.tree.map(partial(self._outwards, batch_shape), acted)
 
     def _outwards(self, batch_shape: tuple[int, ...], x: Array) -> Array:
         """Reshape (B, N, ...), as a system has it, to (*batch[, N], ...)."""
@@ -204,15 +182,15 @@ def load_policy(
         system: the module, if the system is not one of magpo's.
     """
     trained = read(folder, system)
-    return build(trained, trained.best(trained.places(seed, setting)), agent)
+    return build(trained, trained.best(trained.places(seed, setting or {})), agent)
 
 
 def build(
     trained: TrainedRun, place: int, agent: int | None = None, env: Environment | None = None
 ) -> TrainedPolicy:
     """Build the policy of the member at `place`, for the environment it was trained on or
-    another."""
-    env_spec = spec(env) if env else trained.env
+    another. Raises ConfigError."""
+    env_spec, member = spec(env) if env else trained.env, trained.config.members[place]
     params = jax.tree.map(lambda x: x[place], trained.params)
     card = trained.algorithm.CARD
     if agent is not None:
@@ -224,20 +202,13 @@ def build(
             params = jax.tree.map(lambda x: x[agent : agent + 1], params)
     return TrainedPolicy(
         algorithm=trained.algorithm,
-        setup=make_setup(trained, env, place),
+        setup=trained.algorithm.make(trained.config.algorithm_of(member.setting), env_spec),
         env=env_spec,
         params=params,
         one_agent=agent is not None,
-        member=trained.config.members[place],
+        member=member,
         score=float(trained.score[place]),
     )
-
-
-def make_setup(trained: TrainedRun, env: Environment | None = None, place: int = 0) -> Any:
-    """Make the system's setup for the environment it was trained on or another. Raises
-    ConfigError."""
-    algorithm_config = trained.config.algorithm_of(trained.config.members[place].setting)
-    return trained.algorithm.make(algorithm_config, spec(env) if env else trained.env)
 
 
 def make_env(trained: TrainedRun, task: str | None, options: Mapping[str, Any]) -> Environment:
@@ -245,28 +216,18 @@ def make_env(trained: TrainedRun, task: str | None, options: Mapping[str, Any]) 
 
     Raises ConfigError if there is none such, or the policies cannot act in it.
     """
-    trained_options = trained.config.env.options if task in (None, trained.env.name) else {}
+    seen = trained.env
     env = envs.make(
-        task or trained.env.name,
+        task or seen.name,
         global_state=trained.config.algorithm.needs_global_state,
-        **{**trained_options, **options},
+        **{**(trained.config.env.options if task in (None, seen.name) else {}), **options},
     )
-    _check_fits(trained, spec(env))
+
+    def fits(env: EnvSpec) -> str:
+        own = trained.algorithm.CARD.parameters is Parameters.PER_AGENT
+        agents = f"{env.num_agents} agents, each with " if own else ""
+        return f"{agents}{env.num_features} features and {env.action_dim} {env.action_kind} actions"
+
+    if (ours := fits(seen)) != (theirs := fits(spec(env))):
+        raise ConfigError(f"the policy is for {ours}; {env.name} has {theirs}")
     return env
-
-
-def _check_fits(trained: TrainedRun, env: EnvSpec) -> None:
-    """Raise ConfigError if the policies cannot act in an environment."""
-    seen, card = trained.env, trained.algorithm.CARD
-    if card.parameters is Parameters.PER_AGENT and env.num_agents != seen.num_agents:
-        raise ConfigError(
-            f"the run has a policy for each of {seen.num_agents} agents, "
-            f"{env.name} has {env.num_agents}"
-        )
-    ours, theirs = ((e.num_features, e.action_dim, e.action_kind) for e in (seen, env))
-    if ours != theirs:
-        raise ConfigError(
-            f"the policy reads {seen.num_features} features and has {seen.action_dim} "
-            f"{seen.action_kind} actions, {env.name} has {env.num_features} and {env.action_dim} "
-            f"{env.action_kind}"
-        )

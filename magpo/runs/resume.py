@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from magpo.report.measurements import Measurement
 from magpo.report.sinks import JsonLines
 from magpo.report.writer import Writer
 from magpo.runs import checkpoint, folders
-from magpo.runs.checkpoint import CheckpointError
 from magpo.types import EnvSpec
 
 # The keys, or groups of keys, on which the state's meaning depends: what a member is, and what the
@@ -48,20 +47,14 @@ def claimed(config: RunConfig, stack: ExitStack) -> Path:
 
     Raises ConfigError.
     """
-    if config.resume not in (None, "auto"):
-        folder = Path(str(config.resume))
-        stack.enter_context(folders.working(folder))
-        return folder
-    while True:
-        found = folders.newest_unfinished(config) if config.resume else None
-        folder = found or folders.create(config)
-        try:
-            stack.enter_context(folders.working(folder))
-        except ConfigError:
-            if found is None:
-                raise
-            continue  # another job was faster
-        return folder
+    while found := folders.newest_unfinished(config) if config.resume == "auto" else None:
+        with suppress(ConfigError):  # another job was faster
+            stack.enter_context(folders.working(found))
+            return found
+    resumed = config.resume not in (None, "auto")
+    folder = Path(str(config.resume)) if resumed else folders.create(config)
+    stack.enter_context(folders.working(folder))
+    return folder
 
 
 def start(
@@ -74,60 +67,56 @@ def start(
     run's checkpoints is usable, if the configuration changed, or if a finished run has no
     checkpoint.
     """
+    new = configuration.dump(config)
 
     def load(path: Path, meta: dict[str, Any]) -> Start:
-        _check_same(folder, path, meta, config, checkpoint.difference(meta, "state", state))
-        chunk = meta["chunk"]
+        chunk, steps = meta["chunk"], meta["steps_per_chunk"]
+        misfit = checkpoint.difference(meta, "state", state)
+        if chunk > config.num_evaluations:
+            misfit = f"it has had {chunk} evaluations"
+        if steps != config.steps_per_chunk:
+            misfit = f"an evaluation must follow {steps} steps, not {config.steps_per_chunk}"
+        before, now = meta["config"] | {"with": meta["with"]}, new | {"with": _with(config)}
+        if misfit and not configuration.differences(before, now):
+            raise checkpoint.CheckpointError(f"{path}: {misfit}")
+        _check_changes(folder, before, now, config, misfit)
         history = {n: np.zeros((chunk + 1, *x.shape), x.dtype) for n, x in evaluation.items()}
         template = {"best": best, "history": history | {"wall_s": np.zeros(chunk + 1)}}
         loaded = checkpoint.load(path, meta, "state", state)
         record = checkpoint.load(path, meta, "record", template)
         score, chunks, params = record["best"]
         checkpoint.check_best(path, score, chunks, (params, loaded.params))
-        measured = _measurements(config, **record["history"])
+        measured = [
+            Measurement(
+                chunk=index,
+                env_steps=(index * steps,) * len(config.members),
+                wall_s=float(at),
+                evaluation={name: record["history"][name][index] for name in evaluation},
+                training={},
+                timing={},
+            )
+            for index, at in enumerate(record["history"]["wall_s"])
+        ]
         return Start(chunk, loaded, record["best"], measured, meta["log_bytes"])
 
-    loaded = folders.newest_checkpoint(folder, load)
-    if loaded is None:
-        processes.agreed(lambda: _begin_again(folder, config))
-    else:
-        processes.agreed(lambda: _take_over(folder, config, loaded.chunk))
-    return loaded
+    def take_over() -> None:
+        root, about = folder / folders.CHECKPOINTS, folders.about(folder)
+        if found is None:  # it ended before its first checkpoint, and begins again
+            if about["status"] == "finished":
+                raise ConfigError(
+                    f"resume={folder}: finished, and has no checkpoint to continue from"
+                )
+            old = configuration.plain_values(folder / folders.CONFIG)
+            _check_changes(folder, old, new, config)
+        with folders.writable(folder):
+            folders.begin(folder, config, about)
+            if config.keep:
+                root.mkdir(exist_ok=True)
+            checkpoint.set_aside(root, found.chunk if found else 0)
 
-
-def _take_over(folder: Path, config: RunConfig, chunk: int) -> None:
-    """Write what the run continues with. Raises ConfigError if the folder cannot be written."""
-    root = folder / folders.CHECKPOINTS
-    with folders.writable(folder):
-        folders.write_config(folder, config)
-        if config.keep:
-            root.mkdir(exist_ok=True)
-        checkpoint.set_aside(root, chunk)
-
-
-def _begin_again(folder: Path, config: RunConfig) -> None:
-    """Prepare a run that ended before its first checkpoint to start again."""
-    if folders.about(folder)["status"] == "finished":
-        raise ConfigError(f"resume={folder}: finished, and has no checkpoint to continue from")
-    old = configuration.plain_values(folder / folders.CONFIG)
-    _check_changes(folder, old, configuration.dump(config), config)
-    _take_over(folder, config, chunk=0)
-
-
-def _check_same(
-    folder: Path, path: Path, meta: dict[str, Any], config: RunConfig, misfit: str
-) -> None:
-    """Raise ConfigError if the run cannot, or may not, continue with this configuration, and
-    CheckpointError if it is the same, and the checkpoint of another."""
-    new = configuration.dump(config) | {"with": _with(config)}
-    old = meta["config"] | {"with": meta["with"]}
-    if meta["chunk"] > config.num_evaluations:
-        misfit = f"it has had {meta['chunk']} evaluations"
-    if (steps := meta["steps_per_chunk"]) != config.steps_per_chunk:
-        misfit = f"an evaluation must follow {steps} steps, not {config.steps_per_chunk}"
-    if misfit and not configuration.differences(old, new):
-        raise CheckpointError(f"{path}: {misfit}")
-    _check_changes(folder, old, new, config, misfit)
+    found = folders.newest_checkpoint(folder, load)
+    processes.agreed(take_over)
+    return found
 
 
 def _check_changes(
@@ -156,23 +145,6 @@ def _with(config: RunConfig) -> dict[str, str]:
     return {"magpo": __version__, "jax": jax.__version__, "devices": present}
 
 
-def _measurements(
-    config: RunConfig, /, wall_s: np.ndarray, **history: np.ndarray
-) -> list[Measurement]:
-    """Return the measurements of a checkpoint's record, without training metrics."""
-    return [
-        Measurement(
-            chunk=index,
-            env_steps=(index * config.steps_per_chunk,) * len(config.members),
-            wall_s=float(at),
-            evaluation={name: values[index] for name, values in history.items()},
-            training={},
-            timing={},
-        )
-        for index, at in enumerate(wall_s)
-    ]
-
-
 class Saver:
     """Lets the writer thread save the run, as often as `checkpoint_share` allows.
 
@@ -196,17 +168,16 @@ class Saver:
         """Take a copy of the state after a chunk; the last chunk's is saved whatever it costs."""
         self.offered = chunk
         self.latest = partial(self._save, chunk, state, best, list(measurements))
-        if jax.process_count() > 1:
+        several = jax.process_count() > 1
+        if several:
             self.idle.wait()
-            due = True
-        else:
-            due = self.idle.is_set() and time.monotonic() >= self.next
-        if due or chunk == self.config.num_evaluations:
+        due = self.idle.is_set() and time.monotonic() >= self.next
+        if several or due or chunk == self.config.num_evaluations:
             self.save_latest()
 
     def save_latest(self) -> None:
         """Save the state that was offered last, unless it is saved."""
-        if self.latest is not None and self.config.keep:
+        if self.latest is not None:
             self.idle.clear()
             self.writer.put(self.latest)
         self.latest = None
@@ -225,6 +196,12 @@ class Saver:
         start = time.monotonic()
         root = self.folder / folders.CHECKPOINTS
         try:
+            log_bytes = 0
+            if self.log:
+                self.log.save()
+                log_bytes = self.log.ends[chunk]
+                if not (self.folder / folders.STATUS).exists():  # the folder was removed
+                    folders.begin(self.folder, self.config, self.about)
             evaluations = [m.evaluation for m in measurements]
             history = {name: np.stack([e[name] for e in evaluations]) for name in evaluations[0]}
             history["wall_s"] = np.array([m.wall_s for m in measurements])
@@ -234,7 +211,7 @@ class Saver:
                 "with": _with(self.config),
                 "env": asdict(self.env),
                 "steps_per_chunk": self.config.steps_per_chunk,
-                "log_bytes": self._save_log(chunk) if self.log else 0,
+                "log_bytes": log_bytes,
             }
             parts = {"state": state, "record": {"best": best, "history": history}}
             checkpoint.save(root, chunk, parts, meta)
@@ -243,12 +220,3 @@ class Saver:
         finally:
             self.next = start + (time.monotonic() - start) / self.config.checkpoint_share
             self.idle.set()
-
-    def _save_log(self, chunk: int) -> int:
-        """Bring metrics.jsonl up to date, in a restored folder if it was removed; return after how
-        many of its bytes this chunk ends."""
-        assert self.log is not None
-        if folders.mend(self.folder, self.config, self.about):
-            self.writer.warn(f"{self.folder} was removed: made again")
-        self.log.save()
-        return self.log.ends[chunk]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from systems import cases
 
-from magpo import config, experiment, render
+from magpo import commands, config, experiment, render
 from magpo.systems import magpo as system
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -25,7 +25,7 @@ TASKS = {
 
 def rendered(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["render", *map(str, arguments)])
-    render.main()
+    commands.run(render.__doc__, render.main)
     return capsys.readouterr().out
 
 
@@ -62,8 +62,8 @@ def test_a_trained_policy_is_shown(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["env=lbf/8x8"], "did you mean"),
-        (["env=lbf/8x8-2p-2f-coop", "run=here"], "one of them"),
-        (["steps=3"], "one of them"),
+        (["env=lbf/8x8-2p-2f-coop", "run=here"], "give env="),
+        (["steps=3"], "give env="),
         (["env=lbf/8x8-2p-2f-coop", "steps=0"], "steps must be greater than 0"),
         (["env=lbf/8x8-2p-2f-coop", "seed=4294967296"], "seed must be less than 4294967296"),
         (["env=lbf/8x8-2p-2f-coop", "env.fov=9"], "fov must be at most 8"),
@@ -78,7 +78,7 @@ def test_a_trained_policy_is_shown(tmp_path, monkeypatch, capsys):
 def test_bad_requests_are_one_line(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["render", *arguments])
     with pytest.raises(SystemExit) as stop:
-        render.main()
+        commands.run(render.__doc__, render.main)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and message in err
 

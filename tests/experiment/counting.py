@@ -16,14 +16,13 @@ from magpo.config.schema import (
     DistributedConfig,
     EnvConfig,
     LoggerConfig,
-    NonNegativeFloat,
-    PositiveInt,
     RunConfig,
 )
 from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
 from magpo.envs import registry
 from magpo.errors import ConfigError
 from magpo.types import Observation, StepType, TimeStep, restart
+from magpo.values import NonNegativeFloat, PositiveInt
 
 N, LENGTH, U, K = 3, 2, 2, 5  # agents, steps of an episode, updates per chunk, evaluations
 SEEDS = (3, 11, 4)

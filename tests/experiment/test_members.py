@@ -29,9 +29,10 @@ from experiment.counting import (
     records,
     run,
 )
+from experiment.test_damage import sign
 from experiment.test_resume import arrays, same_logs, stop_after
+from magpo import commands, evaluate, experiment, export, render
 from magpo import config as configuration
-from magpo import evaluate, experiment, export, render
 from magpo.config import members
 from magpo.errors import ConfigError
 from magpo.report import measurements, sinks
@@ -328,7 +329,7 @@ def test_the_list_of_runs_has_members_and_varied_keys(whole, monkeypatch, capsys
     assert summary.last_return == pytest.approx(last.reshape(6, 2).mean(1).max())
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["runs", str(result.folder.parents[3])])
-    listing.main()
+    commands.run(listing.__doc__, listing.main)
     header, row = capsys.readouterr().out.splitlines()
     assert "varied" in header and "members" in header
     assert "shift, bound" in row and " 12 " in row
@@ -379,7 +380,7 @@ def test_a_setting_that_the_run_has_not_is_named(trained, setting, message):
 def printed(monkeypatch, capsys, module, *arguments):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    module.main()
+    commands.run(module.__doc__, module.main)
     return capsys.readouterr().out
 
 
@@ -415,7 +416,7 @@ def test_export_and_render_take_a_member(trained, monkeypatch, capsys, tmp_path)
     arguments = (f"run={folder}", "vary.system.shift=3", f"out={tmp_path / 'out'}")
     printed(monkeypatch, capsys, export, *arguments, "seed=11")
     description = json.loads((tmp_path / "out/policy.json").read_text())
-    assert description["inputs"][0]["name"] == "carry_0"
+    assert next(iter(description["inputs"])) == "carry_0"
     assert description["carry_at_the_start"] == "zeros"
     monkeypatch.setattr(render, "write_gif", lambda *args: None)
     printed(monkeypatch, capsys, render, *arguments[:2], f"out={tmp_path / 'a.gif'}")
@@ -439,15 +440,17 @@ def test_a_run_that_varies_is_plotted_by_setting(vary, whole):
         np.testing.assert_array_equal(line.values[-1], finals[places])
 
 
-def test_an_old_checkpoint_is_refused_with_one_line(config, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+def test_an_old_checkpoint_is_refused_with_one_line(config, capsys):
     folder = run(config).folder
-    monkeypatch.undo()
+    for path in checkpoint.checkpoints(folder / "checkpoints"):
+        meta = json.loads((path / "meta.json").read_text())
+        (path / "meta.json").write_text(json.dumps(meta | {"format": 1}))
+        sign(path)
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     del saved["vary"]
     (folder / "config.yaml").write_text(yaml.safe_dump(saved))
     capsys.readouterr()
-    message = "no checkpoint can be used: .*has checkpoint format 1, this version of magpo reads 2"
+    message = "no checkpoint can be used: .*: format must be 2, not 1"
     with pytest.raises(ConfigError, match=message):
         run(config, resume=str(folder))
     with pytest.raises(ConfigError, match=message):

@@ -143,7 +143,7 @@ def test_what_the_first_process_refuses_ends_all(tmp_path):
     refused = [*COUNTED, f"results_dir={tmp_path / 'file'}"]
     printed = ends(begin_two(refused, program=COUNTING), 2)
     for _, stderr in printed:
-        assert f"error: results_dir={tmp_path / 'file'}: cannot write there" in stderr
+        assert f"error: {tmp_path / 'file'}/" in stderr
         assert "Traceback" not in stderr
 
 

@@ -155,7 +155,10 @@ def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Console, "update", remove)
         folder = run(config).folder
-    assert f"warning: {folder} was removed: made again" in capsys.readouterr().out
+    assert (
+        f"warning: {folder / 'metrics.jsonl'} was changed by another program"
+        in capsys.readouterr().out
+    )
     assert folders.status(folder) == "finished"
     same_logs(folder, whole.folder)
     run(config, resume=str(folder))
@@ -234,7 +237,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, monkeypat
     newest, _ = checkpoint.checkpoints(folder / "checkpoints")
     (newest / "meta.json").write_bytes(b"{}")
     run(config, resume=str(folder))
-    assert f"{newest}: meta.json is damaged" in capsys.readouterr().err
+    assert f"{newest}: meta.json is missing or damaged" in capsys.readouterr().err
     same_logs(folder, whole.folder)
 
     for path in checkpoint.checkpoints(folder / "checkpoints"):

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from experiment.counting import SEEDS, run
+from magpo import commands
 from magpo.runs import folders, listing
 
 RECORD = '{"name": "eval/episode_return", "env_steps": 5, "value": 2}\n'
@@ -17,7 +18,7 @@ def listed(monkeypatch, capsys):
     def call(*arguments):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["runs", *map(str, arguments)])
-        listing.main()
+        commands.run(listing.__doc__, listing.main)
         return capsys.readouterr().out
 
     return call

@@ -116,5 +116,5 @@ def test_agents_share_parameters_where_the_card_says_so(run):
     assert stacked == (module.CARD.parameters is Parameters.PER_AGENT)
     if not stacked:
         return
-    with pytest.raises(ConfigError, match="a policy for each of 2 agents"):
+    with pytest.raises(ConfigError, match=r"the policy is for 2 agents, each .* has 3 agents"):
         policy.make_env(trained, "lbf/15x15-3p-5f", {})
