@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-QUICK = "--xla_backend_optimization_level=0"
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if metadata.version("jaxlib") < "0.11":  # later ones have no other emitters
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 
@@ -27,11 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # What takes longest, the longest first: begun last, one would run while the other workers idle.
 LONG = (
-    *("systems/test_runs", "systems/test_probes", "systems/test_contract", "envs/test_contract"),
-    *("systems/test_imitation_gap", "envs/test_jaxmarl", "experiment/test_processes"),
-    *("envs/test_seeing", "experiment/test_resume", "test_ways", "experiment/test_devices"),
-    *("experiment/test_damage", "test_crash", "test_launcher", "systems/test_magpo"),
-    *("experiment/test_disk_full", "test_policy", "test_benchmark"),
+    *("systems/test_probes", "experiment/test_processes", "systems/test_runs"),
+    *("systems/test_contract", "envs/test_contract", "systems/test_imitation_gap"),
+    *("envs/test_jaxmarl", "envs/test_seeing", "experiment/test_resume", "test_ways"),
+    *("experiment/test_devices", "experiment/test_damage", "test_crash", "test_launcher"),
+    *("systems/test_magpo", "experiment/test_disk_full", "test_policy", "test_benchmark"),
 )
 
 

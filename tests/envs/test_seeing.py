@@ -50,7 +50,7 @@ def test_mabrax_is_a_page_of_braxs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_trained_policy_is_shown(tmp_path, monkeypatch, capsys):
-    overrides = [*cases.short_run("magpo"), f"results_dir={tmp_path}"]
+    overrides = [*cases.short_run("magpo", cases.LBF), f"results_dir={tmp_path}"]
     folder = experiment.run(system, config.load("magpo", overrides)).folder
     out = tmp_path / "a.gif"
     printed = rendered(monkeypatch, capsys, f"run={folder}", "greedy=true", f"out={out}")

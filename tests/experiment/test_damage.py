@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,12 +30,14 @@ def folder(config, monkeypatch):
     return run(config).folder
 
 
+@pytest.fixture
 def begin(config, folder):
     """What a resume does before it compiles: the chunk it would go on from, and all its arrays."""
     config = dataclasses.replace(config, resume=str(folder))
     programs, shapes = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
     evaluation = programs.evaluate.eval_shape(*shapes.evaluate)
-    return resume.start(folder, config, *shapes.train_chunk, shapes.keep_best[0], evaluation)
+    wanted = *shapes.train_chunk, shapes.keep_best[0], evaluation
+    return partial(resume.start, folder, config, *wanted)
 
 
 def sign(path):
@@ -127,35 +130,35 @@ def rewrite(path, part, arrays):
         checkpointer.save(path / part, arrays)
 
 
-def test_damaged_files_mean_the_checkpoint_before(config, folder, tmp_path):
+def test_damaged_files_mean_the_checkpoint_before(begin, folder, tmp_path):
     newest, before = checkpoint.checkpoints(folder / "checkpoints")
     kept, rng = shutil.copytree(newest, tmp_path / "kept"), random.Random(0)
-    whole = begin(config, folder)
+    whole = begin()
     assert whole.chunk == K
     for _ in range(100):
         spoil(newest, rng)
-        start = begin(config, folder)
+        start = begin()
         assert start.chunk == int(before.name) == K - 1
         np.testing.assert_array_equal(start.state.params["updates"], [2.0 * (K - 1)] * len(SEEDS))
         shutil.rmtree(newest, ignore_errors=True)  # or set aside
         shutil.copytree(kept, newest)
-    again = begin(config, folder)
+    again = begin()
     np.testing.assert_array_equal(again.state.params["peak"], whole.state.params["peak"])
 
 
-def test_intact_but_wrong_checkpoints_are_never_used(config, folder, tmp_path):
+def test_intact_but_wrong_checkpoints_are_never_used(config, begin, folder, tmp_path):
     newest, before = checkpoint.checkpoints(folder / "checkpoints")
     kept, rng = shutil.copytree(newest, tmp_path / "kept"), random.Random(0)
     fewer = run(dataclasses.replace(config, seeds=SEEDS[:2])).folder
     (other, *_) = checkpoint.checkpoints(fewer / "checkpoints")
     for kind in 7 * KINDS:
         falsify(newest, other, rng, kind)
-        assert begin(config, folder).chunk == int(before.name), kind
+        assert begin().chunk == int(before.name), kind
         shutil.rmtree(newest, ignore_errors=True)  # or set aside
         shutil.copytree(kept, newest)
 
 
-def test_nothing_in_a_folder_is_executed(config, folder, tmp_path):
+def test_nothing_in_a_folder_is_executed(begin, folder, tmp_path):
     """Pickles and YAML that would run code are names and bytes here."""
     owned = tmp_path / "owned"
     attack = f"!!python/object/apply:pathlib.Path.touch [{owned}]"
@@ -168,6 +171,6 @@ def test_nothing_in_a_folder_is_executed(config, folder, tmp_path):
     with pytest.raises(ConfigError):
         configuration.plain_values(folder / "config.yaml")
     with pytest.raises(ConfigError):
-        begin(config, folder)
+        begin()
     assert [found.system for found in listing.summaries(folder)] == ["?"]
     assert not owned.exists()

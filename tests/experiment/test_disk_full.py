@@ -13,21 +13,21 @@ from magpo.runs import checkpoint
 SHORT = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
     *("total_steps=1280", "num_evaluations=20", "eval_episodes=2", "absolute_metric=false"),
-    *("network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"),
+    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8", "logger.plot=false"),
 ]
 TRAIN = (
     "from magpo import experiment; from magpo.runs import checkpoint; "
-    "from magpo.systems import magpo; {}experiment.main(magpo)"
+    "from magpo.systems import mappo; {}experiment.main(mappo)"
 )
 SCRIPT = """
 mount -t tmpfs -o size=540k tmpfs {disk} || exit 99
 "$@" > {out}/full.txt 2>&1
 echo $? > {out}/full.code
-cp -a {disk}/magpo {out}/full
+cp -a {disk}/mappo {out}/full
 mount -o remount,size=50M {disk}
 "$@" > {out}/again.txt 2>&1
 echo $? > {out}/again.code
-cp -a {disk}/magpo {out}/again
+cp -a {disk}/mappo {out}/again
 """
 
 

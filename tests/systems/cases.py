@@ -81,10 +81,10 @@ CASES = {
 SYSTEMS = plugins.of_package()
 
 
-def short_run(name: str) -> list[str]:
+def short_run(name: str, task: str) -> list[str]:
     """Overrides of a run of two chunks, two seeds and four settings."""
     return [
-        *(*SHARED, *CASES[name].own, f"env={LBF}", "env.time_limit=9", "num_evaluations=2"),
+        *(*SHARED, *CASES[name].own, f"env={task}", "env.time_limit=9", "num_evaluations=2"),
         *("seeds=[7,2]", "vary.system.actor_lr=[0.0002,0.01]", "vary.system.gamma=[0.9,0.8]"),
         *("eval_episodes=2", "absolute_metric=false", "logger.plot=false"),
     ]

@@ -47,16 +47,6 @@ def test_before_an_update_continuous_actions_too(name):
         np.testing.assert_allclose(difference, 0.0, atol=1e-4, err_msg=what)
 
 
-@pytest.mark.parametrize("name", cases.SYSTEMS)
-def test_every_system_takes_a_task_that_does_not_truncate(name):
-    """Traced, not run; LBF and MPE are above, SMAX is in test_docs.py, `make smoke` runs all."""
-    module, setup, env = cases.build(name, "coordsum/3x10-30")
-    state = jax.eval_shape(lambda key: module.init(setup, env, key), jax.random.key(0))
-    after, metrics = jax.eval_shape(lambda state: module.train_chunk(setup, env, state), state)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert {x.shape for x in jax.tree.leaves(metrics)} == {(setup.config.updates_per_chunk,)}
-
-
 def primitives(jaxpr):
     """How often each occurs, in whatever it is nested."""
     counts = Counter(equation.primitive.name for equation in jaxpr.eqns)
