@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -67,5 +66,5 @@ def _line(error: ErrorDetails, schema: type) -> str:
         return f"{key} is missing"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    rule = re.sub("(Input|String) should", "must", error["msg"]).replace("valid array", "list")
+    rule = error["msg"].replace("Input should", "must").replace("valid array", "list")
     return f"{key} {rule.replace('an object', 'a group of keys')}, not {error['input']!r}"

@@ -376,7 +376,7 @@ BAD = {
     "seed_twice": ([TINY, "seeds=[4,5,4]"], "different"),
     "negative_seed": ([TINY, "seeds=[4,-1]"], "seeds.1 must be greater"),
     "seed_too_large": ([TINY, "seeds=[4294967296]"], "less than 4294967296"),
-    "too_few_steps": ([TINY, "total_steps=90000"], "at least 499712, not 90000"),
+    "too_few_steps": ([TINY, "total_steps=90000"], "at least 499712 or num_evaluations at most 21"),
     "no_update": ([TINY, "total_steps=4095"], "at least 499712, not 4095"),
     "too_many_steps": ([TINY, "total_steps=1e300"], "less than 1000000000000000, not 1e+300"),
     "too_many_updates": ([TINY, "tuned=false", "total_steps=1e14"], "must be below 35184372088832"),

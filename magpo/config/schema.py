@@ -1,6 +1,7 @@
 """A run's configuration as frozen dataclasses, and how plain values are checked."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ class LoggerConfig:
 class DistributedConfig:
     """This process among several; all None where SLURM says it, or there is but one."""
 
-    coordinator: Annotated[str, Field(pattern=r".:\d+$")] | None  # host:port of process 0
+    coordinator: str | None  # host:port of process 0
     num_processes: PositiveInt | None
     process_id: NonNegativeInt | None
 
@@ -67,6 +68,8 @@ class DistributedConfig:
         given = [value is not None for value in vars(self).values()]
         if any(given) != all(given):
             raise ValueError("needs coordinator, num_processes and process_id, or none of them")
+        if not re.search(r".:\d+$", self.coordinator or "none:0"):
+            raise ValueError(f"coordinator must be host:port, not {self.coordinator!r}")
         if all(given) and self.process_id not in range(self.num_processes or 0):
             raise ValueError(f"process_id must be below num_processes, not {self.process_id}")
 
@@ -113,8 +116,10 @@ class RunConfig:
         if steps >= 2**31:
             raise ValueError(f"num_envs * rollout_length must be below {2**31}, not {steps}")
         if self.updates_per_chunk == 0:
+            most = self.total_steps // steps
+            hint = f" or num_evaluations at most {most}" if most else ""
             raise ValueError(
-                f"total_steps must be at least {self.num_evaluations * steps}, not "
+                f"total_steps must be at least {self.num_evaluations * steps}{hint}, not "
                 f"{self.total_steps}: an update, of num_envs * rollout_length = {steps} steps, "
                 f"before each of num_evaluations = {self.num_evaluations}"
             )
