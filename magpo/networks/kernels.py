@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from magpo.types import Array
 
+PartitionSpec: Any = jax.sharding.PartitionSpec
+
 
 class _Gates(NamedTuple):
     """One GRU step's intermediate results for the reverse pass, each (B, H)."""
@@ -297,3 +299,16 @@ def apply_blocks(block: Block, x: Array, params: Sequence[Any], states: Sequence
 
     inputs = zip(params, states, strict=True)
     return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))[0]
+
+
+def spread(apply: Callable[..., Any], params: Any, *batch: Any) -> Any:
+    """Return apply(params, *batch), arrays (B, ...) of arrays (B, ...), computed by all devices
+    that share a member: each applies the parameters to its share of the rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = dict(mesh.shape).get("env", 1)
+    if devices == 1 or len(jax.tree.leaves(batch)[0]) % devices:
+        return apply(params, *batch)
+    whole, rows = PartitionSpec(), PartitionSpec("env")
+    specs: Any = {"in_specs": (whole, *[rows] * len(batch)), "out_specs": rows}
+    return jax.shard_map(apply, axis_names={"env"}, check_vma=False, **specs)(params, *batch)

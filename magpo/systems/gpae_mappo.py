@@ -34,6 +34,7 @@ from magpo.envs.wrappers import AutoReset
 from magpo.errors import ConfigError
 from magpo.metrics import episode_means, episode_sums, explained_variance
 from magpo.networks.heads import Distribution, executed_action
+from magpo.networks.kernels import spread
 from magpo.networks.recurrent import ActionCritic, Actors, split_time
 from magpo.optimiser import clipped_adam, descend, grad_norms, init_each
 from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
@@ -380,9 +381,10 @@ def losses(
 ) -> tuple[Array, Metrics]:
     """Run both networks along the sequences; each loss moves its own network only."""
     steps, carry = batch.steps, batch.carry
-    _, policy = setup.actor.unroll(params.actor, carry.actor, steps.observation, steps.reset_before)
+    inputs = steps.observation, steps.reset_before
+    _, policy = spread(setup.actor.unroll, params.actor, carry.actor, *inputs)
     states_actions_resets = global_state(steps.observation), steps.action, steps.reset_before
-    _, value = setup.critic.unroll(params.critic, carry.critic, *states_actions_resets)
+    _, value = spread(setup.critic.unroll, params.critic, carry.critic, *states_actions_resets)
     chex.assert_equal_shape((value, batch.ratio, batch.advantage, batch.target))
     loss_actor, metrics_actor = actor_loss(hyper, policy, batch, key)
     loss_critic, metrics_critic = critic_loss(hyper, value, batch)

@@ -31,6 +31,7 @@ from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
 from magpo.envs.wrappers import AutoReset, terminal_value
 from magpo.metrics import episode_means, episode_sums, explained_variance
 from magpo.networks.heads import Distribution, executed_action
+from magpo.networks.kernels import spread
 from magpo.networks.recurrent import Actors, Critic, split_time
 from magpo.optimiser import clipped_adam, grad_norms
 from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
@@ -312,7 +313,7 @@ def of_agent(batch: Batch, agent: Array) -> Batch:
 def policy_of(setup: Setup, params: Any, batch: Batch) -> Distribution:
     """Return one agent's policy (B, C, 1) along its sequences."""
     inputs = batch.steps.observation, batch.steps.reset_before
-    return setup.actor.unroll_shared(params, batch.carry.actor, *inputs)[1]
+    return spread(setup.actor.unroll_shared, params, batch.carry.actor, *inputs)[1]
 
 
 def loss_of(
@@ -327,7 +328,7 @@ def loss_of(
     if network == "actor":
         return actor_loss(hyper, policy_of(setup, params, batch), batch, key)
     inputs = batch.steps.observation, batch.steps.reset_before
-    _, value = setup.critic.unroll(params, batch.carry.critic, *inputs)
+    _, value = spread(setup.critic.unroll, params, batch.carry.critic, *inputs)
     return critic_loss(hyper, value, batch)
 
 

@@ -36,6 +36,7 @@ from magpo.envs.wrappers import AutoReset, terminal_value
 from magpo.metrics import episode_means, episode_sums, explained_variance
 from magpo.networks.autoregressive import init_joint
 from magpo.networks.heads import Distribution, executed_action
+from magpo.networks.kernels import spread
 from magpo.networks.mat import MAT
 from magpo.networks.recurrent import Actors, split_time
 from magpo.networks.sable import Sable
@@ -331,16 +332,11 @@ def losses(
     params: Params, setup: Setup, hyper: Hyper, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
     """Run each network once along the sequences; each loss moves its own network only."""
-    value, guider = setup.guider.apply(
-        params.guider,
-        batch.carry.guider,
-        batch.steps.observation,
-        batch.steps.action,
-        batch.steps.reset_before,
-    )
-    _, learner = setup.learner.unroll(
-        params.learner, batch.carry.learner, batch.steps.observation, batch.steps.reset_before
-    )
+    steps, carry = batch.steps, batch.carry
+    of_guider = carry.guider, steps.observation, steps.action, steps.reset_before
+    value, guider = spread(setup.guider.apply, params.guider, *of_guider)
+    of_learner = carry.learner, steps.observation, steps.reset_before
+    _, learner = spread(setup.learner.unroll, params.learner, *of_learner)
     loss_guider, metrics_guider = guider_loss(hyper, guider, learner, value, batch, key)
     loss_learner, metrics_learner = learner_loss(hyper, guider, learner, batch)
     return loss_guider + loss_learner, metrics_guider | metrics_learner

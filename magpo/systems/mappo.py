@@ -28,6 +28,7 @@ from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
 from magpo.envs.wrappers import AutoReset, terminal_value
 from magpo.metrics import episode_means, episode_sums, explained_variance
 from magpo.networks.heads import Distribution, executed_action
+from magpo.networks.kernels import spread
 from magpo.networks.recurrent import Actors, Critic, split_time
 from magpo.optimiser import clipped_adam, descend, grad_norms, init_each
 from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
@@ -288,8 +289,8 @@ def losses(
 ) -> tuple[Array, Metrics]:
     """Run both networks along the sequences; each loss moves its own network only."""
     inputs = batch.steps.observation, batch.steps.reset_before
-    _, policy = setup.actor.unroll(params.actor, batch.carry.actor, *inputs)
-    _, value = setup.critic.unroll(params.critic, batch.carry.critic, *inputs)
+    _, policy = spread(setup.actor.unroll, params.actor, batch.carry.actor, *inputs)
+    _, value = spread(setup.critic.unroll, params.critic, batch.carry.critic, *inputs)
     loss_actor, metrics_actor = actor_loss(hyper, policy, batch, key)
     loss_critic, metrics_critic = critic_loss(hyper, value, batch)
     return loss_actor + loss_critic, metrics_actor | metrics_critic

@@ -28,6 +28,7 @@ from magpo.envs.wrappers import AutoReset, terminal_value
 from magpo.metrics import episode_means, episode_sums, explained_variance
 from magpo.networks.autoregressive import init_joint
 from magpo.networks.heads import Distribution, executed_action
+from magpo.networks.kernels import spread
 from magpo.networks.mat import MAT
 from magpo.networks.recurrent import split_time
 from magpo.optimiser import clipped_adam, grad_norms
@@ -238,7 +239,8 @@ def losses(
 ) -> tuple[Array, Metrics]:
     """Run the network once along the sequences."""
     steps = batch.steps
-    value, policy = setup.network.apply(params, (), steps.observation, steps.action, None)
+    inputs = (), steps.observation, steps.action, None
+    value, policy = spread(setup.network.apply, params, *inputs)
     return ppo_loss(hyper, policy, value, batch, key)
 
 

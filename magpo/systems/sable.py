@@ -29,6 +29,7 @@ from magpo.envs.wrappers import AutoReset, terminal_value
 from magpo.metrics import episode_means, episode_sums, explained_variance
 from magpo.networks.autoregressive import init_joint
 from magpo.networks.heads import Distribution, executed_action
+from magpo.networks.kernels import spread
 from magpo.networks.recurrent import split_time
 from magpo.networks.sable import Sable, SableCarry
 from magpo.optimiser import clipped_adam, grad_norms
@@ -266,9 +267,8 @@ def losses(
 ) -> tuple[Array, Metrics]:
     """Run the network once along the sequences."""
     steps = batch.steps
-    value, policy = setup.network.apply(
-        params, batch.carry, steps.observation, steps.action, steps.reset_before
-    )
+    inputs = batch.carry, steps.observation, steps.action, steps.reset_before
+    value, policy = spread(setup.network.apply, params, *inputs)
     return ppo_loss(hyper, policy, value, batch, key)
 
 

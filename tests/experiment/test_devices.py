@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,6 +37,7 @@ compile_programs = loop.compile_programs
 def checked(*arguments):
     compiled = compile_programs(*arguments)
     text = compiled.train_chunk.as_text()
+    print("flops", compiled.train_chunk.cost_analysis()["flops"])
     print("communication", any(word in text for word in ("all-reduce", "all-gather", "permute(")))
     return compiled
 loop.compile_programs = checked
@@ -69,9 +71,21 @@ def alone(tmp_path_factory):
     return metrics(experiment.run(mappo, configuration.load("mappo", [*SMALL, results])).folder)
 
 
-def test_spread_over_devices_it_is_the_same_run(alone, tmp_path):
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    """A run's results, and what it printed."""
+    results = tmp_path_factory.mktemp("two")
+    return results, on_devices(2, *SMALL, f"results_dir={results}")
+
+
+def flops(out):
+    return float(re.search(r"^flops (.*)$", out, re.M)[1])
+
+
+def test_spread_over_devices_it_is_the_same_run(alone, on_two, tmp_path):
     out = on_devices(8, *SMALL, f"results_dir={tmp_path}")
     assert "'member': 2, 'env': 4" in out and "communication True" in out
+    assert flops(out) < 0.5 * flops(on_two[1])  # of one device: they share the work of a member
     (folder,) = tmp_path.glob("*/*/*/*")
     spread = metrics(folder)
     assert spread.keys() == alone.keys()
@@ -81,10 +95,10 @@ def test_spread_over_devices_it_is_the_same_run(alone, tmp_path):
     )
 
 
-def test_seeds_on_devices_of_their_own_do_not_communicate(alone, tmp_path):
-    out = on_devices(2, *SMALL, f"results_dir={tmp_path}")
+def test_seeds_on_devices_of_their_own_do_not_communicate(alone, on_two):
+    results, out = on_two
     assert "'member': 2, 'env': 1" in out and "communication False" in out
-    (folder,) = tmp_path.glob("*/*/*/*")
+    (folder,) = results.glob("*/*/*/*")
     names = list(alone)
     spread = metrics(folder)
     np.testing.assert_allclose(
