@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 SYSTEMS := $(filter-out __%,$(basename $(notdir $(wildcard magpo/systems/*.py))))
-JOBS ?= 2
+JOBS ?= 3
 SMOKE_TASKS ?= coordsum/3x10-30 rware/tiny-2ag lbf/2s-8x8-2p-2f-coop connector/con-5x5x3a \
 	mpe/simple_spread_3ag smax/3m mabrax/hopper-3x1
 SMOKE_FEW ?= mpe/simple_spread_3ag

@@ -63,43 +63,51 @@ def only_run(root):
     return folder
 
 
-def test_one_seed_over_two_tasks_of_a_slurm_step_is_the_same_run(tmp_path):
-    one_seed = [*SHORT, "total_steps=192", "num_evaluations=3"]
-    ends([begin([*one_seed, f"results_dir={tmp_path / 'one'}"])], 0)
+CHUNKS = 12  # a signal after the first checkpoint comes before they end
+# Not COUNTED: XLA runs so small a program inside the call. A process one chunk ahead would wait
+# there for the other, and no signal could reach it.
+LONG = [*SHORT, f"total_steps={64 * CHUNKS}", f"num_evaluations={CHUNKS}"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of one seed in two tasks of a SLURM step, and what they printed."""
+    root = tmp_path_factory.mktemp("whole")
     step = {"SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
     step |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid())}
-    both = [*one_seed, f"results_dir={tmp_path / 'two'}"]
-    first, second = ends([begin(both, step | {"SLURM_PROCID": str(i)}) for i in range(2)], 0)
+    both = [*LONG, f"results_dir={root}"]
+    printed = ends([begin(both, step | {"SLURM_PROCID": str(i)}) for i in range(2)], 0)
+    return only_run(root), printed
+
+
+def test_one_seed_over_two_tasks_of_a_slurm_step_is_the_same_run(whole, tmp_path):
+    folder, (first, second) = whole
     assert "2 x cpu" in first[0] and "in 2 processes" in first[0]
     assert "steps" not in second[0]
-    alone, together = (metrics(only_run(tmp_path / name)) for name in ("one", "two"))
+    ends([begin([*LONG, f"results_dir={tmp_path}"])], 0)
+    alone, together = metrics(only_run(tmp_path)), metrics(folder)
     assert alone.keys() == together.keys()
     np.testing.assert_allclose(
         list(together.values()), [alone[name] for name in together], rtol=1e-3, atol=1e-4
     )
 
 
-def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(tmp_path):
-    chunks = 12  # a signal after the first checkpoint comes before they end
-    # Not COUNTED: XLA runs so small a program inside the call. A process one chunk ahead would wait
-    # there for the other, and no signal could reach it.
-    long = [*SHORT, "seeds=[0,1]", f"total_steps={64 * chunks}", f"num_evaluations={chunks}"]
-    ends(begin_two([*long, f"results_dir={tmp_path / 'whole'}"]), 0)
-    stopped = [*long, f"results_dir={tmp_path / 'stopped'}", "resume=auto"]
+def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(whole, tmp_path):
+    stopped = [*LONG, f"results_dir={tmp_path}", "resume=auto"]
     both = begin_two(stopped)
-    while not list((tmp_path / "stopped").glob("*/*/*/*/checkpoints/0*")):
+    while not list(tmp_path.glob("*/*/*/*/checkpoints/0*")):
         assert both[0].poll() is None
         time.sleep(0.01)
     for process in both:
         process.send_signal(signal.SIGTERM)
     ends(both, 143)
-    folder, whole = only_run(tmp_path / "stopped"), only_run(tmp_path / "whole")
+    folder = only_run(tmp_path)
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     done = [int(path.name) for path in (folder / "checkpoints").iterdir()]
-    assert 0 < max(done) < chunks
+    assert 0 < max(done) < CHUNKS
     ends(begin_two(stopped), 0)
-    same_logs(only_run(tmp_path / "stopped"), whole)
-    again, expected = arrays(folder, chunks), arrays(whole, chunks)
+    same_logs(folder, whole[0])
+    again, expected = arrays(folder, CHUNKS), arrays(whole[0], CHUNKS)
     assert again.keys() == expected.keys()
     for name in again:
         np.testing.assert_array_equal(again[name], expected[name], err_msg=name)

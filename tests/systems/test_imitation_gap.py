@@ -5,48 +5,56 @@ first agent draw and the second take the other: each agent alone is a coin, and 
 half of the time. CTDS distils just that. MAGPO's guider is held where its learners can follow.
 """
 
-import importlib
+from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
 from magpo import config
+from magpo.contract import as_data
 from magpo.evaluate import evaluate
+from magpo.systems import magpo
 from magpo.types import spec
 from systems.cases import PROBED_GUIDED
 from systems.probe import LENGTH, Kind, Probe
 
 
-def train(name):
-    """Shares of rewarded steps, of the guider's and of the learners', for three seeds."""
-    module = importlib.import_module(f"magpo.systems.{name}")
+@pytest.fixture(scope="module")
+def shares():
+    """Shares of rewarded steps, of the guider's and of the learners', each (2, S): of MAGPO and of
+    CTDS, which is MAGPO without delta and rl_coef (test_magpo.py), so that both are one program."""
     # A slower rate than the probes' and four times the environments: once every reward is the same,
     # normalised advantages are noise, and where that outweighs the entropy bonus the guider's coin
     # drifts to one side, where learners can follow (16 environments: to the end in 1 seed of 32).
     own = ["system.actor_lr=0.001", "system.ent_coef=0.1", "total_steps=76800"]
     shared = ["num_envs=64", "rollout_length=12", "num_evaluations=1"]
     task = ["env=lbf/2s-8x8-2p-2f-coop", "tuned=false"]
-    algorithm = config.load(name, [*task, *shared, *PROBED_GUIDED, *own]).algorithm
+    algorithm = config.load("magpo", [*task, *shared, *PROBED_GUIDED, *own]).algorithm
     env = Probe(Kind.COMPLEMENTED)
-    setup = module.make(algorithm, spec(env))
+    setup = magpo.make(algorithm, spec(env))
 
-    def run(key):
-        state, metrics = module.train_chunk(setup, env, module.init(setup, env, key))
-        scores = evaluate(module, setup, env, module.policy_params(state), key, 256)
+    def run(hyper, key):
+        state = magpo.init(setup, env, key)._replace(hyper=hyper)
+        state, metrics = magpo.train_chunk(setup, env, state)
+        scores = evaluate(magpo, setup, env, magpo.policy_params(state), key, 256)
         return metrics["rollout/episode_return"][-20:].mean(), scores["episode_return"].mean()
 
-    compiled = jax.jit(jax.vmap(run), compiler_options={"xla_backend_optimization_level": 1})
-    return (x / LENGTH for x in compiled(jax.random.split(jax.random.key(0), 3)))
+    settings = algorithm.hyper, replace(algorithm.hyper, delta=None, rl_coef=0.0)
+    hyper = jax.tree.map(lambda *values: np.stack(values), *map(as_data, settings))
+    over_both = jax.vmap(jax.vmap(run, in_axes=(None, 0)), in_axes=(0, None))
+    compiled = jax.jit(over_both, compiler_options={"xla_backend_optimization_level": 1})
+    return [x / LENGTH for x in compiled(hyper, jax.random.split(jax.random.key(0), 3))]
 
 
-def test_ctds_distils_a_coordination_that_its_learners_cannot_follow():
-    guider, learners = train("ctds")
+def test_ctds_distils_a_coordination_that_its_learners_cannot_follow(shares):
+    guider, learners = (x[1] for x in shares)
     assert (guider > 0.9).all()
     assert learners.mean() == pytest.approx(0.5, abs=0.12)
     assert (learners < 0.8).all()
 
 
-def test_magpo_keeps_to_one_that_they_can():
-    guider, learners = train("magpo")
+def test_magpo_keeps_to_one_that_they_can(shares):
+    guider, learners = (x[0] for x in shares)
     assert (guider > 0.9).all()
     assert (learners > 0.9).all()
