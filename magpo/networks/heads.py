@@ -1,4 +1,4 @@
-"""Policy heads: features to a distribution over one agent's action, on distrax's distributions.
+"""Policy heads: features to a distribution over one agent's action.
 
 `sample`, `mode` and `log_prob` speak of *raw* actions: a squashed Gaussian's raw action is the one
 before tanh, so that its log-prob is exact also where tanh saturates.
@@ -7,7 +7,6 @@ before tanh, so that its log-prob is exact also where tanh saturates.
 from typing import Any, Literal, NamedTuple, Protocol
 
 import chex
-import distrax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -36,15 +35,14 @@ class Distribution(Protocol):
 class Categorical(NamedTuple):
     """Discrete actions. Illegal ones have probability exactly 0 and add 0 to entropy and KL.
 
-    Only `sample` is distrax's: distrax's `log_prob`, `entropy` and `kl_divergence` normalise the
-    log-probs again and multiply by one-hot actions, which takes 1.5 times as long.
+    distrax's `log_prob`, `entropy` and `kl_divergence` normalise the log-probs again and multiply
+    by one-hot actions, which takes 1.5 times as long.
     """
 
     log_probs: Array  # (..., A) normalised, the dtype's lowest value where illegal
 
     def sample(self, key: Array) -> Array:  # (...) int32
-        action: Array = distrax.Categorical(self.log_probs).sample(seed=key)
-        return action
+        return jax.random.categorical(key, self.log_probs)
 
     def mode(self) -> Array:
         return jnp.argmax(self.log_probs, axis=-1)
@@ -70,8 +68,16 @@ class TanhNormal(NamedTuple):
     mask: Array  # (..., A) bool
 
     @property
-    def _normal(self) -> distrax.Normal:
+    def _normal(self) -> Any:
+        import distrax  # late: half a second, for continuous actions only
+
         return distrax.Normal(self.mean, self.std)
+
+    def _log_slope(self, action: Array) -> Array:
+        import distrax
+
+        log_slope: Array = distrax.Tanh().forward_log_det_jacobian(action)
+        return log_slope
 
     def _sum(self, terms: Array) -> Array:
         return jnp.sum(jnp.where(self.mask, terms, 0.0), axis=-1)
@@ -83,13 +89,12 @@ class TanhNormal(NamedTuple):
         return jnp.where(self.mask, self.mean, 0.0)
 
     def log_prob(self, action: Array) -> Array:
-        log_slope = distrax.Tanh().forward_log_det_jacobian(action)
-        return self._sum(self._normal.log_prob(action) - log_slope)
+        return self._sum(self._normal.log_prob(action) - self._log_slope(action))
 
     def entropy(self, key: Array) -> Array:
         """Estimate the entropy, which has no closed form, from one reparametrised sample."""
         action, log_prob = self._normal.sample_and_log_prob(seed=key)
-        return -self._sum(log_prob - distrax.Tanh().forward_log_det_jacobian(action))
+        return -self._sum(log_prob - self._log_slope(action))
 
     def kl(self, other: "TanhNormal") -> Array:
         """Return KL(self || other), which is that of the Gaussians: tanh is a bijection."""
