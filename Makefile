@@ -43,9 +43,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# MAGPO on one task of every suite, the others on a continuous one (the tests run all on a discrete
-# one), but for those whose networks are parts of another's; tiny, and compiled without optimisation, as in tests/conftest.py, which would take most of
-# the time.
+# MAGPO on one task of every suite; on a continuous one the others (the tests run all on a discrete
+# one) except those whose networks are parts of another's. Tiny, and compiled without optimisation,
+# as in tests/conftest.py, which would take most of the time.
 # `make -j2 -O smoke`: two at once.
 # `make smoke SMOKE_FEW='$(SMOKE_TASKS)' SMOKE_SKIP=`: all on all.
 smoke: $(SMOKE_RUNS)
