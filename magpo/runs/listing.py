@@ -5,6 +5,7 @@ usage: python -m magpo.runs [results]
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -45,8 +46,12 @@ def summaries(root: Path) -> list[Summary]:
 
     Damaged runs and those of other versions are summarised as far as they can be read.
     """
-    files = sorted(root.rglob(STATUS), key=lambda file: file.parent.name)
-    return [_summary(file.parent) for file in files if (file.parent / CONFIG).exists()]
+    runs = []
+    for folder, below, files in os.walk(root):
+        if {STATUS, CONFIG} <= {*files}:
+            below.clear()  # a run's own folders, which are many
+            runs.append(Path(folder))
+    return [_summary(folder) for folder in sorted(runs, key=lambda folder: folder.name)]
 
 
 def _summary(folder: Path) -> Summary:
