@@ -104,6 +104,8 @@ def main(
     usual = [statistics.median(t.share for t in side) for side in timings]
     pairs = list(zip(*timings, strict=True))
     kept = [pair for pair in pairs if all(map(lambda t, u: t.share >= 0.9 * u, pair, usual))]
+    if not kept:
+        raise ConfigError(f"none of {rounds} rounds counts: other programs use the CPUs")
     ratios = [first.steps_per_s / second.steps_per_s for first, second in kept]
     row: dict[str, object] = {"first": " ".join(sides[0]), "second": " ".join(sides[1])}
     row |= {"rounds": f"{len(kept)} of {rounds}", "ratio": f"{statistics.median(ratios):.2f}"}

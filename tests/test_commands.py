@@ -99,12 +99,14 @@ def test_a_scripts_help_has_its_keys(script, monkeypatch, capsys):
         assert parameter.kind is not parameter.KEYWORD_ONLY or f"{key}=" in text
 
 
-def timed(monkeypatch, table, first, second):
+def timed(monkeypatch, table, first, second, cpu_s=lambda pid: 0.0):
+    """Compare two commands; by default without their CPU time, which is that of a few ticks."""
     words = ["compare_peer", str(table), "rounds=2", "updates=2"]
     command = [*words, sys.executable, "-c", first, "vs", sys.executable, "-c", second]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.syspath_prepend(SCRIPTS[0].parent)
     script = importlib.import_module("compare_peer")
+    monkeypatch.setattr(script, "_cpu_s", cpu_s)
     commands.run(script.__doc__, script.main)
 
 
@@ -123,6 +125,15 @@ def test_two_commands_are_timed_in_turns(tmp_path, monkeypatch):
         "first_steps_per_s": "1500",
         "second_steps_per_s": "1000",
     }
+
+
+def test_rounds_that_other_programs_disturbed_do_not_count(tmp_path, monkeypatch, capsys):
+    ours = PRINT.format("2 steps/s")
+    seconds = iter([0, 0, 9, 0, 0, 1] * 2)  # each side gets more in another round
+    with pytest.raises(SystemExit) as stop:
+        timed(monkeypatch, tmp_path / "peer.csv", ours, ours, lambda pid: next(seconds))
+    assert stop.value.code == 2
+    assert "none of 2 rounds counts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", ["print('no licence'); exit(3)", "print('no licence')"])
