@@ -97,11 +97,6 @@ def build_programs(
         key = jax.random.fold_in(key, index)
         return evaluate(algorithm, setup, env, params, key, config.eval_episodes)
 
-    def keep_best(best: Best, params: Any, returns: Array, index: Array) -> Best:
-        new = Best(returns.mean(), index, params)
-        better = new.score >= best.score
-        return Best(*(jax.tree.map(partial(jnp.where, better), new, best)))
-
     lay = devices.layout(config)
     members, metrics = lay.of_members(), lay.of_metrics()
     init_all, snapshot_all = lay.each_member(init), lay.each_member(snapshot)
@@ -123,7 +118,7 @@ def build_programs(
         init=jax.jit(init_all, out_shardings=of_state),
         snapshot=jax.jit(snapshot_all, out_shardings=(members, metrics)),
         copy=jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=of_state),
-        keep_best=jax.jit(jax.vmap(keep_best), out_shardings=of_best),
+        keep_best=jax.jit(jax.vmap(_keep_best), out_shardings=of_best),
     )
     arguments = Programs(
         train_chunk=(state,),
@@ -134,6 +129,13 @@ def build_programs(
         keep_best=(best, params, returns, index),
     )
     return programs, arguments
+
+
+def _keep_best(best: Best, params: Any, returns: Array, index: Array) -> Best:
+    """Return the better of one member's best policy and the one just evaluated."""
+    new = Best(returns.mean(), index, params)
+    better = new.score >= best.score
+    return Best(*jax.tree.map(partial(jnp.where, better), new, best))
 
 
 def compile_programs(programs: Programs, arguments: Programs) -> Programs:

@@ -302,8 +302,10 @@ def apply_blocks(block: Block, x: Array, params: Sequence[Any], states: Sequence
 
 
 def spread(apply: Callable[..., Any], params: Any, *batch: Any) -> Any:
-    """Return apply(params, *batch), arrays (B, ...) of arrays (B, ...), computed by all devices
-    that share a member: each applies the parameters to its share of the rows.
+    """Return apply(params, *batch), with arrays (B, ...) in and out.
+
+    Devices that share a member divide the rows among them. The parameters' gradients are summed
+    over all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = dict(mesh.shape).get("env", 1)
