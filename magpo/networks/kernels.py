@@ -6,115 +6,14 @@ Axis letters beyond `magpo.types`: B sequences, H hidden or head features, F emb
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from magpo.types import Array
 
 PartitionSpec: Any = jax.sharding.PartitionSpec
-
-
-class _Gates(NamedTuple):
-    """One GRU step's intermediate results for the reverse pass, each (B, H)."""
-
-    reset: Array  # r
-    update: Array  # z
-    candidate: Array  # n
-    recurrent: Array  # the hidden state's part of the candidate, before r scales it
-
-
-def keep(reset_before: Array, hidden: Array) -> Array:
-    """Zero the hidden states (..., H) where an episode starts, (...)."""
-    return jnp.where(reset_before[..., None], 0.0, hidden)
-
-
-def _gru_step(hidden: Array, inputs: Array, kernel: Array, bias: Array) -> tuple[Array, _Gates]:
-    input_r, input_z, input_n = jnp.split(inputs, 3, axis=-1)
-    hidden_r, hidden_z, hidden_n = jnp.split(hidden @ kernel, 3, axis=-1)
-    reset = jax.nn.sigmoid(input_r + hidden_r)
-    update = jax.nn.sigmoid(input_z + hidden_z)
-    recurrent = hidden_n + bias
-    candidate = jnp.tanh(input_n + reset * recurrent)
-    hidden = candidate + update * (hidden - candidate)
-    return hidden, _Gates(reset, update, candidate, recurrent)
-
-
-def gru_reference(
-    hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array
-) -> Array:
-    """Return the hidden states (T, B, H) of a GRU (Cho et al., 2014) in cuDNN's form.
-
-    Args:
-        hidden: (B, H), before the first step.
-        inputs: (T, B, 3H), the projected inputs of the reset, update and candidate gates.
-        reset_before: (T, B) bool, where the hidden state is zeroed before the step.
-        kernel: (H, 3H) recurrent weights.
-        bias: (H,) of the candidate's recurrent part.
-    """
-
-    def step(hidden: Array, step_inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        inputs, reset_before = step_inputs
-        hidden, _ = _gru_step(keep(reset_before, hidden), inputs, kernel, bias)
-        return hidden, hidden
-
-    return jax.lax.scan(step, hidden, (inputs, reset_before))[1]
-
-
-@jax.custom_vjp
-def gru_scan(
-    hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array
-) -> Array:
-    """Compute `gru_reference` with a reverse pass that sums no weight gradient step by step.
-
-    It keeps the gates' gradients of all steps; the weight gradient is one matmul at the end.
-    """
-    return _gru_forward(hidden, inputs, reset_before, kernel, bias)[0]
-
-
-def _gru_forward(
-    hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array
-) -> tuple[Array, tuple[Any, ...]]:
-    (steps, batch), width = reset_before.shape, hidden.shape[-1]
-    expected = (batch, width), (steps, batch, 3 * width), (width, 3 * width), (width,)
-    chex.assert_shape((hidden, inputs, kernel, bias), expected)
-
-    def step(hidden: Array, step_inputs: tuple[Array, Array]) -> tuple[Array, Any]:
-        inputs, reset_before = step_inputs
-        hidden, gates = _gru_step(keep(reset_before, hidden), inputs, kernel, bias)
-        return hidden, (hidden, gates)
-
-    _, (hiddens, gates) = jax.lax.scan(step, hidden, (inputs, reset_before))
-    return hiddens, (hidden, hiddens, gates, reset_before, kernel)
-
-
-def _gru_backward(residuals: tuple[Any, ...], d_hiddens: Array) -> tuple[Any, ...]:
-    hidden, hiddens, gates, reset_before, kernel = residuals
-    before = keep(reset_before, jnp.concatenate([hidden[None], hiddens[:-1]]))  # (T, B, H)
-
-    def step(d_hidden: Array, step_inputs: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
-        d_output, before, gates, reset_before = step_inputs
-        d_hidden = d_hidden + d_output
-        d_candidate = d_hidden * (1.0 - gates.update) * (1.0 - gates.candidate**2)
-        d_update = d_hidden * (before - gates.candidate) * gates.update * (1.0 - gates.update)
-        d_reset = d_candidate * gates.recurrent * gates.reset * (1.0 - gates.reset)
-        d_gates = jnp.concatenate([d_reset, d_update, d_candidate * gates.reset], axis=-1)
-        d_before = d_hidden * gates.update + d_gates @ kernel.T
-        return keep(reset_before, d_before), (d_gates, d_candidate)
-
-    d_hidden, (d_gates, d_candidate) = jax.lax.scan(
-        step, jnp.zeros_like(hidden), (d_hiddens, before, gates, reset_before), reverse=True
-    )
-    width = hidden.shape[-1]
-    d_inputs = jnp.concatenate([d_gates[..., : 2 * width], d_candidate], axis=-1)
-    d_kernel = before.reshape(-1, width).T @ d_gates.reshape(-1, 3 * width)
-    d_bias = d_gates[..., 2 * width :].sum((0, 1))
-    return d_hidden, d_inputs, None, d_kernel, d_bias
-
-
-gru_scan.defvjp(_gru_forward, _gru_backward)
 
 
 def look_up_reference(table: Array, action: Array) -> Array:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import lecun_normal, zeros_init
 
+from magpo.networks.gru import gru
 from magpo.networks.heads import ActionKind, Distribution, PolicyHead, executed_action
-from magpo.networks.kernels import gru_scan, look_up, sum_of_others
+from magpo.networks.kernels import look_up, sum_of_others
 from magpo.networks.torsos import Dense, orthogonal, parts
 from magpo.types import Array, EnvSpec, Observation, action_spec
 
@@ -35,7 +36,7 @@ class GRU(nn.Module):
         projected = Dense(width, kernel_init=kernel_init, name="input")(inputs)
         kernel = self.param("kernel", parts(orthogonal(), 3), (self.hidden_dim, width))
         bias = self.param("bias", zeros_init(), (self.hidden_dim,))
-        return gru_scan(hidden, projected, reset_before, kernel, bias)
+        return gru(hidden, projected, reset_before, kernel, bias)
 
 
 class RecurrentActor(nn.Module):

@@ -1,12 +1,14 @@
 """Kernels against their references, values and gradients; the GRU also against a NumPy model."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magpo.networks import kernels
+from magpo.networks import gru, gru_gpu, kernels
 
 T, B, N, H = 6, 5, 3, 4
 KEYS = jax.random.split(jax.random.key(0), 5)
@@ -51,20 +53,43 @@ def same(kernel, reference, *arguments):
 def test_the_gru_is_the_slow_one():
     arguments = HIDDEN, INPUTS, RESETS, KERNEL, BIAS
     slow = slow_gru(*(np.asarray(x, np.float64) for x in arguments))
-    np.testing.assert_allclose(kernels.gru_reference(*arguments), slow, atol=1e-5)
+    np.testing.assert_allclose(gru.gru_reference(*arguments), slow, atol=1e-5)
 
 
-def test_gru_scan():
-    def gru(function):
-        return lambda hidden, inputs, *weights: function(hidden, inputs, RESETS, *weights)
+def of_floats(function):
+    return lambda hidden, inputs, *weights: function(hidden, inputs, RESETS, *weights)
 
+
+def test_gru():
     arguments = HIDDEN, INPUTS, KERNEL, BIAS
-    same(gru(kernels.gru_scan), gru(kernels.gru_reference), *arguments)
+    same(of_floats(gru.gru), of_floats(gru.gru_reference), *arguments)
+
+
+@pytest.mark.parametrize("seeds", [None, 2])
+def test_a_gpu_computes_the_same_gru(monkeypatch, seeds):
+    def interpreted(function, steps, width):
+        return partial(getattr(gru_gpu, function.__name__), interpret=True)
+
+    monkeypatch.setattr(gru, "_fastest", interpreted)
+    ours = of_floats(lambda *arguments: gru.gru(*arguments))
+    reference = of_floats(gru.gru_reference)
+    arguments = HIDDEN, INPUTS, KERNEL, BIAS
+    if seeds:
+        ours, reference = jax.vmap(ours), jax.vmap(reference)
+        arguments = [jnp.stack([x, -x]) for x in arguments]
+    assert "pallas_call" in str(jax.make_jaxpr(ours)(*arguments))
+    same(ours, reference, *arguments)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="compiles for a GPU")
+def test_a_gpu_runs_a_gru_as_two_kernels():
+    arguments = jnp.zeros((B, 64)), jnp.zeros((T, B, 192)), RESETS, jnp.eye(64, 192), jnp.ones(64)
+    assert "triton" in jax.jit(gru.gru).lower(*arguments).as_text()
 
 
 def test_the_gru_rejects_a_hidden_state_that_would_broadcast():
     with pytest.raises(AssertionError):
-        kernels.gru_scan(HIDDEN[:1], INPUTS, RESETS, KERNEL, BIAS)
+        gru.gru(HIDDEN[:1], INPUTS, RESETS, KERNEL, BIAS)
 
 
 def test_look_up():
