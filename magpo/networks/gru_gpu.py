@@ -1,6 +1,6 @@
 """`gru.scan` and `gru.reverse_scan`, each as one kernel of an NVIDIA GPU.
 
-XLA launches about fifteen kernels for each step of a pass, and each waits for the one before. Here
+XLA launches seven or eight kernels for each step of a pass, and each waits for the one before. Here
 a thread block computes one sequence, with the recurrent weights in its registers, 192 a thread.
 """
 
