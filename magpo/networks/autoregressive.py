@@ -62,7 +62,7 @@ class AgentInputs(NamedTuple):
     """One agent's inputs when it acts."""
 
     agent: Array  # () its number
-    encoded: Array  # (B, F) the encoder's output for it
+    encoded: Any  # (B, ...) what the encoder made for it
     action_mask: Array  # (B, A)
 
 
@@ -72,7 +72,7 @@ DecodeAgent = Callable[[Any, Array, AgentInputs], tuple[Any, Distribution]]
 def decode(
     decode_agent: DecodeAgent,
     caches: Any,
-    encoded: Array,
+    encoded: Any,
     action_mask: Array,
     key: Array,
     action_kind: ActionKind,
@@ -81,7 +81,7 @@ def decode(
     """Return the caches after all agents, their raw actions (B, N[, A]) and log-probs (B, N).
 
     `decode_agent(caches, previous action (B, A + 1), agent's inputs)` returns the caches after an
-    agent, and its distribution.
+    agent, and its distribution. `encoded` has leaves (B, N, ...).
     """
     batch, num_agents, action_dim = action_mask.shape
 
@@ -95,7 +95,8 @@ def decode(
         encoded_action = encode_action(action, action_dim, action_kind)
         return (caches, encoded_action), (action, distribution.log_prob(action))
 
-    agents = AgentInputs(jnp.arange(num_agents), encoded.swapaxes(0, 1), action_mask.swapaxes(0, 1))
+    encoded, action_mask = jax.tree.map(lambda x: x.swapaxes(0, 1), (encoded, action_mask))
+    agents = AgentInputs(jnp.arange(num_agents), encoded, action_mask)
     start = caches, start_action((batch,), action_dim)
     (caches, _), (action, log_prob) = jax.lax.scan(
         step, start, (agents, jax.random.split(key, num_agents))

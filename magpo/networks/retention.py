@@ -11,6 +11,7 @@ F embedding features = H * D.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -103,12 +104,18 @@ class Retention(nn.Module):
         self.norm = LayerNorm(self.n_head)
         self.output = Dense(self.embed_dim, use_bias=False, kernel_init=init)
 
-    def project(self, x_query: Array, x_key: Array) -> tuple["Projections", Array]:
-        """Project (..., F) inputs to queries, keys, values (..., H, D) and a gate (..., F)."""
-        key, value, gate = jnp.split(self.key_value_gate(x_key), 3, axis=-1)
-        heads = (*x_key.shape[:-1], self.n_head, self.embed_dim // self.n_head)
-        query = self.query(x_query)
-        return Projections(*(x.reshape(heads) for x in (query, key, value))), gate
+    def heads(self, x: Array) -> Array:
+        """Split (..., F) into heads, (..., H, D)."""
+        return x.reshape(*x.shape[:-1], self.n_head, -1)
+
+    def ask(self, x: Array) -> Array:
+        """Project (..., F) inputs to queries (..., H, D)."""
+        return self.heads(self.query(x))
+
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Project (..., F) inputs to keys and values (..., H, D) and a gate (..., F)."""
+        key, value, gate = jnp.split(self.key_value_gate(x), 3, axis=-1)
+        return self.heads(key), self.heads(value), gate
 
     def gate_and_mix(self, retained: Array, gate: Array) -> Array:
         """Normalise each head of each token (..., H, D), gate, and mix the heads: (..., F)."""
@@ -128,14 +135,14 @@ class Retention(nn.Module):
         `causal`: a token sees only the agents before it in its own timestep, else all of them.
         No state, or weights of unconnected timesteps: nothing comes from earlier timesteps.
         """
-        projections, gate = self.project(x_query, x_key)
+        keys, values, gate = self.project(x_key)
         across = weights.across
         num_tokens = weights.within.shape[-1]
 
         def chunked(x: Array) -> Array:  # (B, T, N, H, D) -> (B, H, K, C*N, D)
             return jnp.moveaxis(x.reshape(len(x), -1, num_tokens, *x.shape[3:]), 3, 1)
 
-        query, key, value = map(chunked, projections)
+        query, key, value = map(chunked, (self.ask(x_query), keys, values))
         scores = query @ key.mT * (weights.causal if causal else weights.within)
         retained = scores @ value
         if across is not None and state is not None:
@@ -146,36 +153,66 @@ class Retention(nn.Module):
             retained += (query * across.entering) @ entering
         return self.gate_and_mix(jnp.moveaxis(retained, 1, 3), gate)
 
-    def encode_step(self, x: Array, state: Array) -> tuple[Array, Array]:
-        """Retain over one timestep's tokens (B, N, F), each seeing all, from a decayed `state`."""
-        projections, gate = self.project(x, x)
-        state = state + jnp.einsum("bnhd,bnhe->bhde", projections.key, projections.value)
-        return self.gate_and_mix(
-            jnp.einsum("bnhd,bhde->bnhe", projections.query, state), gate
-        ), state
+    def encode_step(self, x: Array, state: "Entering") -> tuple[Array, Array]:
+        """Retain over one timestep's tokens (B, N, F), each seeing all: those and the state after
+        them."""
+        key, value, gate = self.project(x)
+        after = state.plus(key.swapaxes(1, 2), value.swapaxes(1, 2))
+        return self.gate_and_mix(_read(self.ask(x), after), gate), after
+
+    def recall(self, x: Array, state: "Entering") -> "Recalled":
+        """Return what tokens (B, N, F) retain of earlier timesteps."""
+        query = self.ask(x)
+        return Recalled(query, state.read(query))
 
     def decode_step(
-        self, x_query: Array, x_key: Array, state: Array, cache: "Cache", agent: Array
+        self, recalled: "Recalled", x_key: Array, cache: "Cache", agent: Array
     ) -> tuple[Array, "Cache"]:
-        """Retain for agent `agent`'s token, (B, F); `cache` holds those of the agents before it.
+        """Retain for agent `agent`'s token, (B, F), from what it `recalled`, (B, H, D).
 
-        The state stays as it is until the timestep's last agent has acted: `Cache.added_to`.
+        The state stays as it is until the timestep's last agent has acted.
         """
-        (query, key, value), gate = self.project(x_query, x_key)
-        scores = jnp.einsum("bhd,bhnd->bhn", query, cache.key)  # later agents' keys are still 0
-        retained = jnp.einsum("bhn,bhne->bhe", scores, cache.value)
-        retained += (query * key).sum(-1, keepdims=True) * value
-        retained += jnp.einsum("bhd,bhde->bhe", query, state)
+        key, value, gate = self.project(x_key)
+        scores = jnp.einsum("bhd,bhnd->bhn", recalled.query, cache.key)  # later agents' keys are 0
+        retained = recalled.retained + jnp.einsum("bhn,bhne->bhe", scores, cache.value)
+        retained += (recalled.query * key).sum(-1, keepdims=True) * value
         cache = write_in_place(cache, Cache(key, value), agent, result=retained)
         return self.gate_and_mix(retained, gate), cache
 
 
-class Projections(NamedTuple):
-    """A layer's projected inputs, (..., H, D) each."""
+class Recalled(NamedTuple):
+    """Tokens' queries, and what they retain of earlier timesteps, each (B, N, H, D)."""
 
     query: Array
-    key: Array
-    value: Array
+    retained: Array
+
+
+class Entering(NamedTuple):
+    """The state that enters a timestep: `keep` of the one that left the timestep before.
+
+    The product is never written to memory. States are the largest arrays that acting passes over.
+    """
+
+    state: Array  # (B, H, D, D)
+    keep: Array  # (B, H)
+
+    def read(self, query: Array) -> Array:
+        """Return what tokens with these queries retain, (B, N, H, D) both."""
+        return _read(query * self.keep[:, None, :, None], self.state)
+
+    def plus(self, key: Array, value: Array) -> Array:
+        """Return the state after tokens (B, H, N, D), in one pass over it."""
+        kept = self.state * self.keep[..., None, None]
+
+        def add(agent: int, state: Array) -> Array:
+            return state + key[:, :, agent, :, None] * value[:, :, agent, None]
+
+        num_agents = key.shape[2]
+        return jax.lax.fori_loop(0, num_agents, add, kept, unroll=min(num_agents, 8))
+
+
+def _read(query: Array, state: Array) -> Array:
+    return (query.swapaxes(1, 2) @ state).swapaxes(1, 2)
 
 
 class Cache(NamedTuple):
@@ -183,7 +220,3 @@ class Cache(NamedTuple):
 
     key: Array
     value: Array
-
-    def added_to(self, state: Array) -> Array:
-        """Return the state (B, H, D, D) after the timestep's tokens."""
-        return state + jnp.einsum("bhnd,bhne->bhde", self.key, self.value)

@@ -19,6 +19,8 @@ from magpo.networks.kernels import apply_blocks
 from magpo.networks.retention import (
     Cache,
     ChunkWeights,
+    Entering,
+    Recalled,
     Retention,
     chunk_weights,
     decays,
@@ -68,9 +70,9 @@ class _EncoderBlock(_Block):
         retained = self.retention.chunkwise(x_key, x_key, state, weights, causal=False)
         return self.add_and_feed_forward(x, retained)
 
-    def encode_step(self, x: Array, position: Array, state: Array) -> tuple[Array, Array]:
-        retained, state = self.retention.encode_step(x + position, state)
-        return self.add_and_feed_forward(x, retained), state
+    def encode_step(self, x: Array, position: Array, state: Entering) -> tuple[Array, Array]:
+        retained, after = self.retention.encode_step(x + position, state)
+        return self.add_and_feed_forward(x, retained), after
 
 
 class _DecoderBlock(_Block):
@@ -102,18 +104,20 @@ class _DecoderBlock(_Block):
         x: Array,
         encoded: Array,
         position: Array,
-        states: tuple[Array, Array],
+        state: Entering,
+        recalled: Recalled,
         caches: tuple[Cache, Cache],
         agent: Array,
     ) -> tuple[Array, tuple[Cache, Cache]]:
+        """Decode one agent's token (B, F).
+
+        `state` enters self-retention; `recalled` is what the token retains of the other's.
+        """
         x_key = x + position
-        retained, self_cache = self.self_retention.decode_step(
-            x_key, x_key, states[0], caches[0], agent
-        )
+        own = Recalled(*(x[:, 0] for x in self.self_retention.recall(x_key[:, None], state)))
+        retained, self_cache = self.self_retention.decode_step(own, x_key, caches[0], agent)
         x_key = self.norms[0](x + retained) + position
-        retained, cross_cache = self.cross_retention.decode_step(
-            encoded + position, x_key, states[1], caches[1], agent
-        )
+        retained, cross_cache = self.cross_retention.decode_step(recalled, x_key, caches[1], agent)
         return self.add_and_feed_forward(encoded, retained), (self_cache, cross_cache)
 
 
@@ -190,7 +194,7 @@ class Sable(nn.Module):
 
     def value(self, carry: SableCarry, observation: Observation, reset_before: Array) -> Array:
         """Return one timestep's values (B, N); the arguments have a leading axis B."""
-        return self._encode(self._decayed(carry, reset_before), observation)[1]
+        return self._encode(self._entering(carry, reset_before), observation)[1]
 
     def act(
         self,
@@ -202,33 +206,45 @@ class Sable(nn.Module):
     ) -> JointAction:
         """Act for one timestep, one agent after the other; the arguments have a leading axis B."""
         chex.assert_shape(observation.agents_view, (*reset_before.shape, self.num_agents, None))
-        carry = self._decayed(carry, reset_before)
-        encoded, value, encoder_states = self._encode(carry, observation)
-        position = self._position(observation)[:, 0]
+        entering = self._entering(carry, reset_before)
+        encoded, value, encoder_states = self._encode(entering, observation)
+        position = self._position(observation)  # (B, 1, F)
+        recalled = [
+            block.cross_retention.recall(encoded + position, state)
+            for block, state in zip(self.decoder, entering.decoder_cross, strict=True)
+        ]
         head_dim = self.embed_dim // self.n_head
         empty = jnp.zeros((len(value), self.n_head, self.num_agents, head_dim))
-        states = list(zip(carry.decoder_self, carry.decoder_cross, strict=True))
 
         def decode_agent(
             caches: _Caches, previous: Array, agent: AgentInputs
         ) -> tuple[_Caches, Distribution]:
             x, new_caches = self.decoder_norm(self.embed_action(previous)), []
-            for block, state, cache in zip(self.decoder, states, caches, strict=True):
-                x, cache = block.decode_step(x, agent.encoded, position, state, cache, agent.agent)
+            encoded, recalled = agent.encoded
+            blocks = zip(self.decoder, entering.decoder_self, recalled, caches, strict=True)
+            for block, state, cross, cache in blocks:
+                x, cache = block.decode_step(
+                    x, encoded, position[:, 0], state, cross, cache, agent.agent
+                )
                 new_caches.append(cache)
             return new_caches, self.policy_head(self.policy_torso(x), agent.action_mask)
 
         caches = [(Cache(empty, empty), Cache(empty, empty)) for _ in self.decoder]
+        mask = observation.action_mask
         caches, action, log_prob = decode(
-            decode_agent, caches, encoded, observation.action_mask, key, self.action_kind, greedy
+            decode_agent, caches, (encoded, recalled), mask, key, self.action_kind, greedy
         )
         if not self.memory:
             return JointAction(self.initial_carry(len(value)), action, log_prob, value)
-        self_caches, cross_caches = zip(*caches, strict=True)
+        of_self, of_cross = zip(*caches, strict=True)
+
+        def after(states: Sequence[Entering], caches: Sequence[Cache]) -> tuple[Array, ...]:
+            return tuple(s.plus(*cache) for s, cache in zip(states, caches, strict=True))
+
         carry = SableCarry(
             encoder_states,
-            tuple(map(Cache.added_to, self_caches, carry.decoder_self)),
-            tuple(map(Cache.added_to, cross_caches, carry.decoder_cross)),
+            after(entering.decoder_self, of_self),
+            after(entering.decoder_cross, of_cross),
         )
         return JointAction(carry, action, log_prob, value)
 
@@ -265,13 +281,13 @@ class Sable(nn.Module):
 
         return apply_blocks(block, x, block_params, states)
 
-    def _decayed(self, carry: SableCarry, reset_before: Array) -> SableCarry:
-        """Return the carry as it enters a timestep: decayed, or zero where an episode starts."""
+    def _entering(self, carry: SableCarry, reset_before: Array) -> SableCarry:
+        """Return the states that enter a timestep: decayed, or zero where an episode starts."""
         if not self.memory:
-            return self._zero_states(len(reset_before))
+            carry = self._zero_states(len(reset_before))
         keep = jnp.where(reset_before[:, None], 0.0, jnp.asarray(self.kappa, jnp.float32))
-        decayed: SableCarry = jax.tree.map(lambda state: state * keep[..., None, None], carry)
-        return decayed
+        entering: SableCarry = jax.tree.map(lambda state: Entering(state, keep), carry)
+        return entering
 
     def _encode(
         self, carry: SableCarry, observation: Observation

@@ -44,7 +44,8 @@ def test_chunkwise_retention_is_the_slow_one(chunk_size, causal):
     params = layer.init(keys[2], *arguments, method="chunkwise")
     params = jax.tree.map(lambda x: x * 8, params)  # so that the state matters
 
-    (query, key, value), gate = layer.apply(params, x_query, x_key, method="project")
+    query = layer.apply(params, x_query, method="ask")
+    key, value, gate = layer.apply(params, x_key, method="project")
     slow = slow_retention(*map(np.asarray, (query, key, value, state)), kappa, causal)
     expected = layer.apply(params, jnp.asarray(slow), gate, method="gate_and_mix")
     ours = layer.apply(params, *arguments, method="chunkwise")
