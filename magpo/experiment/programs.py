@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from magpo import contract, envs
 from magpo.config.schema import RunConfig
@@ -89,9 +90,9 @@ def build_programs(
         return returned
 
     def snapshot(state: Any) -> tuple[Any, Array]:
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
+        finite = jnp.isfinite(ravel_pytree(state.params)[0]).all()
         # A copy: the state's own buffers are overwritten by the next chunk.
-        return jax.tree.map(jnp.copy, algorithm.policy_params(state)), jnp.stack(finite).all()
+        return jax.tree.map(jnp.copy, algorithm.policy_params(state)), finite
 
     def evaluate_member(params: Any, key: Array, index: Array) -> dict[str, Array]:
         key = jax.random.fold_in(key, index)
@@ -149,6 +150,7 @@ def compile_programs(programs: Programs, arguments: Programs) -> Programs:
         if jax.__version_info__ < (0, 11):  # later ones have no other emitters
             options["xla_cpu_use_fusion_emitters"] = False
         options["xla_cpu_experimental_ynn_fusion_type"] = ""
+        options["xla_backend_optimization_level"] = 2  # compiles in two thirds of the time
     # `init` runs once and is not worth optimising, which takes most of its compilation.
     once = options | {"xla_backend_optimization_level": 0}
 
