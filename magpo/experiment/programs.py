@@ -1,6 +1,7 @@
 """A run's compiled programs, for all of its members at once."""
 
 import ctypes
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -150,7 +151,8 @@ def compile_programs(programs: Programs, arguments: Programs) -> Programs:
         if jax.__version_info__ < (0, 11):  # later ones have no other emitters
             options["xla_cpu_use_fusion_emitters"] = False
         options["xla_cpu_experimental_ynn_fusion_type"] = ""
-        options["xla_backend_optimization_level"] = 2  # compiles in two thirds of the time
+        if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+            options["xla_backend_optimization_level"] = 2  # compiles in two thirds of the time
     # `init` runs once and is not worth optimising, which takes most of its compilation.
     once = options | {"xla_backend_optimization_level": 0}
 
