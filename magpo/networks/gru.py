@@ -24,7 +24,7 @@ class Gates(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of what enters each gate's activation, each (B, H)."""
+    """The gradients of the inputs of the three gates' activations, each (B, H)."""
 
     reset: Array
     update: Array

@@ -154,8 +154,8 @@ class Retention(nn.Module):
         return self.gate_and_mix(jnp.moveaxis(retained, 1, 3), gate)
 
     def encode_step(self, x: Array, state: "Entering") -> tuple[Array, Array]:
-        """Retain over one timestep's tokens (B, N, F), each seeing all: those and the state after
-        them."""
+        """Return what one timestep's tokens (B, N, F) retain, each seeing all, and the state
+        after them."""
         key, value, gate = self.project(x)
         after = state.plus(key.swapaxes(1, 2), value.swapaxes(1, 2))
         return self.gate_and_mix(_read(self.ask(x), after), gate), after
