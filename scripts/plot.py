@@ -40,12 +40,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from magpo import commands
+from magpo import published as results
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 from magpo.report import curve
 from magpo.values import PositiveInt
 
-GPAE = curve.PUBLISHED.with_name("gpae_table2.csv")
 WIN_RATE_SUITES = {"smax", "connector"}
 # What says who ran it, how long it was looked at and where to, not what was learned.
 NO_SETTINGS = {
@@ -154,7 +154,8 @@ def settings_of(folder: Path) -> dict[str, Any]:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ConfigError(f"{folder}: config.yaml holds no settings")
-        return flat({key: value for key, value in config.items() if key not in NO_SETTINGS})
+        settings = flat({key: value for key, value in config.items() if key not in NO_SETTINGS})
+        return settings | {"run.published": config.get("run", {}).get("published", False)}
     except UNREADABLE:
         raise ConfigError(f"{folder}: config.yaml is missing or cannot be read") from None
 
@@ -217,33 +218,10 @@ def written(value: Any) -> str:
 
 
 def published(run: Run) -> Reference | None:
-    """Return the published value for a run's system and task; MAGPO's table precedes GPAE's."""
-    if value := curve.published(run.system, run.suite, run.task):
-        return Reference(*value, "MAGPO, Table 1")
-    system: str | None = run.system
-    if run.system == "gpae_mappo":
-        system = gpae_variant(run.settings)
-    if not GPAE.is_file():
-        return None
-    scale = 100 if headline(run.suite) == "win_rate" else 1  # the table's are per cent
-    with GPAE.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            # The paper writes humanoid-9|8, which can be no file's name.
-            found = row["suite"], row["task"].replace("|", "-"), row["system"]
-            if found == (run.suite, run.task, system):
-                mean, std = float(row["mean"]) / scale, float(row["std"]) / scale
-                return Reference(mean, std, "GPAE, Table 2")
-    return None
-
-
-def gpae_variant(settings: dict[str, Any]) -> str | None:
-    """What the paper's Table 2 calls a configuration of GPAE-MAPPO; None for its ablations."""
-    ablated = settings.get("system.trace", "dt") != "dt"
-    if ablated or settings.get("system.advantage", "gpae") != "gpae":
-        return None
-    if settings.get("system.anomaly_probability", 0):
-        return None
-    return "gpae_off" if settings.get("system.reuse", 1) > 1 else "gpae_on"
+    """Return the published value for a run's system, variant and task, if it is of that game."""
+    about = {"run.system": run.system, "run.env": f"{run.suite}/{run.task}"}
+    row = results.find(run.settings | about)
+    return Reference(row.mean, row.std or 0.0, row.source) if row else None
 
 
 def draw_task(path: Path, lines: list[Line], colours: dict[str, str]) -> None:

@@ -1,6 +1,5 @@
 """Composition, the typed door, and bad input: one line, the nearest match, exit code 2."""
 
-import csv
 import dataclasses
 import importlib.util
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from magpo import config, contract, envs, files, plugins
+from magpo import config, contract, envs, files, plugins, published
 from magpo.config import cli, schema
 from magpo.config.compose import load
 from magpo.envs import registry
@@ -122,6 +121,20 @@ def test_tuned_values_can_be_turned_off(mine):
     assert not run.tuned
     assert run.algorithm.hyper.lr == 0.1
     assert run.num_envs == 128
+
+
+@pytest.mark.parametrize("suite", registry.SUITES)
+def test_published_game(mine, suite):
+    task = next(row.task for row in published.rows() if row.task.startswith(suite))
+    changed = yaml.safe_load((files.configs() / "published.yaml").read_text())[suite]
+    run = load(mine, [f"env={task}", "published=true"])
+    assert run.published and not load(mine, [f"env={task}"]).published
+    assert run.env.options == registry.options(task) | changed
+    assert all(value == "released" for value in changed.values())
+    if changed:
+        option, other = next(iter(changed)), registry.options(task)[next(iter(changed))]
+        own = load(mine, [f"env={task}", "published=true", f"env.{option}={other}"])
+        assert own.env.options[option] == other  # the command line comes later
 
 
 def test_task_without_tuned_values(mine):
@@ -259,14 +272,13 @@ def test_tuned_values_are_legal(path):
 
 
 def test_there_are_tuned_values_for_the_papers_tasks():
-    with (Path(__file__).parents[1] / "scripts/published/magpo_table1.csv").open() as file:
-        published = {f"{row['suite']}/{row['task']}" for row in csv.DictReader(file)}
-    assert len(published) == 43
+    papers = {row.task for row in published.rows() if row.paper == "magpo"}
+    assert len(papers) == 43
     of = defaultdict(set)
     for path in TUNED:
         of[path.parts[-3]].add("/".join(path.parts[-2:])[:-5])
-    assert of["magpo"] == of["happo"] == of["sable"] == of["ctds"] == published
-    coordsum = {task for task in published if task.startswith("coordsum")}
+    assert of["magpo"] == of["happo"] == of["sable"] == of["ctds"] == papers
+    coordsum = {task for task in papers if task.startswith("coordsum")}
     assert of["mappo"] == of["mat"] == coordsum
     assert of["gpae_mappo"] == {task for task in envs.tasks() if task.startswith("mabrax")}
 
@@ -386,6 +398,8 @@ BAD = {
     "sweep": ([TINY, "system.lr=0.1,0.2"], "--multirun"),
     "unknown_interpolation": ([TINY, "results_dir=${nowhere}"], "nowhere"),
     "tuned_is_no_bool": ([TINY, "tuned=maybe"], "true or false"),
+    "published_is_no_bool": ([TINY, "published=1"], "published must be true or false"),
+    "published_nowhere": (["env=smax/3m", "published=true"], "did you mean 'smax/3s5z'"),
     "added_tuned_is_no_bool": ([TINY, "+tuned=maybe"], "true or false"),
     "group_elsewhere": ([TINY, "tuned@x=false"], "write tuned=<value>"),
     "hydras_group": ([TINY, "hydra=3"], "unknown key 'hydra'"),

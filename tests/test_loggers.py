@@ -1,6 +1,5 @@
 """The writer thread, the files it writes, the console and the learning curve."""
 
-import csv
 import io
 import json
 import os
@@ -319,19 +318,6 @@ def test_band_of_few_seeds_is_their_range_of_many_an_interval():
     assert "95 %" in label
 
 
-def test_published_result_is_looked_up(tmp_path, monkeypatch):
-    table = tmp_path / "table.csv"
-    monkeypatch.setattr(curve, "PUBLISHED", table)
-    assert curve.published("magpo", "lbf", "a") is None
-    with table.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["suite", "task", "system", "mean", "std"])
-        writer.writerow(["lbf", "a", "mappo", "0.5", "0.1"])
-        writer.writerow(["lbf", "a", "magpo", "0.9", "0.2"])
-    assert curve.published("magpo", "lbf", "a") == (0.9, 0.2)
-    assert curve.published("magpo", "lbf", "b") is None
-
-
 def make_console(folder, suite="lbf", budget="quick", headline="episode_return", vary=None):
     config = RunConfig(
         system="magpo",
@@ -348,6 +334,7 @@ def make_console(folder, suite="lbf", budget="quick", headline="episode_return",
         absolute_metric=True,
         budget=budget,
         tuned=True,
+        published=False,
         imports={},
         precision="float32",
         platform="auto",

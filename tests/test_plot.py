@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
+from magpo import published
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "plot.py"
 spec = importlib.util.spec_from_file_location("plot_script", SCRIPT)
 plot = importlib.util.module_from_spec(spec)
@@ -19,6 +21,7 @@ spec.loader.exec_module(plot)
 
 STEPS = (0, 1000, 2000)
 TASK = "2s-8x8-2p-2f-coop"
+OFF = {"advantage": "gpae", "trace": "dt", "eta": 1.05, "reuse": 4}  # the paper's off-policy GPAE
 
 
 def write(root, system, finals, *, suite="lbf", task=TASK, name="a", steps=STEPS, **settings):
@@ -26,6 +29,7 @@ def write(root, system, finals, *, suite="lbf", task=TASK, name="a", steps=STEPS
     folder = root / system / suite / task / name
     folder.mkdir(parents=True)
     config = {"seeds": list(finals), "num_envs": 4, "system": {"lr": 0.5} | settings}
+    config["run"] = {"published": True}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     headline = "win_rate" if suite in ("smax", "connector") else "episode_return"
     head = {"run": name, "system": system, "env": suite, "task": task}
@@ -167,24 +171,31 @@ def test_scores_span_everything_plotted_and_published(tmp_path):
 
 def test_published_values_are_in_the_runs_units(tmp_path):
     def run(system, suite, task, **settings):
-        dotted = {f"system.{key}": value for key, value in settings.items()}
-        return plot.published(plot.Run(system, suite, task, "a", dotted, {}))
+        gpae = {"advantage": "gpae", "trace": "dt", "eta": 1.05} if system == "gpae_mappo" else {}
+        dotted = {f"system.{key}": value for key, value in (gpae | settings).items()}
+        return plot.published(
+            plot.Run(system, suite, task, "a", {"run.published": True} | dotted, {})
+        )
 
     assert run("magpo", "smax", "3s5z_vs_3s6z")[:2] == (0.95, 0.02)
     off = run("gpae_mappo", "smax", "5m_vs_6m", reuse=4)
     assert off[:2] == pytest.approx((0.937, 0.01)) and off.source.startswith("GPAE")
     assert run("gpae_mappo", "smax", "5m_vs_6m", reuse=1)[:2] == pytest.approx((0.088, 0.009))
     assert run("gpae_mappo", "mabrax", "humanoid-9-8", reuse=4)[:2] == (445, 4)
-    assert run("gpae_mappo", "smax", "5m_vs_6m", reuse=4, trace="st") is None
-    assert run("gpae_mappo", "smax", "5m_vs_6m", reuse=1, advantage="gae") is None
-    assert run("mappo", "mabrax", "ant-4x2")[:2] == (1379, 124)
+    ablation = run("gpae_mappo", "smax", "5m_vs_6m", reuse=4, trace="st")
+    assert (ablation.mean, ablation.source) == (0.444, "GPAE, Table 3")
+    assert run("gpae_mappo", "smax", "5m_vs_6m", reuse=1, trace="st") is None
+    assert run("gpae_mappo", "smax", "5m_vs_6m", reuse=1, advantage="gae")[0] == 0.031
+    assert run("gpae_mappo", "mabrax", "ant-4x2", reuse=1, advantage="gae")[:2] == (1379, 124)
+    other_game = {"run.published": False, "run.system": "magpo", "run.env": "smax/3s5z_vs_3s6z"}
+    assert published.find(other_game) is None
     assert run("magpo", "lbf", "of-my-own") is None
 
 
 def test_summary(tmp_path):
     finals = {seed: 0.1 * seed for seed in range(6)}
     write(tmp_path, "magpo", finals)
-    write(tmp_path, "gpae_mappo", {3: 0.5, 4: 0.75}, suite="smax", task="5m_vs_6m", reuse=4)
+    write(tmp_path, "gpae_mappo", {3: 0.5, 4: 0.75}, suite="smax", task="5m_vs_6m", **OFF)
     write(tmp_path, "mine", {0: 0.5}, suite="smax", task="5m_vs_6m")
     table = drawn(tmp_path)
     many = table["MAGPO", TASK]

@@ -12,7 +12,7 @@ SEVEN = {"make", "init", "train_chunk", "policy_params", "initial_carry", "act",
 # Modules and packages of magpo, the lowest layer first: each imports from those before it, and a
 # package's own modules from one another.
 LAYERS = [
-    *("errors", "types", "values", "files", "tables", "metrics", "optimiser"),
+    *("errors", "types", "values", "files", "tables", "metrics", "optimiser", "published"),
     *("envs", "networks", "contract", "plugins"),
     *("config", "commands", "hardware", "report", "runs"),
     *("evaluate", "experiment", "export", "render", "systems", "__main__"),

@@ -1,9 +1,9 @@
 """Compose a run's configuration: YAML files and overrides in, a RunConfig out.
 
 `load("magpo", ["env=rware/tiny-4ag", "system.clip_eps=0.1"])` merges, later over earlier,
-configs/experiment.yaml, configs/<system>.yaml, the task, the budget, the logger, the task's tuned
-values and the overrides, key=value in Hydra's grammar. Values live there and nowhere else; here
-they have dotted names.
+configs/experiment.yaml, configs/<system>.yaml, the task, the published game, the budget, the
+logger, the task's tuned values and the overrides, key=value in Hydra's grammar. Values live there
+and nowhere else; here they have dotted names.
 """
 
 import os
@@ -18,14 +18,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from magpo import files, plugins
+from magpo import files, plugins, published
 from magpo.config.schema import OF_THIS_PROCESS, RunConfig, check, dump, flat, plain_values
 from magpo.envs import registry
-from magpo.errors import ConfigError
+from magpo.errors import ConfigError, nearest
 from magpo.values import unknown_key
 
 Values = dict[str, Any]
 GROUPS = ("budget", "logger")  # folders of files to choose from, by budget=quick
+SWITCHES = ("tuned", "published")  # whether those files are used
 
 
 def load(
@@ -45,7 +46,7 @@ def load(
         about, values = _new(name, folders, changes)
     else:
         about, values = _resumed(module, folders, changes)
-    own = flat({key: changes[key] for key in changes if key not in ("env", "tuned", *GROUPS)})
+    own = flat({key: changes[key] for key in changes if key not in ("env", *SWITCHES, *GROUPS)})
     for key in own:
         if key not in values and not key.startswith("vary."):
             raise _unknown(key, name, values, folders)
@@ -81,14 +82,31 @@ def _new(name: str, folders: Sequence[Path], chosen: Values) -> tuple[Values, Va
         raise ConfigError(f"no task chosen: write env=<suite>/<task>, of {suites}")
     task = str(chosen["env"])
     values |= flat(registry.options(task), "env.")
-    budget, logger, tuned = (chosen.get(key, values.pop(key)) for key in (*GROUPS, "tuned"))
-    if type(tuned) is not bool:
-        raise ConfigError(f"tuned must be true or false, not {tuned!r}")
+    budget, logger = (chosen.get(key, values.pop(key)) for key in GROUPS)
+    tuned, as_published = (chosen.get(key, values.pop(key)) for key in SWITCHES)
+    for key, switch in zip(SWITCHES, (tuned, as_published), strict=True):
+        if type(switch) is not bool:
+            raise ConfigError(f"{key} must be true or false, not {switch!r}")
+    if as_published:
+        values |= _published(task)
     values |= _logger(folders, logger) | read_option(folders, "budget", budget)
     tuned = tuned and find(folders, f"tuned_values/{name}/{task}") is not None
     if tuned:
         values |= read_option(folders, "tuned_values", f"{name}/{task}")
-    return {"system": name, "env": task, "budget": budget, "tuned": tuned}, values
+    about = {"budget": budget, "tuned": tuned, "published": as_published}
+    return {"system": name, "env": task, **about}, values
+
+
+def _published(task: str) -> Values:
+    """Return the options of the game that the papers' results on a task were made in."""
+    if not published.has(task):
+        known = list(dict.fromkeys(row.task for row in published.rows()))
+        near = nearest(task, known)
+        raise ConfigError(
+            f"published=true: no paper has results on {task}; {near}see magpo.published"
+        )
+    options = OmegaConf.load(files.configs() / "published.yaml")
+    return flat(cast(Values, OmegaConf.to_container(options))[task.partition("/")[0]], "env.")
 
 
 def _resumed(module: ModuleType, folders: Sequence[Path], chosen: Values) -> tuple[Values, Values]:
@@ -100,7 +118,8 @@ def _resumed(module: ModuleType, folders: Sequence[Path], chosen: Values) -> tup
     if not os.path.isfile(file):  # False for any text, unlike Path.is_file
         raise ConfigError(f"resume={resume}: no run there (it has no config.yaml); or resume=auto")
     values = dump(from_values(module, plain_values(file), file))
-    about = values.pop("run") | {k: chosen[k] for k in ("budget", "tuned") if k in chosen}
+    said = {key: chosen[key] for key in ("budget", *SWITCHES) if key in chosen}
+    about = values.pop("run") | said
     if (task := chosen.get("env", about["env"])) != about["env"]:
         raise ConfigError(f"resume={resume}: is a run on {about['env']}, not on {task}")
     logger = _logger(folders, chosen["logger"]) if "logger" in chosen else {}
@@ -118,7 +137,7 @@ def _unknown(key: str, name: str, known: Values, folders: Sequence[Path]) -> Con
     systems = [other for other in plugins.of_package() if find(folders, other)]
     if owners := [other for other in systems if key in read_option(folders, other)]:
         return ConfigError(f"{key!r} is a key of {', '.join(owners)}, not of {name}")
-    return ConfigError(unknown_key(key, [*known, "env", "tuned", "import", *GROUPS]))
+    return ConfigError(unknown_key(key, [*known, "env", "import", *SWITCHES, *GROUPS]))
 
 
 def parsed(text: str) -> Override:

@@ -93,6 +93,7 @@ class RunConfig:
     absolute_metric: bool
     budget: str
     tuned: bool  # whether tuned values were used
+    published: bool  # whether the game is the one that the papers' results were made in
     imports: dict[str, str]  # the user's files that system and task come from, with their hashes
     precision: Literal["float32", "bfloat16"]
     platform: Literal["auto", "cpu", "gpu", "tpu"]
@@ -177,7 +178,8 @@ def dump(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as plain values under the names of the command line."""
     values = asdict(config)
     algorithm = values.pop("algorithm")
-    values["run"] = {key: values.pop(key) for key in ("system", "budget", "tuned", "imports")}
+    about = ("system", "budget", "tuned", "published", "imports")
+    values["run"] = {key: values.pop(key) for key in about}
     values["run"]["env"], values["env"] = values["env"].values()
     values["system"] = algorithm["hyper"]
     values |= {part: algorithm[part] for part in ("network",) if part in algorithm}
@@ -242,7 +244,7 @@ def check(module: ModuleType, values: Mapping[str, Any]) -> RunConfig:
     parts = {"hyper": values.pop("system", {})}
     if network := values.pop("network", {}):
         parts["network"] = network
-    run = {"imports": {}, **values.pop("run")}
+    run = {"published": False, "imports": {}, **values.pop("run")}
     values |= run | {"env": {"name": run["env"], "options": values.get("env", {})}}
     config = validate(RunConfig, values)
     asked_for = [f.name for f in fields(schema) if f.name not in ("hyper", "network")]

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from magpo import config as configuration
-from magpo import contract, envs, plugins
+from magpo import contract, envs, plugins, published
 from magpo.config import cli
-from magpo.config.schema import RunConfig
+from magpo.config.schema import RunConfig, dump, flat
 from magpo.errors import ConfigError
 from magpo.experiment import checks, interrupts
 from magpo.experiment.programs import (
@@ -146,6 +146,7 @@ def _run(
         headline=env.headline,
         steps_per_update=config.steps_per_update,
         name=folders.about(folder)["name"],
+        published=published.find(flat(dump(config))),
     )
     console = Console(info, config)
     sinks: list[Sink] = []  # of the first process

@@ -118,6 +118,7 @@ class Console:
             f"{config.rollout_length} steps",
             "evaluation": f"{config.eval_episodes} episodes every {config.steps_per_chunk:,} steps",
             "values": "tuned for this task" if config.tuned else "defaults",
+            **({"game": "as published"} if config.published else {}),
         }
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", justify="right")

@@ -1,6 +1,5 @@
 """The learning curve of one run, drawn as for a paper. Imports matplotlib: import it late."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from magpo.config import members
 from magpo.report.console import spread
 from magpo.report.measurements import Measurement, Run
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "scripts/published/magpo_table1.csv"
 BLUE, GREY = "#0b62a4", "#5f6368"
 
 
@@ -46,9 +44,9 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
             label = f"absolute metric ({episodes.shape[1]} episodes)" if last else ""
             at = steps[-1], score.mean(), score.std()
             axes.errorbar(*at, fmt="D", color=colour, mfc="white", capsize=3, zorder=5, label=label)
-    if reference := published(run.system, run.suite, run.task):
-        text = f"published (20M steps): {reference[0]:.2f} ± {reference[1]:.2f}"
-        axes.axhline(reference[0], color=GREY, linestyle=(0, (5, 3)), linewidth=1.2, label=text)
+    if row := run.published:
+        text = f"{row.source} (after {row.steps}): {row.mean:.2f} ± {row.std:.2f}"
+        axes.axhline(row.mean, color=GREY, linestyle=(0, (5, 3)), linewidth=1.2, label=text)
 
     axes.set_title(f"{run.system.upper()} on {run.suite}/{run.task}", loc="left", fontsize=11)
     axes.set_xlabel("environment steps (per member)")
@@ -88,12 +86,3 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     draws = np.random.default_rng(0).integers(num_seeds, size=(2000, num_seeds))
     low, high = np.percentile(values[:, draws].mean(-1), [2.5, 97.5], axis=1)
     return low, high, "95 % bootstrap interval of the mean"
-
-
-def published(system: str, suite: str, task: str) -> tuple[float, float] | None:
-    """Return the published (mean, standard deviation) if the table exists and has the task."""
-    table = PUBLISHED.read_text(encoding="utf-8") if PUBLISHED.is_file() else ""
-    for row in csv.DictReader(table.splitlines()):
-        if (row["system"], row["suite"], row["task"]) == (system, suite, task):
-            return float(row["mean"]), float(row["std"])
-    return None

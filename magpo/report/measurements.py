@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from magpo.config.members import Member
+from magpo.published import Row
 
 ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_episodes`
 
@@ -22,6 +23,7 @@ class Run(NamedTuple):
     headline: str  # the metric the suite's papers report
     steps_per_update: int  # environment steps, per member
     name: str  # of the folder that the run began in
+    published: Row | None = None  # the printed result of this command
 
 
 class Measurement(NamedTuple):

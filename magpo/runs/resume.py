@@ -27,7 +27,7 @@ from magpo.types import EnvSpec
 # The keys, or groups of keys, on which the state's meaning depends: what a member is, and what the
 # episodes under way are.
 FIXED = (
-    *("run.system", "run.env", "run.budget", "run.tuned", "env", "network"),
+    *("run.system", "run.env", "run.budget", "run.tuned", "run.published", "env", "network"),
     *("seeds", "vary", "num_envs", "rollout_length", "eval_episodes"),
 )
 

@@ -1,4 +1,3 @@
-import csv
 import re
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from magpo import commands, envs, files
+from magpo import commands, envs, files, published
 from magpo.envs import __main__ as tasks_table
 from magpo.envs import registry
 from magpo.types import action_spec, spec
@@ -106,13 +105,9 @@ def made(task):
 
 
 def test_tasks_are_the_papers_and_two_more():
-    published = set()
-    for table in ("magpo_table1", "gpae_table2"):
-        with (ROOT / "scripts" / "published" / f"{table}.csv").open() as file:
-            published |= {f"{row['suite']}/{row['task']}" for row in csv.DictReader(file)}
-    named = {task.replace("|", "-") for task in published}  # a shell leaves that alone
-    assert len(published) == 49
-    assert sorted(envs.tasks()) == sorted(TASKS) == sorted(named | {"smax/3m", "smax/1s1z"})
+    papers = {row.task for row in published.rows()}
+    assert len(papers) == 49
+    assert sorted(envs.tasks()) == sorted(TASKS) == sorted(papers | {"smax/3m", "smax/1s1z"})
 
 
 @pytest.mark.parametrize("task", TASKS)

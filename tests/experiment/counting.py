@@ -159,6 +159,7 @@ def settings(results_dir):
         absolute_metric=True,
         budget="paper",
         tuned=False,
+        published=False,
         imports={},
         precision="float32",
         platform="auto",

@@ -197,6 +197,7 @@ def test_config_is_saved_whole_and_plain(config):
         "env": "test/count",
         "budget": "paper",
         "tuned": False,
+        "published": False,
         "imports": {},
     }
     assert saved["env"] == {"walls": 2} and saved["seeds"] == list(SEEDS)
