@@ -13,8 +13,8 @@ al., 2026). With pi for the policy at the start of an iteration, mu for the one 
     `actor_loss`    PPO with the ratio to mu, clipped around `clip_center`
     `update`        Algorithm 1
 `advantage: gae` is MAPPO's estimator in the same loop: one value of the state for all agents.
-An iteration learns from as many rollouts as it collects: for each environment it draws one of the
-last `reuse`, so that earlier data costs neither gradient steps nor estimates.
+Each iteration estimates all of the last `reuse` rollouts anew. Each epoch draws its minibatches
+from them without replacement: as many as without reuse (`reuse_epochs: sample`), or all (`all`).
 
     python -m magpo.systems.gpae_mappo env=smax/5m_vs_6m
 """
@@ -69,6 +69,7 @@ class Hyper:
     trace: Literal["dt", "st", "it", "none"]
     eta: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     reuse: PositiveInt
+    reuse_epochs: Literal["sample", "all"]
     anomaly_probability: Fraction
 
 
@@ -108,6 +109,12 @@ class Config:
         must_divide("system.num_minibatches", hyper.num_minibatches, "num_envs", self.num_envs)
         if hyper.advantage == "gae" and hyper.reuse > 1:
             raise ValueError(f"system.advantage=gae needs system.reuse=1, not {hyper.reuse}")
+
+    @property
+    def minibatches(self) -> int:
+        """Gradient steps of an epoch."""
+        hyper = self.hyper
+        return hyper.num_minibatches * (hyper.reuse if hyper.reuse_epochs == "all" else 1)
 
 
 class Params(NamedTuple):
@@ -245,7 +252,7 @@ def actor_loss(
 ) -> tuple[Array, Metrics]:
     """Return PPO's clipped surrogate loss on earlier data, with an entropy bonus."""
     log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
-    ratio = jnp.exp(log_ratio)
+    ratio = bounded_exp(log_ratio)
     center = batch.ratio if hyper.clip_center == "current" else jnp.ones_like(batch.ratio)
     clipped = jnp.clip(ratio, center - hyper.clip_eps, center + hyper.clip_eps)
     policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
@@ -257,6 +264,11 @@ def actor_loss(
         "policy/clipped_share": (jnp.abs(ratio - center) > hyper.clip_eps).mean(),
         "policy/ratio_std": ratio.std(),
     }
+
+
+def bounded_exp(log_ratio: Array) -> Array:
+    """Return ratios, at most e^20: where one overflows, from e^89 on, PPO's gradient is NaN."""
+    return jnp.exp(jnp.minimum(log_ratio, 20.0))
 
 
 def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metrics]:
@@ -271,7 +283,10 @@ def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metric
 def rollout(
     setup: Setup, env: Environment, state: TrainState
 ) -> tuple[TrainState, Trajectory, Metrics]:
-    """Act for T steps; also return sums over the episodes that ended, and their number."""
+    """Act for T steps; also return sums over the episodes that ended, and their number.
+
+    The critic's carry stays behind: `update` moves it along with the estimates.
+    """
     config, params, hyper = setup.config, state.params, state.hyper
     envs = AutoReset(env, config.num_envs)
 
@@ -280,9 +295,6 @@ def rollout(
         observation, reset_before = inputs = state.timestep.observation, state.timestep.last()
         actor_carry, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
         action, forced = stop(setup, hyper, observation, policy.sample(key_action), key_stop)
-        critic_carry, _ = setup.critic.step(
-            params.critic, state.carry.critic, global_state(observation), action, reset_before
-        )
         executed = executed_action(action, setup.spec.action_kind)
         env_state, timestep = envs.step(state.env_state, executed)
         transition = Transition(
@@ -296,7 +308,7 @@ def rollout(
             ended=timestep.last(),
             terminal=terminal(setup, params.actor, actor_carry, timestep, action, key_terminal),
         )
-        carry = Carry(actor_carry, critic_carry)
+        carry = state.carry._replace(actor=actor_carry)
         state = state._replace(env_state=env_state, timestep=timestep, carry=carry)
         return state, (transition, episode_sums(timestep))
 
@@ -347,8 +359,9 @@ def terminal(
     return StateAction(global_state(observation), sampled)
 
 
-def estimate(setup: Setup, params: Params, trajectory: Trajectory) -> Estimates:
-    """Run each network once along all trajectories."""
+def estimate(setup: Setup, params: Params, trajectory: Trajectory) -> tuple[Estimates, Array]:
+    """Run each network once along all trajectories; also return the critic's carries at their ends,
+    (B, H)."""
     steps, last, carry = trajectory.steps, trajectory.last, trajectory.carry
     _, policy = setup.actor.unroll(params.actor, carry.actor, steps.observation, steps.reset_before)
     states_actions_resets = (
@@ -369,11 +382,12 @@ def estimate(setup: Setup, params: Params, trajectory: Trajectory) -> Estimates:
             lambda: jnp.zeros_like(next_value),
         )
         next_value = jnp.where(steps.ended[..., None], terminal_value, next_value)
-    return Estimates(
+    estimates = Estimates(
         log_ratio=policy.log_prob(steps.action) - steps.log_prob,
         value=value[:, :-1],
         next_value=next_value,
     )
+    return estimates, carries[:, -2]  # the last one is after `last`, which begins the next rollout
 
 
 def losses(
@@ -393,7 +407,7 @@ def losses(
 
 def optimisers(config: Config, hyper: Hyper) -> Params:
     """Return each network's optax.GradientTransformation; `anneal_lr` lets both rates fall to 0."""
-    num_steps = float(config.num_updates * hyper.ppo_epochs * hyper.num_minibatches)  # > int32
+    num_steps = float(config.num_updates * hyper.ppo_epochs * config.minibatches)  # > int32
 
     def adam(learning_rate: float) -> optax.GradientTransformation:
         last = 0.0 if hyper.anneal_lr else learning_rate
@@ -419,73 +433,81 @@ def update_minibatch(
 
 
 def update_epoch(
-    setup: Setup, state: TrainState, batch: Batch, key: Array
+    setup: Setup, state: TrainState, batch: Batch, filled: Array, key: Array
 ) -> tuple[TrainState, Metrics]:
-    """Pass over the batch once, in random minibatches of rollouts."""
-    key_order, key_minibatches = jax.random.split(key)
-    order = jax.random.permutation(key_order, setup.config.num_envs)
-    order = order.reshape(state.hyper.num_minibatches, -1)
+    """Train on random minibatches of the rollouts that are `filled`, (B,).
+
+    No rollout comes twice before all have come once; `reuse_epochs: all` goes round them again
+    while the buffer fills.
+    """
+    config, (key_order, key_minibatches) = setup.config, jax.random.split(key)
+    order = jnp.argsort(jnp.where(filled, jax.random.uniform(key_order, filled.shape), jnp.inf))
+    size = config.num_envs // state.hyper.num_minibatches
+    drawn = order[jnp.arange(config.minibatches * size) % filled.sum()]
 
     def minibatch(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
         rows, key = inputs
         return update_minibatch(setup, state, jax.tree.map(lambda x: x[rows], batch), key)
 
-    keys = jax.random.split(key_minibatches, len(order))
-    return jax.lax.scan(minibatch, state, (order, keys))
+    keys = jax.random.split(key_minibatches, config.minibatches)
+    return jax.lax.scan(minibatch, state, (drawn.reshape(-1, size), keys))
 
 
-def draw(
-    setup: Setup, state: TrainState, newest: Trajectory, key: Array
-) -> tuple[TrainState, Trajectory]:
-    """Put the newest rollouts into the buffer, and draw one of those kept for each environment."""
+def remember(state: TrainState, newest: Trajectory) -> tuple[TrainState, Trajectory]:
+    """Replace the buffer's oldest rollouts by the newest; also return all it has, (E * M, ...)."""
+    slot = state.num_rollouts % state.hyper.reuse
+    state = state._replace(num_rollouts=state.num_rollouts + 1)
     if state.buffer is None:
         return state, newest
-    number, reuse = state.num_rollouts, state.hyper.reuse
-    buffer = jax.tree.map(lambda x, new: x.at[:, number % reuse].set(new), state.buffer, newest)
-    slots = jax.random.randint(key, (setup.config.num_envs,), 0, jnp.minimum(number + 1, reuse))
-    drawn = jax.vmap(lambda kept, slot: jax.tree.map(lambda x: x[slot], kept))(buffer, slots)
-    return state._replace(buffer=buffer, num_rollouts=number + 1), drawn
+    buffer = jax.tree.map(lambda x, new: x.at[:, slot].set(new), state.buffer, newest)
+    rollouts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), buffer)
+    return state._replace(buffer=buffer), rollouts
 
 
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
-    """Algorithm 1: collect, draw from the last rollouts, estimate, train for `ppo_epochs`."""
+    """Algorithm 1: collect, estimate the last rollouts, train on them for `ppo_epochs`."""
+    hyper, newest_slot = state.hyper, state.num_rollouts % state.hyper.reuse
     state, newest, episodes = rollout(setup, env, state)
-    key, key_draw, key_epochs = jax.random.split(state.key, 3)
-    state, trajectory = draw(setup, state, newest, key_draw)
-    estimates = estimate(setup, state.params, trajectory)
-    trace = traces(state.hyper, estimates.log_ratio)
-    advantage, target = advantages(trajectory.steps, estimates, trace, state.hyper.gamma)
+    state, trajectory = remember(state, newest)
+    estimates, carries = estimate(setup, state.params, trajectory)
+    trace = traces(hyper, estimates.log_ratio)
+    advantage, target = advantages(trajectory.steps, estimates, trace, hyper.gamma)
     batch = Batch(
         steps=trajectory.steps,
-        ratio=jnp.exp(estimates.log_ratio),
+        ratio=bounded_exp(estimates.log_ratio),
         advantage=advantage,
         target=target,
         carry=trajectory.carry,
     )
+    filled = jnp.arange(len(carries)) % hyper.reuse < state.num_rollouts  # (E * M,)
+    carry = carries.reshape(-1, hyper.reuse, carries.shape[-1])[:, newest_slot]
+    key, key_epochs = jax.random.split(state.key)
     state, metrics = jax.lax.scan(
-        lambda state, key: update_epoch(setup, state, batch, key),
-        state._replace(key=key),
-        jax.random.split(key_epochs, state.hyper.ppo_epochs),
+        lambda state, key: update_epoch(setup, state, batch, filled, key),
+        state._replace(key=key, carry=state.carry._replace(critic=carry)),
+        jax.random.split(key_epochs, hyper.ppo_epochs),
     )
-    metrics = jax.tree.map(jnp.mean, metrics) | paper_metrics(setup, batch, trace)
+    metrics = jax.tree.map(jnp.mean, metrics) | paper_metrics(setup, batch, trace, filled)
     return state, metrics | episode_means(episodes)
 
 
-def paper_metrics(setup: Setup, batch: Batch, trace: Array) -> Metrics:
+def paper_metrics(setup: Setup, batch: Batch, trace: Array, filled: Array) -> Metrics:
     """Return the gap of Eq. 9, signed too, and the advantage gap of Section 3.1."""
+    filled = jnp.broadcast_to(filled[:, None, None], trace.shape)
     log_joint = jnp.log(batch.ratio).sum(axis=-1, keepdims=True)
-    joint = jnp.exp(jnp.minimum(log_joint, 20.0))  # of many agents it may exceed a float
+    joint = bounded_exp(log_joint)  # of many agents it may exceed a float
     gap = jnp.abs(joint - trace) - jnp.abs(batch.ratio - trace)
     metrics = {
-        "gpae/delta_c": gap.mean(),
-        "gpae/delta_c_abs": jnp.abs(gap).mean(),
-        "policy/largest_ratio": batch.ratio.max(),
+        "gpae/delta_c": gap.mean(where=filled),
+        "gpae/delta_c_abs": jnp.abs(gap).mean(where=filled),
+        "policy/largest_ratio": batch.ratio.max(where=filled, initial=0.0),
     }
     if setup.spec.stop_action is not None:
-        advantage, forced = batch.advantage, batch.steps.forced
+        advantage, forced = batch.advantage, batch.steps.forced & filled
         num_others = advantage.shape[-1] - 1
         above = (advantage[..., None, :] - advantage[..., None]).sum(axis=-1) / num_others
-        metrics["gpae/advantage_gap"] = (above * forced).sum() / jnp.maximum(forced.sum(), 1)
+        gaps = jnp.where(forced, above, 0.0)
+        metrics["gpae/advantage_gap"] = gaps.sum() / jnp.maximum(forced.sum(), 1)
     return metrics
 
 

@@ -136,7 +136,7 @@ def differences(case: Case, state: Any) -> dict[str, jax.Array]:
 def _recomputed(module: Any, setup: Any, state: Any, collected: Any) -> dict[str, jax.Array]:
     key, hyper = jax.random.key(0), state.hyper
     if hasattr(module, "estimate"):  # what the others store, GPAE recomputes for its old rollouts
-        estimates = module.estimate(setup, state.params, collected)
+        estimates, _ = module.estimate(setup, state.params, collected)
         fields = dict.fromkeys(module.Batch._fields, estimates.value)
         fields |= {"steps": collected.steps, "carry": collected.carry}
         _, metrics = module.losses(state.params, setup, hyper, module.Batch(**fields), key)

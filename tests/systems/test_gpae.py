@@ -98,26 +98,92 @@ def test_off_policy_advantages_are_the_slow_sum():
         np.testing.assert_allclose(target[b, t, n], value[b, t, n] + bounded * total, atol=1e-5)
 
 
-def test_one_of_the_last_rollouts_is_drawn_of_each_environment():
-    _, setup, env = cases.build("gpae_mappo")  # reuse 3, 6 environments
-    state = jax.eval_shape(lambda key: gpae.init(setup, env, key), jax.random.key(0))
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.buffer)
-    given = {"buffer": empty, "num_rollouts": jnp.int32(0), "hyper": setup.config.hyper}
-    state = gpae.TrainState(**dict.fromkeys(gpae.TrainState._fields) | given)
-    one = jax.tree.map(lambda x: jnp.zeros(x[:, 0].shape, x.dtype), empty)
-    draw = jax.jit(jax.vmap(partial(gpae.draw, setup), in_axes=(None, None, 0)))
-    for number in range(1, 6):
-        label = number + jnp.arange(6.0)[:, None, None] / 10  # which rollout, of which environment
-        reward = label + jnp.zeros_like(one.steps.reward)
-        new = one._replace(steps=one.steps._replace(reward=reward))
-        states, drawn = draw(state, new, jax.random.split(jax.random.key(number), 60))
-        state = jax.tree.map(lambda x: x[0], states)
-        rewards = np.asarray(drawn.steps.reward)
-        assert (rewards == rewards[:, :, :1, :1]).all()  # whole
-        rollout, environment = np.divmod(rewards[:, :, 0, 0], 1)
-        np.testing.assert_allclose(environment, np.tile(np.arange(6) / 10, (60, 1)), atol=1e-5)
-        assert set(rollout.flat) == set(range(max(1, number - 2), number + 1))
-        assert number == 1 or (rollout != rollout[:, :1]).any()  # each environment by itself
+@pytest.fixture(params=["sample", "all"])
+def updates(request, monkeypatch):
+    """Four updates that keep three rollouts: the state before each, the buffer after it, and the
+    minibatches it trained on. Half of the cut-off episodes in the buffer become terminations."""
+    minibatches, train = [], gpae.update_minibatch
+
+    def recorded(setup, state, batch, key):
+        jax.debug.callback(lambda batch: minibatches.append(batch), batch, ordered=True)
+        return train(setup, state, batch, key)
+
+    monkeypatch.setattr(gpae, "update_minibatch", recorded)
+    changes = f"system.reuse_epochs={request.param}", "system.actor_lr=0.02"
+    _, setup, env = cases.build("gpae_mappo", cases.LBF, *changes)
+    state = gpae.init(setup, env, jax.random.key(0))
+    state, update = cases.sharpened(cases.stagger(state)), jax.jit(partial(gpae.update, setup, env))
+    found = []
+    for key in jax.random.split(jax.random.key(1), 4):
+        steps = state.buffer.steps
+        terminated = steps.ended & jax.random.bernoulli(key, 0.5, steps.ended.shape)
+        steps = steps._replace(discount=jnp.where(terminated, 0.0, steps.discount))
+        state = before = state._replace(buffer=state.buffer._replace(steps=steps))
+        state, _ = update(state)
+        jax.effects_barrier()
+        found.append((before, jax.tree.map(np.asarray, state.buffer), [*minibatches]))
+        minibatches.clear()
+    return request.param, setup, found
+
+
+def test_each_epoch_trains_on_each_rollout_at_most_once_while_others_wait(updates):
+    reuse_epochs, _, found = updates
+    for number, (_, buffer, minibatches) in enumerate(found, 1):
+        filled = min(number, 3)
+        log_prob = buffer.steps.log_prob[:, :filled].reshape(6 * filled, -1)
+        drawn = np.concatenate([x.steps.log_prob for x in minibatches])
+        drawn = drawn.reshape(2, -1, log_prob.shape[1])  # by epoch
+        assert drawn.shape[1] == {"sample": 6, "all": 18}[reuse_epochs]
+        times = (drawn[:, :, None] == log_prob).all(-1).sum(1)  # (epochs, rollouts)
+        assert (times.sum(1) == drawn.shape[1]).all()  # nothing that was never collected
+        assert (times.max(1) - times.min(1) <= 1).all()
+        assert (times[0] != times[1]).any() or times.max() == times.min()  # another draw
+
+
+def test_a_buffer_of_several_policies_is_estimated_as_slowly_step_by_step(updates):
+    _, setup, found = updates
+    before, buffer, minibatches = found[-1]
+    rollouts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), buffer)
+    terminated = rollouts.steps.discount == 0
+    assert terminated.any() and (rollouts.steps.ended & ~terminated).any()
+    expected = slow_estimates(setup, before, rollouts)
+    assert np.ptp(expected[0]) > 0.01  # the policies differ
+    for batch in minibatches:
+        same = batch.steps.log_prob[:, None] == rollouts.steps.log_prob
+        rows = same.all((-1, -2)).argmax(1)
+        for name, slow in zip(("ratio", "advantage", "target"), expected, strict=True):
+            np.testing.assert_allclose(getattr(batch, name), slow[rows], atol=2e-5, err_msg=name)
+
+
+def slow_estimates(setup, state, rollouts):
+    """Ratios, advantages and targets (B, C, N) of Eq. 7, 8 (dt) and 11, in loops over time."""
+    params, hyper, (steps, last, carry) = state.params, state.hyper, rollouts
+    never = np.zeros(len(steps.ended), bool)
+    actor_step, value_of = jax.jit(setup.actor.step), jax.jit(setup.critic.step)
+    actor, critic = carry
+    ratio, value, after = [], [], []  # by time
+    for t in range(steps.ended.shape[1]):
+        now = jax.tree.map(lambda x, t=t: x[:, t], steps)
+        observation, reset = now.observation, now.reset_before
+        actor, policy = actor_step(params.actor, actor, observation, reset)
+        ratio.append(np.exp(policy.log_prob(now.action) - now.log_prob))
+        critic, v = value_of(params.critic, critic, observation.global_state, now.action, reset)
+        value.append(v)
+        after.append(value_of(params.critic, critic, *now.terminal, never)[1])
+    value.append(value_of(params.critic, critic, *last, never)[1])
+    advantage, target, following = [], [], 0.0
+    for t in reversed(range(len(ratio))):
+        ended = steps.ended[:, t, None]
+        next_value = np.where(ended, after[t], value[t + 1])
+        error = steps.reward[:, t] + hyper.gamma * steps.discount[:, t, None] * next_value
+        following = np.where(ended, 0.0, hyper.gamma * following)
+        a = error - value[t] + following
+        advantage.insert(0, a)
+        target.insert(0, value[t] + np.minimum(1.0, ratio[t]) * a)
+        others = ratio[t].prod(-1, keepdims=True) / ratio[t]
+        truncated = np.minimum(1.0, ratio[t] * np.minimum(hyper.eta, others))
+        following = hyper.gae_lambda * truncated * a
+    return [np.stack(by_time, axis=1) for by_time in (ratio, advantage, target)]
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,17 @@ def test_gpae_clips_around_the_present_or_the_old_policy(center, new, advantage,
     np.testing.assert_allclose(loss, -surrogate, rtol=1e-5)
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_gpaes_gradient_is_finite_where_the_ratio_is_not(advantage):
+    batch = batch_of(gpae_mappo.Batch, log_prob=0.5, ratio=1.0, advantage=advantage)
+    batch.steps.log_prob -= 200.0  # e^200 overflows
+
+    def loss(probability):
+        return gpae_mappo.actor_loss(settings("gpae_mappo"), policy_of(probability), batch, KEY)[0]
+
+    assert np.isfinite(jax.grad(loss)(0.5))
+
+
 @pytest.mark.parametrize("name", PPO)
 @pytest.mark.parametrize("value", [1.0, 0.1, 1.9, -3.0])
 def test_the_value_loss_takes_the_worse_of_free_and_clipped(name, value):
