@@ -454,22 +454,35 @@ def update_epoch(
 
 
 def remember(state: TrainState, newest: Trajectory) -> tuple[TrainState, Trajectory]:
-    """Replace the buffer's oldest rollouts by the newest; also return all it has, (E * M, ...)."""
+    """Replace the buffer's oldest rollouts by the newest; also return all it has, (E, M, ...)."""
     slot = state.num_rollouts % state.hyper.reuse
     state = state._replace(num_rollouts=state.num_rollouts + 1)
     if state.buffer is None:
-        return state, newest
+        return state, jax.tree.map(lambda x: x[:, None], newest)
     buffer = jax.tree.map(lambda x, new: x.at[:, slot].set(new), state.buffer, newest)
-    rollouts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), buffer)
-    return state._replace(buffer=buffer), rollouts
+    return state._replace(buffer=buffer), buffer
+
+
+def estimate_each(setup: Setup, params: Params, kept: Trajectory) -> tuple[Estimates, Array]:
+    """`estimate` one of the M rollouts of each environment after another, which takes less memory
+    than all at once; everything is (E, M, ...)."""
+    found = jax.lax.map(
+        lambda slot: estimate(setup, params, jax.tree.map(lambda x: x[:, slot], kept)),
+        jnp.arange(setup.config.hyper.reuse),
+    )
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
     """Algorithm 1: collect, estimate the last rollouts, train on them for `ppo_epochs`."""
     hyper, newest_slot = state.hyper, state.num_rollouts % state.hyper.reuse
     state, newest, episodes = rollout(setup, env, state)
-    state, trajectory = remember(state, newest)
-    estimates, carries = estimate(setup, state.params, trajectory)
+    state, kept = remember(state, newest)
+    estimates, carries = estimate_each(setup, state.params, kept)
+    carry = state.carry._replace(critic=carries[:, newest_slot])
+    trajectory, estimates = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), (kept, estimates)
+    )  # (E * M, ...)
     trace = traces(hyper, estimates.log_ratio)
     advantage, target = advantages(trajectory.steps, estimates, trace, hyper.gamma)
     batch = Batch(
@@ -479,16 +492,15 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
         target=target,
         carry=trajectory.carry,
     )
-    filled = jnp.arange(len(carries)) % hyper.reuse < state.num_rollouts  # (E * M,)
-    carry = carries.reshape(-1, hyper.reuse, carries.shape[-1])[:, newest_slot]
+    filled = jnp.arange(len(trace)) % hyper.reuse < state.num_rollouts  # (E * M,)
     key, key_epochs = jax.random.split(state.key)
-    state, metrics = jax.lax.scan(
+    trained, metrics = jax.lax.scan(
         lambda state, key: update_epoch(setup, state, batch, filled, key),
-        state._replace(key=key, carry=state.carry._replace(critic=carry)),
+        state._replace(key=key, carry=carry, buffer=None),  # or XLA would copy the buffer
         jax.random.split(key_epochs, hyper.ppo_epochs),
     )
     metrics = jax.tree.map(jnp.mean, metrics) | paper_metrics(setup, batch, trace, filled)
-    return state, metrics | episode_means(episodes)
+    return trained._replace(buffer=state.buffer), metrics | episode_means(episodes)
 
 
 def paper_metrics(setup: Setup, batch: Batch, trace: Array, filled: Array) -> Metrics:
