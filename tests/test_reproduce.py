@@ -192,7 +192,7 @@ def test_only_missing_seeds_are_trained_and_tables_share_a_run(table, call, monk
     ],
     ids=str,
 )
-def test_a_run_belongs_to_a_row_by_its_configuration(table, change, belongs):
+def test_a_run_belongs_to_a_row_by_its_configuration(table, call, change, belongs):
     row = results.rows()["gpae", TASK, "off"]
     flat = config.flat(config.dump(config.load(row.command[0], row.command[1:])))
     flat |= {"vary": {}} | change
@@ -201,6 +201,10 @@ def test_a_run_belongs_to_a_row_by_its_configuration(table, change, belongs):
     kept = config.nested({name: value for name, value in flat.items() if value is not None})
     (folder / "config.yaml").write_text(yaml.safe_dump(kept))
     assert [run.folder for run in results.runs(row, "results")] == [folder] * belongs
+    said = f"runs in results that belong to no row: 1, such as {folder}" in call(
+        "results_dir=results"
+    )
+    assert said != belongs
 
 
 def seed(*values, absolute=None, **facts):
@@ -268,12 +272,15 @@ def test_the_committed_report_is_that_of_the_committed_csvs():
         ((9.006,), "9.01 | - | 1 | 64 | 6.00 | 1.50 | above"),
         ((2.99,), "2.99 | - | 1 | 64 | 6.00 | 1.50 | below"),
         ((4.0, None), "4.00 | - | 1 | 64 | 6.00 | 1.50 | inside"),
-        ((None, None), "2.00 | - | 2 | 64 | 6.00 | 1.50 | unfinished at 64 steps"),
+        ((None, None), "1.00 | - | 2 | 0 | 6.00 | 1.50 | unfinished at 0 steps"),
     ],
 )
 def test_verdicts(table, call, absolutes, cells):
     row = results.rows()["magpo", TASK, "mappo"]
-    seeds = {i: seed(1.0, 2.0, absolute=value) for i, value in enumerate(absolutes)}
+    seeds = {
+        i: seed(1.0, *[2.0] * (value is not None), absolute=value)
+        for i, value in enumerate(absolutes)
+    }
     results.write(results.path(Path("out"), row), seeds)
     text = call("--report")
     assert f"| {TASK} | mappo | {cells} |\n" in text
@@ -291,7 +298,7 @@ def test_five_seeds_have_an_interval(table, call):
     for number, interval in ((4, False), (5, True)):
         seeds = {i: seed(0.0, absolute=score) for i, score in enumerate(scores[:number])}
         results.write(results.path(Path("out"), row), seeds)
-        found = re.search(r" \| ([\d.]+) to ([\d.]+) \| 5 \| ", call("--report"))
+        found = re.search(r" \| ([\d.]+) to ([\d.]+) \| \d \| ", call("--report"))
         assert bool(found) == interval
     draws = np.random.default_rng(5).choice(scores, (100_000, 5)).mean(1)
     assert list(map(float, found.groups())) == pytest.approx(
@@ -335,7 +342,7 @@ WHOLE = HEAD + "".join(f"0,,{name},\n" for name in results.FACTS) + "0,0,eval/ep
     [
         ("magpo/coordsum_3x10-30/mappo.csv", ""),
         ("magpo/coordsum_3x10-30/mappo.csv", HEAD),
-        ("magpo/coordsum_3x10-30/mappo.csv", WHOLE.replace("env_steps", "steps", 1)),
+        ("magpo/coordsum_3x10-30/mappo.csv", WHOLE.replace("value", "value,card", 1)),
         ("magpo/coordsum_3x10-30/mappo.csv", WHOLE.replace("0,,jax,\n", "")),
         ("magpo/coordsum_3x10-30/mappo.csv", WHOLE + "0,,card,h100\n"),
         ("magpo/coordsum_3x10-30/mappo.csv", WHOLE + "0,64,eval/episode_return,x\n"),

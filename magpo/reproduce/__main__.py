@@ -1,13 +1,13 @@
 """Published results: list the rows of magpo.published, train them, compare them.
 
-usage: python -m magpo.reproduce                                        list all rows
-       python -m magpo.reproduce <suite>/<task> [system ...] [key=value ...]   train rows
+usage: python -m magpo.reproduce                                  list all rows and their state
+       python -m magpo.reproduce <suite>/<task> [system ...] [key=value ...]         train rows
        python -m magpo.reproduce [<suite>/<task> [system ...]] --collect       write their CSVs
-       python -m magpo.reproduce --report                                      write docs/results.md
+       python -m magpo.reproduce --report                                 write docs/results.md
 
-Rows are trained one after another, by default all of a task. Ctrl-C or SIGTERM stops after saving,
-and the same command continues. Seeds that have finished are not trained again. Every row that was
-trained has its CSV written, finished or not; --collect does so without training, by default for all
+Rows are trained one after another, by default all of a task. Ctrl-C and SIGTERM save and stop; the
+same command then continues. Seeds that have finished are not trained again. The CSV of each row is
+written when its run ends, however it ends. --collect writes it without training, by default for all
 rows.
 
   <system>               as the paper prints it: mappo, gpae_off, ...
@@ -16,8 +16,8 @@ rows.
   results_dir=results/reproduce   a folder of runs
   out=<folder>           of CSVs; in a checkout scripts/results/published, else results/published
 
-A run takes these keys too: allow_changes, checkpoint_share, keep, logger, platform,
-seeds_per_batch. The others would make it another experiment than the published one.
+The runs also take allow_changes, checkpoint_share, keep, logger, platform and seeds_per_batch.
+Other keys would change what is compared.
 """
 
 import platform
@@ -241,6 +241,8 @@ def main(
                 sys.exit(code)
     else:
         tables.show(COLUMNS, listing(rows, results_dir, collected), numbers=2)
+    if not words and (others := results.strangers(results_dir)):
+        print(f"runs in {results_dir} that belong to no row: {len(others)}, such as {others[-1]}")
 
 
 def print_report(out: Path, keep: bool) -> None:

@@ -165,6 +165,13 @@ def runs(row: Row, results_dir: str) -> list[Run]:
     return found
 
 
+def strangers(results_dir: str) -> list[Path]:
+    """Return the folders of runs that belong to no row: other experiments, or another version's."""
+    of_rows = {run.folder for row in rows().values() for run in runs(row, results_dir)}
+    files = Path(results_dir).glob(f"*/*/*/*/{folders.CONFIG}")
+    return sorted({file.parent for file in files} - of_rows)
+
+
 def _is_of(row: Row, given: Mapping[str, Any]) -> bool:
     """Whether a configuration, by dotted names, is the one of the row's command."""
     wanted = configuration.flat(configuration.dump(_config(row.command)))
