@@ -29,6 +29,11 @@ class Row(NamedTuple):
         return {"paper": "20M steps", "gpae": "10M steps"}[self.budget]
 
     @property
+    def metric(self) -> str:
+        """The suite's headline metric, which the paper prints."""
+        return "win_rate" if self.task.split("/")[0] in ("smax", "connector") else "episode_return"
+
+    @property
     def source(self) -> str:
         """The paper and the table, "MAGPO, Table 1"."""
         return f"{self.paper.upper()}, Table {self.table}"

@@ -30,8 +30,9 @@ LONG = (
     *("systems/test_probes", "experiment/test_processes", "systems/test_runs"),
     *("systems/test_contract", "envs/test_contract", "systems/test_imitation_gap"),
     *("envs/test_jaxmarl", "envs/test_seeing", "experiment/test_resume", "test_ways"),
-    *("experiment/test_devices", "experiment/test_damage", "test_crash", "test_launcher"),
-    *("systems/test_magpo", "experiment/test_disk_full", "test_policy", "test_benchmark"),
+    *("experiment/test_devices", "experiment/test_damage", "test_crash", "test_reproduce"),
+    *("test_launcher", "systems/test_magpo", "experiment/test_disk_full", "test_policy"),
+    "test_benchmark",
 )
 
 

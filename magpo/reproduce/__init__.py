@@ -1,0 +1,1 @@
+"""The rows of `magpo.published`, repeated: `python -m magpo.reproduce`."""

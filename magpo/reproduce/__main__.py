@@ -1,0 +1,257 @@
+"""Published results: list the rows of magpo.published, train them, compare them.
+
+usage: python -m magpo.reproduce                                  list all rows and their state
+       python -m magpo.reproduce <suite>/<task> [system ...] [key=value ...]         train rows
+       python -m magpo.reproduce [<suite>/<task> [system ...]] --collect       write their CSVs
+       python -m magpo.reproduce --report                                 write docs/results.md
+
+Rows are trained one after another, by default all of a task. Ctrl-C and SIGTERM save and stop; the
+same command then continues. Seeds that have finished are not trained again. The CSV of each row is
+written when its run ends, however it ends. --collect writes it without training, by default for all
+rows.
+
+  <system>               as the paper prints it: mappo, gpae_off, ...
+  paper=magpo|gpae       only this paper's rows
+  seeds=[0]              each >= 0 and given once
+  results_dir=results/reproduce   a folder of runs
+  out=<folder>           of CSVs; in a checkout scripts/results/published, else results/published
+
+The runs also take allow_changes, checkpoint_share, keep, logger, platform and seeds_per_batch.
+Other keys would change what is compared.
+"""
+
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from magpo import commands, tables
+from magpo import config as configuration
+from magpo.config import compose
+from magpo.errors import ConfigError, nearest
+from magpo.published import Row
+from magpo.reproduce import report as reports
+from magpo.reproduce import results
+from magpo.reproduce.results import Key, Seeds
+from magpo.values import Seed, UserPath
+
+ROOT = Path(__file__).resolve().parents[2]
+IN_CHECKOUT = (ROOT / "scripts" / "results").is_dir()
+OUT = ROOT / "scripts/results/published" if IN_CHECKOUT else Path("results/published")
+PASSED_ON = ("allow_changes", "checkpoint_share", "keep", "logger", "platform", "seeds_per_batch")
+OWN = ("paper", "seeds", "results_dir", "out")
+COLUMNS = ("paper", "task", "system", "state", "ours", "published")
+
+
+def select(words: Sequence[str], paper: str | None) -> list[Row]:
+    """Return the rows that a task and systems name. Raises ConfigError."""
+    rows = [row for row in results.rows().values() if paper in (None, row.paper)]
+    if not words:
+        return rows
+    task, *systems = words
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    if task not in tasks:
+        which = "published" if paper is None else f"{paper.upper()}'s"
+        near = nearest(task, tasks)
+        raise ConfigError(f"no {which} row on {task!r}: {near}python -m magpo.reproduce lists all")
+    of_task = [row for row in rows if row.task == task]
+    known = list(dict.fromkeys(row.system for row in of_task))
+    for system in systems:
+        if system not in known:
+            near = nearest(system, known)
+            raise ConfigError(f"{task} has no row {system!r}: {near}allowed: {', '.join(known)}")
+        if not any(row.command for row in of_task if row.system == system):
+            raise ConfigError(f"{task} {system}: {system} is not built yet, so it cannot be run")
+    chosen = systems or known
+    return [row for system in chosen for row in of_task if row.system == system and row.command]
+
+
+def check(rows: Sequence[Row], overrides: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raise ConfigError for an override that a published row does not take, or takes otherwise."""
+    for text in overrides:
+        key, _ = compose.parse(text)
+        if key.partition(".")[0] not in PASSED_ON:
+            allowed = [*OWN, *PASSED_ON]
+            raise ConfigError(
+                f"{key}: cannot be set for a published row: {nearest(key, allowed)}allowed: "
+                f"{', '.join(allowed)}"
+            )
+    for row in rows:
+        configuration.load(row.command[0], [*row.command[1:], *overrides, _list(seeds)])
+
+
+def _list(seeds: Sequence[int]) -> str:
+    return f"seeds={list(seeds)}".replace(" ", "")
+
+
+def train(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:
+    """Train seeds of a row in a process of its own, and return its exit code.
+
+    Signals that stop this process are passed on, once each: the run is in a process group of its
+    own, because it saves at a first Ctrl-C and dies at a second one.
+    """
+    system, *own = row.command
+    quoted = results_dir.replace("'", "\\'")
+    command = [sys.executable, "-m", f"magpo.systems.{system}", *own, *overrides, _list(seeds)]
+    command += [f"results_dir='{quoted}'", "resume=auto"]
+    processes, received = list[subprocess.Popen[bytes]](), list[int]()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        for process in processes:
+            process.send_signal(signum)
+
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    caught = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, stop) for signum in caught}
+    try:
+        processes.append(subprocess.Popen(command, process_group=0))
+        if received:  # before there was a process
+            processes[0].send_signal(received[0])
+        code = processes[0].wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    return 128 + received[0] if received else code if code >= 0 else 128 - code
+
+
+def reproduce(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:
+    """Train those of a row's seeds that have not finished; return an exit code."""
+    found = results.runs(row, results_dir)
+    at_work = [run for run in found if run.status == "running" and {*run.seeds} & {*seeds}]
+    done = {seed for run in found if run.status == "finished" for seed in run.seeds}
+    missing = [seed for seed in seeds if seed not in done]
+    print(f"{row.task} {row.system}, {row.source}: {_published(row)}", flush=True)
+    if at_work:
+        print(f"another process trains it: {at_work[0].folder}")
+    elif missing:
+        return train(row, missing, overrides, results_dir)
+    return 0
+
+
+def write_csv(row: Row, results_dir: str, out: Path, facts: Mapping[str, str]) -> bool:
+    """Write a row's CSV if there are runs of it, and return whether there are. Seeds that only the
+    CSV has stay in it."""
+    found = results.runs(row, results_dir)
+    measured = results.from_runs(row, found, facts)
+    if measured:
+        file = results.path(out, row)
+        seeds = results.merged(results.read(file) if file.exists() else {}, measured)
+        results.write(file, seeds)
+        print(f"{file}: {_state(row, found, seeds)}")
+    return bool(measured)
+
+
+def this_process() -> dict[str, str]:
+    """Return the facts about the present process that no run records."""
+    return {"reproduce_python": platform.python_version(), "reproduce_commit": _commit()}
+
+
+def _commit() -> str:
+    """Return the checkout's commit, with "-dirty" if the package or its values were changed; "" of
+    an installed package."""
+    if not (ROOT / ".git").exists():  # git itself would find another project's around it
+        return ""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        asked = [["describe", "--always"], ["status", "--porcelain", "--", "magpo", "configs"]]
+        commit, changes = (subprocess.check_output([*git, *words], text=True) for words in asked)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit.strip() + ("-dirty" if changes else "")
+
+
+def _state(row: Row, runs: Sequence[results.Run], seeds: Seeds) -> str:
+    """Return running, interrupted or done, with the steps reached, or not run."""
+    unfinished = [seed.steps for seed in seeds.values() if not seed.finished]
+    running = any(run.status == "running" for run in runs)
+    if running or unfinished:
+        return f"{'running' if running else 'interrupted'} at {max(unfinished, default=0):,} steps"
+    if not seeds:
+        return "not run" if row.command else "not built"
+    return "done, 1 seed" if len(seeds) == 1 else f"done, {len(seeds)} seeds"
+
+
+def listing(
+    rows: Sequence[Row], results_dir: str, collected: Mapping[Key, Seeds]
+) -> Iterator[list[str]]:
+    """Yield the table's cells: rows by task, those without any evaluation yet in one line."""
+    tasks: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        tasks.setdefault((row.paper, row.task), []).append(row)
+    for (paper, task), of_task in tasks.items():
+        others: dict[str, list[str]] = {}
+        for row in of_task:
+            found = results.runs(row, results_dir)
+            measured = results.from_runs(row, found, {})
+            seeds = results.merged(collected.get(results.key(row), {}), measured)
+            state = _state(row, found, seeds)
+            if ours := reports.ours(row, seeds):
+                mean = reports.printed(row, ours.mean)
+                yield [paper, task, row.system, state, mean, _published(row)]
+            else:
+                others.setdefault(state, []).append(row.system)
+        for state, systems in others.items():
+            yield [paper, task, ", ".join(systems), state, "", ""]
+
+
+def _published(row: Row) -> str:
+    """Return the published mean, with its standard deviation where there is one."""
+    std = "" if row.std is None else f" ± {reports.printed(row, row.std)}"
+    return reports.printed(row, row.mean) + std
+
+
+def main(
+    *arguments: str,
+    paper: Literal["magpo", "gpae"] | None = None,
+    seeds: tuple[Seed, ...] = (0,),
+    results_dir: UserPath = "results/reproduce",
+    out: UserPath | None = None,
+    collect: bool = False,
+    report: bool = False,
+) -> None:
+    """List, train, collect or report rows."""
+    folder = OUT if out is None else Path(out)
+    words = [text for text in arguments if "=" not in text]
+    overrides = [text for text in arguments if "=" in text]
+    if report:
+        if arguments or collect:
+            raise ConfigError("--report takes no rows: it covers all of them")
+        print_report(folder, keep=out is None and IN_CHECKOUT)
+        return
+    rows = select(words, paper)
+    if overrides and not words:
+        raise ConfigError(f"{overrides[0]}: needs a task, <suite>/<task>, whose rows are to run")
+    check(rows if words else [], overrides, seeds)
+    collected = results.read_all(folder)  # a CSV that cannot be read is refused before training
+    if collect:
+        written = [write_csv(row, results_dir, folder, this_process()) for row in rows]
+        if not any(written):
+            print(f"no runs of these rows are in {results_dir}")
+    elif words:
+        facts = this_process()
+        for row in rows:
+            code = reproduce(row, seeds, overrides, results_dir)
+            write_csv(row, results_dir, folder, facts)
+            if code:
+                sys.exit(code)
+    else:
+        tables.show(COLUMNS, listing(rows, results_dir, collected), numbers=2)
+    if not words and (others := results.strangers(results_dir)):
+        print(f"runs in {results_dir} that belong to no row: {len(others)}, such as {others[-1]}")
+
+
+def print_report(out: Path, keep: bool) -> None:
+    """Print the report, and keep it in docs/results.md."""
+    text = reports.markdown(out)
+    print(text, end="")
+    if keep:
+        (ROOT / "docs" / "results.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    commands.run(__doc__, main)
