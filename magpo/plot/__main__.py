@@ -1,0 +1,116 @@
+"""Figures and tables of a paper from results folders.
+
+usage: python -m magpo.plot <folder> [<folder> ...] out=<folder> [key=value ...]
+
+  out=<folder>           where the figures and tables go
+  metric=<name>          an evaluation metric, such as episode_return; by default each suite's
+                         headline metric, the only one that is compared with published results
+  order=[magpo,mappo]    the first systems in legends, rows and columns, and their colours
+  formats=[png]          png, pdf, svg
+  reps=2000              draws of the bootstrap, >= 1
+
+All runs under the folders are read, finished or not. Written are
+
+  <suite>_<task>                       evaluation curves: mean over seeds, and its band
+  aggregates_<suite>                   median, IQM, mean and optimality gap
+  profiles_<suite>                     performance profiles
+  iqm_over_steps_<suite>               sample efficiency
+  probability_of_improvement_<suite>   P(X > Y) for each pair of systems
+  summary.csv, table.tex               scores of each system and task, beside the published ones
+
+Runs of one system and task that differ only in their seeds are pooled; of a seed given twice, the
+newest run's counts. Where settings differ, between runs or within a run that varies them, each has
+its own line, named after the differences.
+
+A seed's score is its absolute metric: the mean over the episodes that its best policy plays at the
+end of training (320 by default). Where a seed of a system has none on a task, the last evaluation
+that all its seeds have is taken for that task, and the figures say so. Aggregates normalise scores
+per task. Win rates and LBF's return go from 0 to 1; elsewhere 0 and 1 are the smallest and the
+largest evaluation of all systems and seeds at any step. Intervals are percentiles of a bootstrap
+that draws seeds anew within each task. Needs rliable: pip install 'magpo[plot]'
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from magpo import commands
+from magpo.errors import ConfigError
+from magpo.plot import aggregate, draw, read, table
+from magpo.plot.read import Line
+from magpo.values import PositiveInt, UserPath
+
+Formats = Annotated[tuple[Literal["png", "pdf", "svg"], ...], Field(min_length=1)]
+
+
+def main(
+    folder: UserPath,
+    *more: str,
+    out: UserPath,
+    metric: str | None = None,
+    order: tuple[str, ...] = (),
+    formats: Formats = ("png",),
+    reps: PositiveInt = 2000,
+) -> None:
+    """Write all figures and tables."""
+    aggregate.rliable_metrics()  # before anything is written
+    lines = read.pool(read.find([Path(folder), *map(Path, more)]), metric, order)
+    try:
+        write(Path(out), lines, formats, reps)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}") from error
+    for note in notes(lines):
+        print(f"plot: note: {note}", file=sys.stderr)
+
+
+def write(out: Path, lines: Sequence[Line], formats: Sequence[str], reps: int) -> None:
+    """Write all figures and tables into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    colours = draw.colours_of(lines)
+    table.write_summary(out / "summary.csv", lines)
+    table.write_latex(out / "table.tex", lines)
+    tasks, suites = defaultdict[str, list[Line]](list), defaultdict[str, list[Line]](list)
+    for line in lines:
+        tasks[f"{line.suite}_{line.task}"].append(line)
+        suites[line.suite].append(line)
+    for name, same in tasks.items():
+        draw.save(draw.task(same, colours), out / name, formats)
+    for suite, same in suites.items():
+        scores = aggregate.normalised(same)
+        figures = {
+            "aggregates": draw.aggregates(aggregate.aggregates(scores, reps), same, colours),
+            "profiles": draw.profiles(aggregate.profiles(scores, reps), same, colours),
+            "iqm_over_steps": draw.over_steps(aggregate.over_steps(same, reps), same, colours),
+        }
+        if pairs := aggregate.improvement(scores, reps):
+            figures["probability_of_improvement"] = draw.improvement(pairs, same)
+        for name, figure in figures.items():
+            draw.save(figure, out / f"{name}_{suite}", formats)
+
+
+def notes(lines: Sequence[Line]) -> Iterator[str]:
+    """Yield what readers of the aggregates should know."""
+    ends, sizes = defaultdict[str, set[int]](set), defaultdict[tuple[str, str], set[int]](set)
+    for line in lines:
+        ends[f"{line.suite}/{line.task}"].add(int(line.steps[-1]))
+        sizes[line.suite, line.label].add(len(line.score))
+    for task, steps in ends.items():
+        if len(steps) > 1:
+            yield f"{task}: last evaluations are {min(steps)} to {max(steps)} steps in"
+    few = [f"{label} on {suite}" for (suite, label), seeds in sizes.items() if min(seeds) < 5]
+    if few:
+        yield f"fewer than 5 seeds, aggregates' intervals are too narrow: {', '.join(few)}"
+    for (suite, label), seeds in sizes.items():
+        if len(seeds) > 1:
+            yield f"{label} on {suite}: aggregates take {min(seeds)} seeds of every task"
+    without = [f"{x.label} on {x.suite}/{x.task}" for x in lines if x.absolute is None]
+    if without:
+        yield f"no absolute metric, the last evaluation is used: {', '.join(without)}"
+
+
+if __name__ == "__main__":
+    commands.run(__doc__, main)
