@@ -16,6 +16,7 @@ All runs under the folders are read, finished or not. Written are
   profiles_<suite>                     performance profiles
   iqm_over_steps_<suite>               sample efficiency
   probability_of_improvement_<suite>   P(X > Y) for each pair of systems
+  aggregates.csv                       the numbers in the first of these figures of a suite
   summary.csv, table.tex               scores of each system and task, beside the published ones
 
 Runs of one system and task that differ only in their seeds are pooled; of a seed given twice, the
@@ -34,17 +35,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from magpo import commands
+from magpo import commands, tables
 from magpo.errors import ConfigError
 from magpo.plot import aggregate, draw, read, table
 from magpo.plot.read import Line
-from magpo.values import PositiveInt, UserPath
-
-Formats = Annotated[tuple[Literal["png", "pdf", "svg"], ...], Field(min_length=1)]
+from magpo.values import PositiveInt, UserPath, unknown_key
 
 
 def main(
@@ -53,11 +50,15 @@ def main(
     out: UserPath,
     metric: str | None = None,
     order: tuple[str, ...] = (),
-    formats: Formats = ("png",),
+    formats: tuple[Literal["png", "pdf", "svg"], ...] = ("png",),
     reps: PositiveInt = 2000,
 ) -> None:
     """Write all figures and tables."""
     aggregate.rliable_metrics()  # before anything is written
+    for word in more:
+        if "=" in word and not Path(word).exists():
+            keys = ("out", "metric", "order", "formats", "reps", "import")
+            raise ConfigError(unknown_key(word.partition("=")[0], keys))
     lines = read.pool(read.find([Path(folder), *map(Path, more)]), metric, order)
     try:
         write(Path(out), lines, formats, reps)
@@ -71,18 +72,21 @@ def write(out: Path, lines: Sequence[Line], formats: Sequence[str], reps: int) -
     """Write all figures and tables into a folder."""
     out.mkdir(parents=True, exist_ok=True)
     colours = draw.colours_of(lines)
-    table.write_summary(out / "summary.csv", lines)
-    table.write_latex(out / "table.tex", lines)
+    tables.write(out / "summary.csv", table.summary(lines))
+    (out / "table.tex").write_text("\n".join(table.latex(lines)) + "\n", encoding="utf-8")
     tasks, suites = defaultdict[str, list[Line]](list), defaultdict[str, list[Line]](list)
     for line in lines:
         tasks[f"{line.suite}_{line.task}"].append(line)
         suites[line.suite].append(line)
     for name, same in tasks.items():
         draw.save(draw.task(same, colours), out / name, formats)
+    rows: list[dict[str, object]] = []
     for suite, same in suites.items():
         scores = aggregate.normalised(same)
+        found = aggregate.aggregates(scores, reps)
+        rows += table.aggregates(suite, found)
         figures = {
-            "aggregates": draw.aggregates(aggregate.aggregates(scores, reps), same, colours),
+            "aggregates": draw.aggregates(found, same, colours),
             "profiles": draw.profiles(aggregate.profiles(scores, reps), same, colours),
             "iqm_over_steps": draw.over_steps(aggregate.over_steps(same, reps), same, colours),
         }
@@ -90,6 +94,7 @@ def write(out: Path, lines: Sequence[Line], formats: Sequence[str], reps: int) -
             figures["probability_of_improvement"] = draw.improvement(pairs, same)
         for name, figure in figures.items():
             draw.save(figure, out / f"{name}_{suite}", formats)
+    tables.write(out / "aggregates.csv", rows)
 
 
 def notes(lines: Sequence[Line]) -> Iterator[str]:

@@ -33,7 +33,7 @@ class Bounds(NamedTuple):
 
     low: float
     high: float
-    given: bool  # whether they belong to the task, instead of being the extremes of the runs
+    own: bool  # whether they belong to the task, instead of being the extremes of the runs
 
 
 class Interval(NamedTuple):
@@ -57,9 +57,9 @@ def bounds(lines: Sequence[Line]) -> dict[str, Bounds]:
     for task, values in extremes.items():
         suite, metric = lines[0].suite, lines[0].metric
         own = BOUNDS.get(f"{suite} {metric}") or BOUNDS.get(metric)
-        found[task] = Bounds(min(values), max(values), given=False)
+        found[task] = Bounds(min(values), max(values), own=False)
         if own and own[0] - ROUNDING <= min(values) and max(values) <= own[1] + ROUNDING:
-            found[task] = Bounds(*own, given=True)
+            found[task] = Bounds(*own, own=True)
     return found
 
 

@@ -163,7 +163,7 @@ def row_canvas(names: Sequence[str], panels: int = 1) -> tuple[Figure, list[Axes
     parts = [part for name in names for part in name.split("\n")]
     width = 0.09 * max(map(len, parts)) + max(5.6, 2.2 * panels)
     height = (0.5 if len(parts) > len(names) else 0.34) * len(names)
-    figure, axes = canvas(width, 1.1 + height, panels)
+    figure, axes = canvas(width, 1.5 + height, panels)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     return figure, axes
@@ -174,7 +174,7 @@ def row(axes: Axes, place: int, interval: Interval, colour: str) -> None:
     point, low, high = interval
     axes.barh(place, high - low, 0.45, low, color=colour, alpha=0.3)
     axes.plot(point, place, "D", color=colour, markersize=6, clip_on=False)
-    axes.margins(x=0.1)
+    axes.use_sticky_edges = False  # bars have a margin too
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -221,37 +221,38 @@ def describe(
 ) -> None:
     """Title a suite's figure, and say below which scores, unless it is of evaluations at all steps,
     and which bounds it shows."""
-    parts = [f"95 % stratified bootstrap intervals; {bounds_in_words(lines)}"]
+    parts = [f"{bounds_in_words(lines)}; 95 % stratified bootstrap intervals"]
     parts = [basis(lines), *parts] if last else parts
-    width = int(15 * figure.get_figwidth())
+    width = int(16 * figure.get_figwidth())
     figure.suptitle(f"{lines[0].suite}: {what}", x=0.02, ha="left", fontsize=12)
     legend(figure, handles, "\n".join(textwrap.fill(part, width) for part in parts))
 
 
 def basis(lines: Sequence[Line]) -> str:
     """Say which evaluation the scores are."""
-    absolute, metric = [line for line in lines if line.absolute is not None], shown(lines[0].metric)
-    episodes = " or ".join(map(str, sorted({line.episodes for line in absolute})))
-    text = f"{metric}: the absolute metric ({episodes} episodes per seed)"
+    absolute = [line for line in lines if line.absolute is not None]
+    number = " or ".join(map(str, sorted({line.episodes for line in absolute} - {0})))
+    text = f"absolute metric{f' ({number} episodes per seed)' * bool(number)}"
     if not absolute:
-        text = f"{metric}: the last evaluation, because no run has an absolute metric"
+        text = "last evaluation, because no run has an absolute metric"
     elif len(absolute) < len(lines):
         text += f"; {NO_ABSOLUTE} no absolute metric on some task: the last evaluation there"
-    return text + f"; {ENDED_EARLY} trained for fewer steps on some task" * bool(early(lines))
+    text += f"; {ENDED_EARLY} trained for fewer steps on some task" * bool(early(lines))
+    return f"{shown(lines[0].metric)}: {text}"
 
 
 def bounds_in_words(lines: Sequence[Line]) -> str:
-    """Say which values are the scores 0 and 1."""
-    of_tasks, of_runs = defaultdict[str, list[str]](list), list[str]()
-    for name, (low, high, given) in bounds(lines).items():
-        if given:
-            of_tasks[f"{low:g} and {high:g}"].append(name)
+    """Say which bounds each task's scores are normalised by."""
+    own, of_runs = defaultdict[str, list[str]](list), list[str]()
+    for name, (low, high, is_own) in bounds(lines).items():
+        if is_own:
+            own[f"{low:g} to {high:g}"].append(name)
         else:
-            of_runs.append(f"{name} {low:.4g} to {high:.4g}")
-    parts = [f"{span} on {', '.join(names)}" for span, names in of_tasks.items()]
+            of_runs.append(f"{name}: {low:.4g} to {high:.4g}")
+    parts = [f"the task's own bounds, {span} ({', '.join(names)})" for span, names in own.items()]
     if of_runs:
         parts.append(f"the smallest and largest evaluation of all runs ({', '.join(of_runs)})")
-    return f"scores 0 and 1 are {'; '.join(parts)}"
+    return f"normalised by {' and '.join(parts)}"
 
 
 def early(lines: Sequence[Line]) -> set[str]:

@@ -1,9 +1,8 @@
-"""Tables of the scores: summary.csv for programs, table.tex for papers."""
+"""Tables of the scores: rows for CSV files, and LaTeX."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
-from magpo import tables
+from magpo.plot.aggregate import AGGREGATES, Interval
 from magpo.plot.read import Line
 from magpo.report import curve
 
@@ -20,9 +19,9 @@ LATEX = str.maketrans(
 )
 
 
-def write_summary(path: Path, lines: Sequence[Line]) -> None:
-    """Write a row for each system and task: its score beside the published one."""
-    rows = []
+def summary(lines: Sequence[Line]) -> list[dict[str, object]]:
+    """Return a row for each system and task: its score beside the published one."""
+    rows: list[dict[str, object]] = []
     for line in sorted(lines, key=lambda line: (line.suite, line.task)):
         low, high, meaning = curve.band(line.score[None])
         row = line.reference
@@ -45,17 +44,21 @@ def write_summary(path: Path, lines: Sequence[Line]) -> None:
                 "published_in": f"{row.source}, {row.steps}" if row else "",
             }
         )
-    tables.write(path, rows)
+    return rows
 
 
-def write_latex(path: Path, lines: Sequence[Line]) -> None:
-    """Write a booktabs table: a row for each task and below it its published results, a column for
-    each system."""
-    path.write_text("\n".join(latex(lines)) + "\n", encoding="utf-8")
+def aggregates(suite: str, found: Mapping[str, Interval]) -> Iterator[dict[str, object]]:
+    """Yield a row for each of a suite's systems and aggregates."""
+    for label, interval in found.items():
+        for name, *numbers in zip(AGGREGATES, *interval, strict=True):
+            edges = zip(("point", "low", "high"), numbers, strict=True)
+            row = {edge: f"{number:.6g}" for edge, number in edges}
+            yield {"suite": suite, "system": label, "aggregate": name, **row}
 
 
 def latex(lines: Sequence[Line]) -> Iterator[str]:
-    """Yield the table's lines."""
+    """Yield the lines of a booktabs table: a row for each task and below it its published results,
+    a column for each system."""
     labels = list(dict.fromkeys(line.label for line in lines))
     metrics = " or ".join(sorted({line.metric for line in lines}))
     yield f"% {metrics}, mean and standard deviation over seeds, the best mean in bold."
