@@ -11,6 +11,7 @@ python -m magpo.runs [results]                list runs, and how to resume them
 python -m magpo.evaluate run=<folder>         play a run's best policies
 python -m magpo.render run=<folder>           show an episode; or env=<suite>/<task>
 python -m magpo.export run=<folder>           write a policy that needs JAX alone
+python -m magpo.plot <folder> out=<folder>    draw figures and write tables of many runs
 
 All take import=<file or module>, of a system or a task of your own."""
 

@@ -112,6 +112,13 @@ def notes(lines: Sequence[Line]) -> Iterator[str]:
     for (suite, label), seeds in sizes.items():
         if len(seeds) > 1:
             yield f"{label} on {suite}: aggregates take {min(seeds)} seeds of every task"
+    for suite in sorted({line.suite for line in lines}):
+        tasks = defaultdict[str, set[str]](set)
+        for line in lines:
+            if line.suite == suite:
+                tasks[line.label].add(line.task)
+        if len(set(map(frozenset, tasks.values()))) > 1:
+            yield f"{suite}: systems have different tasks, their aggregates are not comparable"
     without = [f"{x.label} on {x.suite}/{x.task}" for x in lines if x.absolute is None]
     if without:
         yield f"no absolute metric, the last evaluation is used: {', '.join(without)}"

@@ -193,12 +193,15 @@ def of_steps(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def legend(figure: Figure, handles: Sequence[Artist], caption: str = "") -> None:
-    """Put the legend below the axes, in as many columns as fit, and the caption above its entries;
-    the figure grows by their height."""
+def legend(figure: Figure, handles: Sequence[Artist], caption: Sequence[str] = ()) -> None:
+    """Put the legend below the axes, in as many columns as fit, and the caption's sentences above
+    its entries; the figure grows with them."""
     longest = max((len(str(handle.get_label())) for handle in handles), default=0)
     columns = 3 if longest < 28 else 2 if longest < 40 else 1
-    height = 0.2 * math.ceil(len(handles) / columns) + 0.15 * (caption.count("\n") + 1)
+    figure.set_figwidth(max(figure.get_figwidth(), 0.9 + 0.08 * longest))
+    width = int(15 * figure.get_figwidth())  # characters
+    words = "\n".join(textwrap.fill(sentence, width) for sentence in caption)
+    height = 0.2 * math.ceil(len(handles) / columns) + 0.15 * (words.count("\n") + 1)
     figure.set_figheight(figure.get_figheight() + height)
     figure.legend(
         handles=handles,
@@ -206,7 +209,7 @@ def legend(figure: Figure, handles: Sequence[Artist], caption: str = "") -> None
         ncols=columns,
         fontsize=9.5,
         frameon=False,
-        title=caption,
+        title=words,
         title_fontproperties={"size": 8.5},
         alignment="left",
     ).get_title().set_color(curve.GREY)
@@ -221,11 +224,9 @@ def describe(
 ) -> None:
     """Title a suite's figure, and say below which scores, unless it is of evaluations at all steps,
     and which bounds it shows."""
-    parts = [f"{bounds_in_words(lines)}; 95 % stratified bootstrap intervals"]
-    parts = [basis(lines), *parts] if last else parts
-    width = int(16 * figure.get_figwidth())
+    caption = [f"{bounds_in_words(lines)}; 95 % stratified bootstrap intervals"]
     figure.suptitle(f"{lines[0].suite}: {what}", x=0.02, ha="left", fontsize=12)
-    legend(figure, handles, "\n".join(textwrap.fill(part, width) for part in parts))
+    legend(figure, handles, [basis(lines), *caption] if last else caption)
 
 
 def basis(lines: Sequence[Line]) -> str:
@@ -244,7 +245,7 @@ def basis(lines: Sequence[Line]) -> str:
 def bounds_in_words(lines: Sequence[Line]) -> str:
     """Say which bounds each task's scores are normalised by."""
     own, of_runs = defaultdict[str, list[str]](list), list[str]()
-    for name, (low, high, is_own) in bounds(lines).items():
+    for name, (low, high, is_own) in sorted(bounds(lines).items()):
         if is_own:
             own[f"{low:g} to {high:g}"].append(name)
         else:
