@@ -221,6 +221,8 @@ def test_what_ended_early_is_marked_in_the_aggregates(tmp_path, capsys):
     write(tmp_path, "mappo", {0: 0.4})
     labels = ["MAGPO", "MAPPO"]
     assert draw.marked(labels, lines(tmp_path)) == {"MAGPO": "MAGPO†", "MAPPO": "MAPPO"}
+    write(tmp_path, "sable", {0: 0.4}, steps=(0, 1990))  # rounded to whole chunks
+    assert draw.marked(["SABLE"], lines(tmp_path)) == {"SABLE": "SABLE"}
     drawn(tmp_path)
     assert "1000 to 2000 steps" in capsys.readouterr().err
 
@@ -404,6 +406,8 @@ def test_the_latex_table(tmp_path):
     magpo = ["MAGPO, Table 1, 20M steps", "--", "--", r"$0.34 \pm 0.35$", r"$0.28 \pm 0.37$"]
     assert rows[4][1:6] == magpo
     assert len(rows) == 5
+    label = lines(tmp_path)[0]._replace(label="A (x_y=50%)")
+    assert "A (x\\_y=50\\%)" in "\n".join(table.latex([label]))
 
 
 def test_pictures_are_written_in_every_format(tmp_path):

@@ -9,31 +9,32 @@ usage: python -m magpo.plot <folder> [<folder> ...] out=<folder> [key=value ...]
   formats=[png]          png, pdf, svg
   reps=2000              draws of the bootstrap, >= 1
 
-All runs under the folders are read, finished or not. Written are
+Reads all runs under the folders, finished or not, and writes
 
   <suite>_<task>                       evaluation curves: mean over seeds, and its band
   aggregates_<suite>                   median, IQM, mean and optimality gap
   profiles_<suite>                     performance profiles
   iqm_over_steps_<suite>               sample efficiency
   probability_of_improvement_<suite>   P(X > Y) for each pair of systems
-  aggregates.csv                       the numbers in the first of these figures of a suite
+  aggregates.csv                       the numbers of the figures aggregates_<suite>
   summary.csv, table.tex               scores of each system and task, beside the published ones
 
-Runs of one system and task that differ only in their seeds are pooled; of a seed given twice, the
-newest run's counts. Where settings differ, between runs or within a run that varies them, each has
-its own line, named after the differences.
+Runs of one system and task that differ only in their seeds are pooled; where several runs have a
+seed, the newest counts. Where settings differ, between runs or within a run that varies them, each
+setting has its own line, named after the differences.
 
 A seed's score is its absolute metric: the mean over the episodes that its best policy plays at the
-end of training (320 by default). Where a seed of a system has none on a task, the last evaluation
-that all its seeds have is taken for that task, and the figures say so. Aggregates normalise scores
-per task. Win rates and LBF's return go from 0 to 1; elsewhere 0 and 1 are the smallest and the
-largest evaluation of all systems and seeds at any step. Intervals are percentiles of a bootstrap
-that draws seeds anew within each task. Needs rliable: pip install 'magpo[plot]'
+end of training (320 by default). If a seed of a system lacks it on a task, all seeds of the system
+get their last common evaluation there, and the figures say so. Aggregates normalise scores per
+task. Win rates and LBF's return stay as they are, from 0 to 1; elsewhere 0 and 1 are the smallest
+and the largest evaluation of all systems and seeds at any step. Intervals are percentiles of a
+bootstrap that resamples seeds within each task. Needs rliable: pip install 'magpo[plot]'
 """
 
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -57,8 +58,7 @@ def main(
     aggregate.rliable_metrics()  # before anything is written
     for word in more:
         if "=" in word and not Path(word).exists():
-            keys = ("out", "metric", "order", "formats", "reps", "import")
-            raise ConfigError(unknown_key(word.partition("=")[0], keys))
+            raise ConfigError(unknown_key(word.partition("=")[0], list(signature(main).parameters)))
     lines = read.pool(read.find([Path(folder), *map(Path, more)]), metric, order)
     try:
         write(Path(out), lines, formats, reps)

@@ -1,9 +1,11 @@
 """Scores of one suite, and their aggregates over tasks and seeds with bootstrap intervals.
 
-A seed's score on a task is its absolute metric, a mean over episodes, or its last evaluation where
-a system has no absolute metric there. Scores are normalised by each task's bounds. What is drawn
-anew in the bootstrap is the seed: within each task, as many seeds as there are, with replacement.
-Intervals are the 2.5th and the 97.5th percentile of what `reps` such draws give.
+A seed's score on a task is its absolute metric, the mean over 320 episodes by default. If a seed of
+a system lacks it, all seeds of that system have their last evaluation on that task as scores.
+Scores are normalised by the task's bounds.
+
+The bootstrap resamples seeds, not episodes: within each task it draws as many seeds as there are,
+with replacement. Intervals reach from the 2.5th to the 97.5th percentile of `reps` such draws.
 
 The aggregates are rliable's (Agarwal et al., 2021). Its own bootstrap is not used: rliable.library
 needs `arch`, which fails to import beside pandas 3.
@@ -20,9 +22,9 @@ import numpy as np
 from magpo.errors import ConfigError
 from magpo.plot.read import Line
 
-# The bounds that belong to tasks, by suite and metric or by metric.
+# Bounds that belong to tasks, by the metric or by the suite and the metric.
 BOUNDS = {"win_rate": (0.0, 1.0), "percent_eaten": (0.0, 100.0), "lbf episode_return": (0.0, 1.0)}
-ROUNDING = 1e-3  # of sums in float32, in units of the bounds
+ROUNDING = 1e-3  # how far float32 sums may lie outside the bounds
 AGGREGATES = ("median", "iqm", "mean", "optimality_gap")
 THRESHOLDS = np.linspace(0, 1, 101)  # of performance profiles
 Scores = Mapping[str, Mapping[str, np.ndarray]]  # by label and task, (S,)
@@ -47,8 +49,9 @@ class Interval(NamedTuple):
 def bounds(lines: Sequence[Line]) -> dict[str, Bounds]:
     """Return one suite's bounds by task.
 
-    Win rates and LBF's return have their own, unless other options take the values outside them.
-    Elsewhere the bounds are the minimum and maximum over all systems, seeds and evaluations.
+    Win rates and LBF's return have their own, unless options such as LBF's `normalize_reward=false`
+    take values outside them. Elsewhere the bounds are the minimum and maximum over all systems,
+    seeds and evaluations.
     """
     extremes = defaultdict[str, list[float]](list)
     for line in lines:
@@ -64,7 +67,8 @@ def bounds(lines: Sequence[Line]) -> dict[str, Bounds]:
 
 
 def normalise(values: np.ndarray, bounds: Bounds) -> np.ndarray:
-    """Return values where 0 and 1 are the bounds; 0 where the bounds are equal: no run improved."""
+    """Return values scaled so that the bounds are 0 and 1; 0 if the bounds are equal, because then
+    no run improved."""
     return (values - bounds.low) / ((bounds.high - bounds.low) or 1.0)
 
 
@@ -77,7 +81,7 @@ def normalised(lines: Sequence[Line]) -> Scores:
 
 
 def matrix(scores: Mapping[str, np.ndarray], tasks: Sequence[str]) -> np.ndarray:
-    """Return (N, M) scores for rliable: of each of M tasks as many seeds as all of them have."""
+    """Return (N, M) scores of M tasks for rliable, with as many seeds N as all tasks have."""
     num_seeds = min(len(scores[task]) for task in tasks)
     return np.stack([scores[task][:num_seeds] for task in tasks], axis=1)
 
@@ -128,8 +132,8 @@ def of_each(statistic: Callable[..., Any], scores: Scores, reps: int) -> dict[st
 def over_steps(lines: Sequence[Line], reps: int) -> dict[str, tuple[np.ndarray, Interval]]:
     """Return each system's environment steps, (K,), and its evaluations' IQM at each of them.
 
-    The steps are those of all its tasks, up to where the first of its tasks ends; between the
-    evaluations of a task, its curves are interpolated linearly.
+    A system's steps are those at which any of its tasks was evaluated, up to the end of its
+    shortest task. Between a task's own evaluations its curves are interpolated linearly.
     """
     of, by_label = bounds(lines), defaultdict[str, list[Line]](list)
     for line in lines:
@@ -153,7 +157,7 @@ def over_steps(lines: Sequence[Line], reps: int) -> dict[str, tuple[np.ndarray, 
 
 
 def iqm_of_each(x: np.ndarray) -> np.ndarray:
-    """Return the IQM at each of K steps of (N, M, K) scores; rliable's takes one step at a time."""
+    """Return the IQM, (K,), of (N, M, K) scores; rliable's function takes one step at a time."""
     ordered = np.sort(x.reshape(-1, x.shape[-1]), axis=0)
     cut = len(ordered) // 4
     return np.asarray(ordered[cut : len(ordered) - cut].mean(0))
@@ -172,5 +176,6 @@ def improvement(scores: Scores, reps: int) -> dict[tuple[str, str], Interval]:
 def beats(x: np.ndarray, y: np.ndarray) -> float:
     """Return rliable's probability_of_improvement, without the p-values that take 99 % of its
     time."""
-    above = (x[:, None] > y).mean() + (x[:, None] == y).mean() / 2  # (N_x, N_y, M), a tie is half
+    # (N_x, N_y, M); a tie counts as half.
+    above = (x[:, None] > y).mean() + (x[:, None] == y).mean() / 2
     return float(above)

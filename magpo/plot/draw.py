@@ -159,7 +159,7 @@ def canvas(width: float, height: float, panels: int = 1) -> tuple[Figure, list[A
 
 
 def row_canvas(names: Sequence[str], panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a canvas for rows with these names, the first row on top."""
+    """Return a figure with a row for each name, the first on top."""
     parts = [part for name in names for part in name.split("\n")]
     width = 0.09 * max(map(len, parts)) + max(5.6, 2.2 * panels)
     height = (0.5 if len(parts) > len(names) else 0.34) * len(names)
@@ -222,8 +222,8 @@ def describe(
     handles: Sequence[Artist] = (),
     last: bool = True,
 ) -> None:
-    """Title a suite's figure, and say below which scores, unless it is of evaluations at all steps,
-    and which bounds it shows."""
+    """Title a suite's figure. The caption says how scores are normalised and, where `last`, which
+    evaluation they are."""
     caption = [f"{bounds_in_words(lines)}; 95 % stratified bootstrap intervals"]
     figure.suptitle(f"{lines[0].suite}: {what}", x=0.02, ha="left", fontsize=12)
     legend(figure, handles, [basis(lines), *caption] if last else caption)
@@ -257,11 +257,12 @@ def bounds_in_words(lines: Sequence[Line]) -> str:
 
 
 def early(lines: Sequence[Line]) -> set[str]:
-    """Return the labels whose runs end, on some task, before others'."""
+    """Return the labels whose runs end before others' on some task."""
     last: dict[str, int] = {}
     for line in lines:
         last[line.task] = max(last.get(line.task, 0), int(line.steps[-1]))
-    return {line.label for line in lines if line.steps[-1] < last[line.task]}
+    # A per cent less is what rounding to whole chunks makes.
+    return {line.label for line in lines if line.steps[-1] < 0.99 * last[line.task]}
 
 
 def marked(labels: Iterable[str], lines: Sequence[Line]) -> dict[str, str]:

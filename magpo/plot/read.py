@@ -1,4 +1,8 @@
-"""Read runs on disk and pool their seeds: one line for each system, task and setting."""
+"""Runs on disk, pooled over their seeds: one line for each system, task and setting.
+
+All values come from metrics.jsonl. Its `absolute/<metric>` is the mean over the episodes that
+marl_eval.json lists one by one, so that file is not needed.
+"""
 
 import json
 from collections import defaultdict
@@ -82,7 +86,8 @@ def read(folder: Path) -> list[Run]:
         for number, data in enumerate(file, 1):
             try:
                 line = data.decode()
-                # Parsing is slow, and most lines are about training. The last may be half-written.
+                # Most lines are about training, and parsing them is slow. The last line may still
+                # be half-written.
                 if not ('"eval/' in line or '"absolute/' in line) or not line.endswith("\n"):
                     continue
                 record = json.loads(line)
@@ -152,8 +157,8 @@ def known_or_raise(key: str, names: Sequence[str], known: Sequence[str]) -> None
 
 
 def line_of(label: str, runs: list[Run], metric: str, reference: published.Row | None) -> Line:
-    """Pool the seeds of runs with the same settings, the oldest run first: of a seed given twice,
-    the newest run's counts."""
+    """Pool the seeds of runs with the same settings, the oldest run first. Where several runs have
+    a seed, the newest counts."""
     newest = {seed: run for run in runs for seed in run.evaluations[metric]}
     curves = [newest[seed].evaluations[metric][seed] for seed in sorted(newest)]
     steps = sorted(set.intersection(*map(set, curves)))
@@ -179,8 +184,8 @@ def line_of(label: str, runs: list[Run], metric: str, reference: published.Row |
 
 
 def labelled(runs: list[Run]) -> dict[str, list[Run]]:
-    """Group the runs of one system on one task by label: the system, and those of its settings in
-    which the runs differ."""
+    """Group the runs of one system on one task by label: the system, and the settings in which the
+    runs differ."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     values = {key: {written(run.settings.get(key, ABSENT)) for run in runs} for key in keys}
     differ = [key for key in keys if len(values[key]) > 1]

@@ -61,7 +61,7 @@ def latex(lines: Sequence[Line]) -> Iterator[str]:
     a column for each system."""
     labels = list(dict.fromkeys(line.label for line in lines))
     metrics = " or ".join(sorted({line.metric for line in lines}))
-    yield f"% {metrics}, mean and standard deviation over seeds, the best mean in bold."
+    yield f"% {metrics}, mean and standard deviation over seeds, the largest mean in bold."
     yield "% Needs \\usepackage{booktabs}."
     yield f"\\begin{{tabular}}{{ll{'r' * len(labels)}}}"
     yield "\\toprule"
