@@ -297,6 +297,13 @@ def test_rewards_beyond_a_tasks_own_bounds_have_those_of_the_runs(tmp_path):
     assert aggregate.bounds(lines(tmp_path))[TASK] == (0, 3, False)
 
 
+def test_suites_without_the_metric_are_left_out_with_a_note(tmp_path, capsys):
+    write(tmp_path, "magpo", {0: 0.25}, suite="smax", task="3m")
+    write(tmp_path, "magpo", {0: 0.25})
+    assert set(drawn(tmp_path, metric="win_rate")) == {("MAGPO", "3m")}
+    assert "left out, no win_rate: lbf" in capsys.readouterr().err
+
+
 def test_another_metric(tmp_path):
     write(
         tmp_path, "magpo", {0: 0.25, 1: 0.5}, suite="smax", task="5m_vs_6m", absolute={0: 1, 1: 1}
@@ -469,6 +476,7 @@ def test_bad_input_is_one_line(wrong, tmp_path, refused):
         ("metrics.jsonl", b'"run"', b'"\xff"'),
         ("metrics.jsonl", b'"value": 0.4', b'"value": "x"'),
         ("metrics.jsonl", b'"value": 0.4', b'"value": [1]'),
+        ("metrics.jsonl", b'"value": 0.4', b'"value": NaN'),
         ("metrics.jsonl", b'"seed": 0', b'"seed": "x"'),
         ("metrics.jsonl", b'"seed": 0', b'"seed": null'),
         ("metrics.jsonl", b'"env_steps": 0', b'"env_steps": "x"'),

@@ -59,13 +59,17 @@ def main(
     for word in more:
         if "=" in word and not Path(word).exists():
             raise ConfigError(unknown_key(word.partition("=")[0], list(signature(main).parameters)))
-    lines = read.pool(read.find([Path(folder), *map(Path, more)]), metric, order)
+    runs = read.find([Path(folder), *map(Path, more)])
+    lines = read.pool(runs, metric, order)
     try:
         write(Path(out), lines, formats, reps)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error.strerror}") from error
     for note in notes(lines):
         print(f"plot: note: {note}", file=sys.stderr)
+    drawn = {line.suite for line in lines}
+    if left_out := sorted({run.suite for run in runs} - drawn):
+        print(f"plot: note: left out, no {metric}: {', '.join(left_out)}", file=sys.stderr)
 
 
 def write(out: Path, lines: Sequence[Line], formats: Sequence[str], reps: int) -> None:

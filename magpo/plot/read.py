@@ -5,6 +5,7 @@ marl_eval.json lists one by one, so that file is not needed.
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from operator import index
@@ -93,14 +94,15 @@ def read(folder: Path) -> list[Run]:
                 record = json.loads(line)
                 where = record["system"], record["env"], record["task"], record["run"]
                 kind, _, metric = record["name"].partition("/")
-                if not all(isinstance(word, str) for word in where):
-                    raise TypeError
-                if kind not in ("eval", "absolute") or record["value"] is None:  # null: not finite
+                value = record["value"]
+                if kind not in ("eval", "absolute") or value is None:  # null: not finite
                     continue
+                if not all(isinstance(word, str) for word in where) or not math.isfinite(value):
+                    raise ValueError
                 setting = {key: record[key] for key in varied}
                 run = Run(*where, shared | setting, episodes, evaluations={}, absolute={})
                 run = runs.setdefault(tuple(setting.values()), run)
-                seed, value = index(record["seed"]), record["value"] + 0.0
+                seed = index(record["seed"])
                 if kind == "absolute":
                     run.absolute.setdefault(metric, {})[seed] = value
                 else:
