@@ -36,9 +36,10 @@ def run(usage: str | None, function: Callable[..., object]) -> None:
         types = get_type_hints(function, include_extras=True)
         fields = [(key, types[key]) for key in keys if key in {*required, *given}]
         values = dict(vars(validate(make_dataclass("Arguments", fields), given)))
-        words = [values.pop(key) for key in required] if others else []
+        words = [key for key in required if keys[key].kind is not Parameter.KEYWORD_ONLY]
+        first = [values.pop(key) for key in words] if others else []
         try:
-            function(*words, *others, **values)
+            function(*first, *others, **values)
         except OSError as error:
             if error.filename is None:  # standard output
                 raise

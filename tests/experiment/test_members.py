@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 from unittest import mock
 
@@ -35,6 +34,7 @@ from magpo import commands, evaluate, experiment, export, render
 from magpo import config as configuration
 from magpo.config import members
 from magpo.errors import ConfigError
+from magpo.plot import read
 from magpo.report import measurements, sinks
 from magpo.runs import checkpoint, listing, policy, resume
 
@@ -425,13 +425,8 @@ def test_export_and_render_take_a_member(trained, monkeypatch, capsys, tmp_path)
 
 
 def test_a_run_that_varies_is_plotted_by_setting(vary, whole):
-    script = Path(__file__).parents[2] / "scripts" / "plot.py"
-    spec = util.spec_from_file_location("plot_members", script)
-    plot = util.module_from_spec(spec)
-    sys.modules["plot_members"] = plot
-    spec.loader.exec_module(plot)
     result = whole
-    lines = {line.label: line for line in plot.pool(plot.find([result.folder]))}
+    lines = {line.label: line for line in read.pool(read.find([result.folder]))}
     assert len(lines) == 6 and "COUNTING (shift=3.0, bound=null)" in lines
     finals = result.measurements[-1].evaluation["episode_return"].mean(-1)
     for setting, places in members.by_setting(vary.members):
