@@ -11,10 +11,10 @@ Source: "Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning"
     `update_actors`  the sequence of agents and their factor
     `critic_loss`    the clipped value loss; the critic is trained once per update
     `advantages`     generalised advantage estimation, normalised once per update
-The code behind the MAGPO paper's HAPPO results has one critic per agent, trains the agents one after
-the other inside every minibatch, where F starts again, draws their order each epoch, and normalises
-advantages per agent and minibatch; the tuned values were found with that. Here, truncated episodes
-also bootstrap, and chunks of `recurrent_chunk_size` steps are contiguous.
+The code behind the MAGPO paper's HAPPO results has one critic per agent, trains the agents one
+after the other inside every minibatch, where F starts again, draws their order each epoch, and
+normalises advantages per agent and minibatch; the tuned values were found with that. It also does
+not bootstrap truncated episodes, and its chunks of `recurrent_chunk_size` steps are not contiguous.
 
     python -m magpo.systems.happo env=rware/tiny-4ag
 """
