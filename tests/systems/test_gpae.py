@@ -100,8 +100,8 @@ def test_off_policy_advantages_are_the_slow_sum():
 
 @pytest.fixture(params=["sample", "all"])
 def updates(request, monkeypatch):
-    """Four updates that keep three rollouts: the state before each, the buffer after it, and the
-    minibatches it trained on. Half of the cut-off episodes in the buffer become terminations."""
+    """Four updates of a run of three, which keep three rollouts: the states before and after each,
+    and the minibatches it trained on. Half of the ends in the buffer become terminations."""
     minibatches, train = [], gpae.update_minibatch
 
     def recorded(setup, state, batch, key):
@@ -109,7 +109,7 @@ def updates(request, monkeypatch):
         return train(setup, state, batch, key)
 
     monkeypatch.setattr(gpae, "update_minibatch", recorded)
-    changes = f"system.reuse_epochs={request.param}", "system.actor_lr=0.02"
+    changes = f"system.reuse_epochs={request.param}", "system.actor_lr=0.02", "total_steps=144"
     _, setup, env = cases.build("gpae_mappo", cases.LBF, *changes)
     state = gpae.init(setup, env, jax.random.key(0))
     state, update = cases.sharpened(cases.stagger(state)), jax.jit(partial(gpae.update, setup, env))
@@ -118,19 +118,19 @@ def updates(request, monkeypatch):
         steps = state.buffer.steps
         terminated = steps.ended & jax.random.bernoulli(key, 0.5, steps.ended.shape)
         steps = steps._replace(discount=jnp.where(terminated, 0.0, steps.discount))
-        state = before = state._replace(buffer=state.buffer._replace(steps=steps))
-        state, _ = update(state)
+        before = state._replace(buffer=state.buffer._replace(steps=steps))
+        state, _ = update(before)
         jax.effects_barrier()
-        found.append((before, jax.tree.map(np.asarray, state.buffer), [*minibatches]))
+        found.append((before, jax.device_get(state), [*minibatches]))
         minibatches.clear()
     return request.param, setup, found
 
 
 def test_each_epoch_trains_on_each_rollout_at_most_once_while_others_wait(updates):
     reuse_epochs, _, found = updates
-    for number, (_, buffer, minibatches) in enumerate(found, 1):
+    for number, (_, after, minibatches) in enumerate(found, 1):
         filled = min(number, 3)
-        log_prob = buffer.steps.log_prob[:, :filled].reshape(6 * filled, -1)
+        log_prob = after.buffer.steps.log_prob[:, :filled].reshape(6 * filled, -1)
         drawn = np.concatenate([x.steps.log_prob for x in minibatches])
         drawn = drawn.reshape(2, -1, log_prob.shape[1])  # by epoch
         assert drawn.shape[1] == {"sample": 6, "all": 18}[reuse_epochs]
@@ -142,8 +142,8 @@ def test_each_epoch_trains_on_each_rollout_at_most_once_while_others_wait(update
 
 def test_a_buffer_of_several_policies_is_estimated_as_slowly_step_by_step(updates):
     _, setup, found = updates
-    before, buffer, minibatches = found[-1]
-    rollouts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), buffer)
+    before, after, minibatches = found[-1]
+    rollouts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), after.buffer)
     terminated = rollouts.steps.discount == 0
     assert terminated.any() and (rollouts.steps.ended & ~terminated).any()
     expected = slow_estimates(setup, before, rollouts)
@@ -153,6 +153,12 @@ def test_a_buffer_of_several_policies_is_estimated_as_slowly_step_by_step(update
         rows = same.all((-1, -2)).argmax(1)
         for name, slow in zip(("ratio", "advantage", "target"), expected, strict=True):
             np.testing.assert_allclose(getattr(batch, name), slow[rows], atol=2e-5, err_msg=name)
+
+
+def test_step_sizes_are_zero_after_the_steps_that_a_run_takes(updates):
+    _, _, found = updates
+    bias = [[s.params.actor["params"]["gru"]["bias"] for s in (x, y)] for x, y, _ in found]
+    assert [not np.array_equal(*pair) for pair in bias] == [True, True, True, False]
 
 
 def slow_estimates(setup, state, rollouts):
