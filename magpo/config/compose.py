@@ -103,8 +103,8 @@ def _published(task: str) -> Values:
         known = list(dict.fromkeys(row.task for row in published.rows()))
         near = nearest(task, known)
         raise ConfigError(
-            f"published=true: no paper has results on {task}: {near}python -m magpo.reproduce lists "
-            "those that have"
+            f"published=true: no paper has results on {task}: {near}python -m magpo.reproduce "
+            "lists those that have"
         )
     options = OmegaConf.load(files.configs() / "published.yaml")
     return flat(cast(Values, OmegaConf.to_container(options))[task.partition("/")[0]], "env.")
