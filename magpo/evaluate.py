@@ -142,7 +142,7 @@ def main(
     steps = trained.chunk[places].astype(int) * trained.config.steps_per_chunk
     tables.show_wide(member_table(played, {"trained steps": steps} | metrics))
     if json:
-        about = {"run": run, "system": trained.config.system, "task": task.name}
+        about: dict[str, Any] = {"run": run, "system": trained.config.system, "task": task.name}
         about |= {"episodes": episodes, "greedy": greedy, "seed": seed}
         members = [
             {"seed": member.seed, "setting": member.setting, "trained_steps": int(steps[place])}

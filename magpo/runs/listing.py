@@ -12,10 +12,10 @@ Settings are shown where runs of one system on one task differ, and where a run 
 """
 
 import csv as csv_format
+import io
 import math
 import os
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -168,11 +168,13 @@ def _print_csv(records: Iterable[dict[str, Any]]) -> None:
     """Print records as CSV, a column for each setting that any of them has."""
     rows = [configuration.flat(record) for record in records]
     columns = dict.fromkeys(key for row in rows for key in row)
-    writer = csv_format.DictWriter(sys.stdout, list(columns), lineterminator="\n")
+    text = io.StringIO()
+    writer = csv_format.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         lists = {key: dumps(x) for key, x in row.items() if isinstance(x, list | dict | bool)}
         writer.writerow(row | lists)
+    print(text.getvalue().encode(errors="replace").decode(), end="")
 
 
 def _print_table(runs: Sequence[Summary]) -> None:
@@ -180,7 +182,7 @@ def _print_table(runs: Sequence[Summary]) -> None:
     groups: dict[tuple[str, str], list[Summary]] = {}
     for run in runs:
         groups.setdefault((run.system, run.task), []).append(run)
-    shown = {}
+    shown = dict[Path, str]()
     for group in groups.values():
         shown |= dict(zip([run.folder for run in group], _settings(group), strict=True))
     rows = []
