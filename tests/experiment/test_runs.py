@@ -132,8 +132,10 @@ def study(config, tmp_path):
 
     def begin(value, status, **changes):
         run = dataclasses.replace(config, results_dir=str(tmp_path), **changes)
-        folder = found[value] = folders.create(run)
-        (folder / "metrics.jsonl").write_text(RECORD.replace("2}", f"{value}}}"))
+        folder = folders.create(run)
+        folder = found[value] = folder.rename(folder.with_name(f"run_{len(found)}"))
+        record = RECORD.replace("2}", f'{value}, "system.shift": 1}}')
+        (folder / "metrics.jsonl").write_text(record)
         folders._set_status(folder, status)
 
     hyper, task = dataclasses.replace(HYPER, shift=2.5), EnvConfig("test/other", {"walls": 7})
@@ -191,8 +193,7 @@ def test_runs_are_sorted(study, tmp_path, listed):
     def returns(*arguments):
         return [record["return"] for record in json.loads(listed(tmp_path, *arguments, "--json"))]
 
-    in_time = sorted(study, key=lambda value: study[value].name)
-    assert returns() == returns("sort=time") == in_time
+    assert returns() == returns("sort=time") == list(study)
     assert returns("sort=return") == [-3, 5, 8, 1]  # task by task, the highest last
 
 
