@@ -9,18 +9,27 @@ usage: python -m magpo.evaluate run=<folder> [key=value ...]
   seed=0                 of the episodes, 0 .. 2**32 - 1
   env=<suite>/<task>     another task than the run's, if the shapes allow
   env.<option>=<value>   options of the task; by default the run's
+  json=<file>            where to write each member's means and standard deviations, too
+
+Every metric of the suite is shown, as mean ± standard deviation over episodes. The return is the
+mean over agents of their summed rewards.
 """
 
 from collections.abc import Mapping
 from functools import partial
+from json import dumps
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from magpo import commands, tables
 from magpo.contract import Algorithm
+from magpo.files import write_aside
 from magpo.report.console import member_table
+from magpo.report.measurements import plain
 from magpo.runs import policy
 from magpo.types import Array, Environment, TimeStep
 from magpo.values import PositiveInt, Seed, UserPath
@@ -50,9 +59,9 @@ def evaluate(
 ) -> dict[str, Array]:
     """Play `num_episodes` episodes side by side, from reset to end, without auto-reset.
 
-    Returns (num_episodes,) float32 each: `episode_return` (the sum over steps of the mean over
-    agents of the reward), `episode_length`, and what the environment's timestep reports in
-    `metrics` at the episode's last step. Steps after an episode's end count for nothing.
+    Returns (num_episodes,) float32 each: `episode_return` (the mean over agents of their summed
+    rewards), `episode_length`, and what the environment's timestep reports in `metrics` at the
+    episode's last step. Steps after an episode's end count for nothing.
     """
     reset_key, act_key = jax.random.split(key)
     env_state, timestep = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
@@ -104,12 +113,15 @@ def main(
     seed: Seed = 0,
     env: str | None = None,
     options: Mapping[str, Any] = {},
+    json: UserPath | None = None,
 ) -> None:
-    """Play a run's best policies and print their members' means."""
+    """Play a run's best policies, and print and write their members' metrics."""
     trained = policy.read(run)
     places = trained.places(setting=vary)
     task = policy.make_env(trained, env, options)
     setup = policy.build(trained, 0, env=task).setup
+    if json:  # an unwritable place is found before playing
+        Path(json).parent.mkdir(parents=True, exist_ok=True)
 
     @partial(jax.jit, static_argnums=2)
     @partial(jax.vmap, in_axes=(0, 0, None))
@@ -118,16 +130,32 @@ def main(
 
     params = jax.tree.map(lambda x: x[places], trained.params)
     key = jax.random.key(seed)
-    means: dict[str, Any] = dict.fromkeys(["episode_return", task.headline, "episode_length"], 0.0)
+    parts = []
     for left in range(episodes, 0, -BATCH):
         keys, size = jax.random.split(key, len(trained.score))[places], min(left, BATCH)
-        metrics = jax.device_get(play(params, keys, size))  # (members, size) each
-        means = {n: m + metrics[n].sum(-1) / episodes for n, m in means.items()}
+        parts.append(jax.device_get(play(params, keys, size)))  # (members, size) each
         key = jax.random.fold_in(key, left)
+    names = dict.fromkeys(["episode_return", task.headline, *parts[0]])
+    metrics = {name: np.concatenate([part[name] for part in parts], 1) for name in names}
     print(f"{trained.config.system} on {task.name}, {episodes} episodes each")
     played = [trained.config.members[place] for place in places]
     steps = trained.chunk[places].astype(int) * trained.config.steps_per_chunk
-    tables.show_wide(member_table(played, {"trained steps": steps} | means))
+    tables.show_wide(member_table(played, {"trained steps": steps} | metrics))
+    if json:
+        about: dict[str, Any] = {"run": run, "system": trained.config.system, "task": task.name}
+        about |= {"episodes": episodes, "greedy": greedy, "seed": seed}
+        members = [
+            {"seed": member.seed, "setting": member.setting, "trained_steps": int(steps[place])}
+            | {"metrics": {name: _summary(values[place]) for name, values in metrics.items()}}
+            for place, member in enumerate(played)
+        ]
+        text = dumps(about | {"members": members}, indent=2) + "\n"
+        write_aside(Path(json), lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def _summary(values: np.ndarray) -> dict[str, float | None]:
+    """Return a metric's mean and standard deviation over episodes."""
+    return {"mean": plain(np.float32(values.mean())), "std": plain(np.float32(values.std()))}
 
 
 if __name__ == "__main__":

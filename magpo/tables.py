@@ -25,6 +25,21 @@ def show(
     show_wide(table)
 
 
+def show_lines(columns: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str]) -> None:
+    """Print a table with one line for each row, however long, so that it can be searched with grep.
+
+    Columns that are none of `words` are aligned to the right.
+    """
+    lines = [columns, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (
+            cell.ljust(width) if name in words else cell.rjust(width)
+            for name, cell, width in zip(columns, line, widths, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
 def plain(columns: Sequence[str], num_words: int = 0) -> Table:
     """Return an empty table without lines: the first `num_words` columns are aligned to the left,
     those of numbers to the right."""

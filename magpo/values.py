@@ -28,6 +28,11 @@ UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home f
 Seed = Annotated[Integer, Field(ge=0, lt=2**32)]
 
 
+def as_argument(value: Any) -> str:
+    """Return a value as the command line would have it."""
+    return json.dumps(value, separators=(",", ":"), default=str).replace('"', "")
+
+
 def must_divide(key: str, value: int, of: str, number: int) -> None:
     """Raise ValueError where `value`, set by `key`, does not divide `number`, named `of`."""
     if number % value:

@@ -493,6 +493,32 @@ def test_help(mine, monkeypatch, capsys):
         assert expected in out
     assert "defaults:" not in out
     assert "@package" not in out
+    assert "env.num_agents" not in out
+
+
+def test_help_of_a_task_has_its_options_with_their_comments(mine, monkeypatch, capsys):
+    command_line(monkeypatch, mine, "--help", TINY)
+    title, *lines = capsys.readouterr().out.rstrip().splitlines()[-8:]
+    assert title == "options of rware/tiny-4ag"
+    options = dict(line.split("#")[0].strip().split("=") for line in lines)
+    assert options == {f"env.{k}": str(v) for k, v in registry.options("rware/tiny-4ag").items()}
+    assert all(line.partition("#")[2].strip() for line in lines)
+    assert "  env.column_height=8       # cells, the height of a block, >= 1" in lines
+
+
+def test_help_of_a_registered_task_has_its_options(mine, monkeypatch, capsys):
+    monkeypatch.setitem(registry.registered, "ring/walk", (None, {"size": 3, "name": "a b"}))
+    command_line(monkeypatch, mine, "env=ring/walk", "--help")
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert lines[-3:] == ["options of ring/walk", "  env.size=3", "  env.name=a b"]
+
+
+def test_help_of_an_unknown_task_is_one_line(mine, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command_line(monkeypatch, mine, "--help", "env=rware/tiny-4a")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1
+    assert "did you mean 'rware/tiny-4ag'" in err
 
 
 @pytest.mark.parametrize("flags", [[], ["--cfg", "job"], ["--multirun"]])

@@ -1,4 +1,4 @@
-"""The README against the code: metrics, commands, systems."""
+"""The README and the examples against the code: metrics, commands, systems, code."""
 
 import re
 import shlex
@@ -6,12 +6,21 @@ from importlib import import_module
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from magpo import config, experiment, plugins
+from magpo.evaluate import evaluate
 from magpo.systems import __main__ as systems_table
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+TASK = "lbf/2s-8x8-2p-2f-coop"
+SMALL = [
+    *("env.time_limit=9", "num_envs=4", "rollout_length=12", "total_steps=96", "eval_episodes=2"),
+    *("num_evaluations=2", "network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
+    *("tuned=false", "absolute_metric=false", "logger.plot=false"),
+]
 
 
 def title(name):
@@ -59,3 +68,44 @@ def test_the_readmes_commands_are_accepted(command):
     if "--multirun" in overrides:  # its jobs: each value of the sweep by itself
         overrides = [text.partition(",")[0] for text in overrides if not re.match("--|hydra", text)]
     config.load(module.rpartition(".")[2], overrides)
+
+
+def execute(block, names):
+    """Run a block of Python of a page, on a task that compiles fast and for a moment."""
+    block = block.replace(TASK, "coordsum/3x10-30")
+    exec(block.replace('"budget=quick"', ", ".join(map(repr, SMALL))), names)
+    return names
+
+
+def leaves(params):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def test_the_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (whole,) = re.findall(r"```python\n(.*?)```", section("### From Python"), re.S)
+    found = execute(whole, {})
+    folder = found["result"].folder
+    assert folder.resolve().is_relative_to(tmp_path)
+
+    page = (ROOT / "docs/examples.md").read_text()
+    training, rates, episode = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert '"budget=quick"' in training and TASK in episode
+    found = execute(training, {})
+    setup, env, system = found["setup"], found["env"], found["system"]
+    start = jax.jit(lambda key: system.init(setup, env, key))(jax.random.key(0))
+    trained = leaves(system.policy_params(found["state"]))
+    assert not np.array_equal(trained[-1], leaves(system.policy_params(start))[-1])
+    assert found["metrics"]["rollout/episode_return"].shape == (setup.config.updates_per_chunk,)
+
+    found = execute(rates, found)
+    kernels = leaves(system.policy_params(found["states"]))[-1]
+    assert len(np.unique(kernels.reshape(4, -1), axis=0)) == 4  # one for each learning rate
+
+    found = execute(episode, {"folder": folder})
+    returns, policy = np.asarray(found["returns"]), found["policy"]
+    args = policy.algorithm, policy.setup, found["env"], policy.params, jax.random.key(1), 320
+    expected = np.asarray(jax.jit(evaluate, static_argnums=(0, 1, 2, 5))(*args)["episode_return"])
+    assert returns.shape == (320,) and returns.std() > 0
+    error = np.hypot(returns.std(), expected.std()) / np.sqrt(320)
+    assert abs(returns.mean() - expected.mean()) < 4 * error

@@ -1,5 +1,6 @@
 """The evaluator against a slow Python loop."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 
 from magpo import commands
+from magpo import evaluate as evaluation
+from magpo.config.members import Member
 from magpo.evaluate import __doc__ as usage
 from magpo.evaluate import evaluate, main
+from magpo.runs import policy
 from magpo.types import Observation, StepType, TimeStep, restart
 
 N, LIMIT, B = 3, 7, 5
@@ -101,6 +105,69 @@ def test_keys_decide():
     ]
     np.testing.assert_array_equal(returns[0], returns[1])
     assert not np.array_equal(returns[0], returns[2])
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Policies of three members, two of which are played."""
+    config = SimpleNamespace(
+        system="own",
+        members=(Member(3, {}), Member(7, {}), Member(2, {})),
+        steps_per_chunk=64,
+    )
+    run = SimpleNamespace(
+        config=config,
+        algorithm=SYSTEM,
+        params=jnp.array([1, 2, 3]),
+        score=np.zeros(3),
+        chunk=np.int32([0, 5, 1]),
+        places=lambda setting: np.array([1, 2]),
+    )
+    monkeypatch.setattr(policy, "read", lambda folder: run)
+    monkeypatch.setattr(policy, "make_env", lambda trained, env, options: RandomEnds())
+    monkeypatch.setattr(policy, "build", lambda *_, env: SimpleNamespace(setup=None))
+    return run
+
+
+def test_every_metric_is_shown_and_written(trained, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "new" / "scores.json"
+    monkeypatch.setattr(evaluation, "BATCH", 8)  # 11 episodes: 8 and 3
+    arguments = ["run=here", "episodes=11", "seed=4", f"json={file}"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    commands.run(usage, main)
+    out, written = capsys.readouterr().out, json.loads(file.read_text())
+
+    first, then = jax.random.key(4), jax.random.fold_in(jax.random.key(4), 11)
+    played = [(jax.random.split(first, 3), 8), (jax.random.split(then, 3), 3)]
+    members = written.pop("members")
+    about = {"run": "here", "system": "own", "task": "test/ends"}
+    assert written == about | {"episodes": 11, "greedy": False, "seed": 4}
+    assert [member["seed"] for member in members] == [7, 2]
+    assert [member["trained_steps"] for member in members] == [320, 64]
+    for place, member in zip((1, 2), members, strict=True):
+        parts = [
+            evaluate(SYSTEM, None, RandomEnds(), trained.params[place], keys[place], size)
+            for keys, size in played
+        ]
+        assert set(member["metrics"]) == {"episode_return", "episode_length", "win_rate"}
+        (row,) = [line for line in out.splitlines() if line.split()[0] == str(member["seed"])]
+        for name, summary in member["metrics"].items():
+            values = np.concatenate([part[name] for part in parts]).astype(np.float64)
+            assert summary == pytest.approx({"mean": values.mean(), "std": values.std()}, rel=1e-5)
+            assert f"{summary['mean']:.3f} ± {summary['std']:.3f}" in row and name in out
+    (mean,) = [line for line in out.splitlines() if line.split()[0] == "mean"]
+    wins = np.array([member["metrics"]["win_rate"]["mean"] for member in members])
+    assert f"{wins.mean():.2f} ± {wins.std():.2f}" in mean  # over seeds
+
+
+def test_an_unwritable_place_is_found_before_playing(trained, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "run=here", f"json={tmp_path}/file/scores.json"])
+    with pytest.raises(SystemExit) as stop:
+        commands.run(usage, main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path) in err
 
 
 @pytest.mark.parametrize(

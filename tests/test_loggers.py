@@ -18,6 +18,7 @@ import pytest
 from magpo.config import members
 from magpo.config.schema import DistributedConfig, EnvConfig, LoggerConfig, RunConfig
 from magpo.files import write_aside
+from magpo.report import console as console_module
 from magpo.report import curve
 from magpo.report.console import Console, spread
 from magpo.report.measurements import Measurement, Run
@@ -359,6 +360,29 @@ def test_time_left_counts_chunks_evaluations_and_the_absolute_metric(tmp_path, c
         console.update(slow if chunk == 2 else measure(chunk))
     left = 5 * (4 + 1) + 10  # one slow chunk does not move the median
     assert f"0:00:{left} left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("earlier_s", [0, 1000])
+def test_the_time_a_run_took_includes_compiling(tmp_path, capsys, monkeypatch, earlier_s):
+    now = 50.0
+    monkeypatch.setattr(console_module.time, "perf_counter", lambda: now)
+    console = make_console(tmp_path)
+    if earlier_s:
+        console.resume(measure(1)._replace(wall_s=float(earlier_s)))
+    with console.compiling():
+        now += 100
+    now += 400  # training, evaluation, and the absolute metric after it
+    console.update(measure(2)._replace(wall_s=350.0 + earlier_s))
+    measurements = [measure(i) for i in range(3)]
+    console.finished(measurements, np.array([2, 2]), None)
+    out = capsys.readouterr().out.splitlines()
+    assert "compiled in 100.0 s" in out
+    assert out[-2:] == [
+        "done in 0:25:00 (0:01:40 of it compiling, 0:16:40 before it was resumed)"
+        if earlier_s
+        else "done in 0:08:20 (0:01:40 of it compiling)",
+        f"results: {tmp_path}",
+    ]
 
 
 def test_console_line_has_pace_and_spread(tmp_path, capsys):

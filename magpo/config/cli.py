@@ -14,13 +14,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from magpo import plugins
+from magpo import files, plugins
 from magpo.config import compose
 from magpo.config.schema import RunConfig, dump, nested
 from magpo.contract import float_names
 from magpo.envs import registry
 from magpo.errors import ConfigError
-from magpo.files import exit_on_config_error
+from magpo.values import as_argument
 
 Run = Callable[[ModuleType, RunConfig], object]
 
@@ -35,11 +35,12 @@ def main(system: str | ModuleType, run: Run, config_dir: Path | None = None) -> 
     that `run` raises, ends the process with its line on stderr and exit code 2.
     """
     arguments = sys.argv[1:]
-    with exit_on_config_error():
+    with files.exit_on_config_error():
         compose.load_imports(arguments)
         module = plugins.system(system) if isinstance(system, str) else system
         if {"-h", "--help"} & set(arguments):
-            print(_help(*compose.locate(module, config_dir)))
+            tasks = [text.partition("=")[2] for text in arguments if text.startswith("env=")]
+            print(_help(*compose.locate(module, config_dir), *tasks[-1:]))
         elif any(argument.startswith("-") for argument in arguments):
             _with_flags(arguments, module, run, config_dir)
         else:
@@ -107,7 +108,7 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
 
     def job(_: Any) -> None:
         hydra_config = HydraConfig.get()
-        with exit_on_config_error():
+        with files.exit_on_config_error():
             module = plugins.module_of(file)  # a launcher's jobs may be other processes
             config = compose.load(module, list(hydra_config.overrides.task), config_dir)
             if hydra_config.job.chdir:  # results_dir is relative to where the command was given
@@ -148,8 +149,8 @@ def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str
     }
 
 
-def _help(name: str, folders: Sequence[Path]) -> str:
-    """Return the help text: the YAML files with their comments."""
+def _help(name: str, folders: Sequence[Path], task: str | None = None) -> str:
+    """Return the help text: the YAML files with their comments, and a task's options."""
     package = "magpo.systems." if name in plugins.of_package() else ""
     text = [f"usage: python -m {package}{name} env=<suite>/<task> [key=value ...] [flags]"]
     text += ["", "tasks:"]
@@ -157,10 +158,29 @@ def _help(name: str, folders: Sequence[Path]) -> str:
         text.append(f"  {suite}/ " + " ".join(task.partition("/")[2] for task in tasks))
     for group in compose.GROUPS:
         text.append(f"{group}: " + " | ".join(compose.option_names(folders, group)))
-    text += ["flags: --cfg job (print the configuration), --multirun (a=1,2 sweeps), --help"]
+    text += ["flags: --cfg job (print the configuration), --multirun (a=1,2 sweeps)"]
+    text += ["       --help; with env=<suite>/<task> it ends with the options of that task"]
     budgets = [f"budget/{option}" for option in compose.option_names(folders, "budget")]
     for file in ("experiment", *budgets, "logger/default", name):
         path = compose.find(folders, file)
         lines = path.read_text().strip().splitlines() if path else []
         text += ["", f"{file}.yaml", *(f"  {line}".rstrip() for line in lines)]
+    if task is not None:
+        text += ["", f"options of {task}", *_options(task)]
     return "\n".join(text)
+
+
+def _options(task: str) -> Iterator[str]:
+    """Yield a line for each option of a task: its value, and the comment in the suite's YAML.
+
+    Raises ConfigError.
+    """
+    options = registry.options(task)
+    path = compose.find([files.configs()], f"env/{task.partition('/')[0]}")
+    lines = path.read_text().splitlines() if path and task not in registry.registered else []
+    comments = {line.partition(":")[0]: line.partition("#")[2] for line in lines}
+    shown = {key: f"  env.{key}={as_argument(value)}" for key, value in options.items()}
+    width = max(map(len, shown.values()), default=0)
+    for key, setting in shown.items():
+        comment = comments.get(key, "")
+        yield f"{setting:{width}}  #{comment}" if comment else setting

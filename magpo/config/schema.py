@@ -38,6 +38,8 @@ OF_THIS_PROCESS: dict[str, Any] = {
     "allow_changes": [],
     "distributed": {"coordinator": None, "num_processes": None, "process_id": None},
 }
+# The keys that change nothing in what a run trains and measures.
+WITHOUT_EFFECT = ("logger", "results_dir", "keep", "checkpoint_share")
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
     return {
         key: f"{flat_old.get(key, 'none')}, now {flat_new.get(key, 'none')}"
         for key in {**flat_old, **flat_new}
-        if flat_old.get(key) != flat_new.get(key)
-        and key.partition(".")[0] not in ("logger", "results_dir", "keep", "checkpoint_share")
+        if flat_old.get(key) != flat_new.get(key) and key.partition(".")[0] not in WITHOUT_EFFECT
     }
 
 

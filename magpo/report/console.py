@@ -43,16 +43,24 @@ def spread(values: np.ndarray) -> str:
 def member_table(members: Sequence[Member], columns: Mapping[str, np.ndarray]) -> Table:
     """Return a table with a row for each member, and each setting's mean over seeds.
 
-    `columns` are (M,) each: scores as floats, and integers, of which no mean is shown.
+    `columns` are (M,) each: scores as floats, and integers, of which no mean is shown; or (M, K),
+    a metric of K episodes, of which a member's row shows mean ± standard deviation.
     """
+
+    def cell(value: Any) -> str:
+        if value.ndim:
+            return f"{value.mean():.3f} ± {value.std():.3f}"
+        return format(value, ".3f" if value.dtype.kind == "f" else ",")
+
     table = tables.plain([*map(short_key, members[0].setting), "seed", *columns])
     for place, (seed, setting) in enumerate(members):
-        cells = [format(v[place], ".3f" if v.dtype.kind == "f" else ",") for v in columns.values()]
+        cells = [cell(value[place]) for value in columns.values()]
         table.add_row(*map(text, setting.values()), str(seed), *cells)
+    means = {name: v.mean(-1) if v.ndim == 2 else v for name, v in columns.items()}
     for setting, places in by_setting(members):
         if len(places) > 1:
-            means = [spread(v[places]) if v.dtype.kind == "f" else "" for v in columns.values()]
-            table.add_row(*map(text, setting.values()), "mean", *means, style="bold")
+            cells = [spread(v[places]) if v.dtype.kind == "f" else "" for v in means.values()]
+            table.add_row(*map(text, setting.values()), "mean", *cells, style="bold")
     return table
 
 
@@ -96,6 +104,7 @@ class Console:
         self.best = np.full(len(run.members), -np.inf)  # (M,) mean episode return
         # A machine's pace changes: the median of the last chunks, not the mean of all.
         self.chunk_s: deque[float] = deque(maxlen=9)
+        self.began, self.compiling_s, self.earlier_s = time.perf_counter(), 0.0, 0.0
 
     def header(self, env: Environment, policy: Any, params: Any) -> None:
         """Print the run in a few lines. `policy`: the deployed part of `params`; (M, ...) each."""
@@ -150,15 +159,17 @@ class Console:
         start = time.perf_counter()
         self.line("compiling …")
         yield
-        self.line(f"compiled in {time.perf_counter() - start:.1f} s")
+        self.compiling_s = time.perf_counter() - start
+        self.line(f"compiled in {self.compiling_s:.1f} s")
 
     def resume(self, measurement: Measurement) -> None:
-        """Take over a measurement that was shown before."""
-        self.best = np.fmax(self.best, measurement.evaluation["episode_return"].mean(-1))
+        """Take over a measurement that was shown before the run was resumed."""
+        self._keep_best(measurement)
+        self.earlier_s = measurement.wall_s
 
     def update(self, measurement: Measurement) -> None:
         """Show an evaluation: on a terminal beside the progress bar, elsewhere as a line."""
-        self.resume(measurement)
+        self._keep_best(measurement)
         steps, number = measurement.env_steps[0], len(self.run.members)
         parts = [f"{steps:,} of {self.config.trained_steps:,} steps"]
         if timing := measurement.timing:
@@ -190,8 +201,16 @@ class Console:
         if absolute:
             episodes = absolute.evaluation["episode_return"].shape[1]
             self.line(f"absolute: the best parameters, played again for {episodes} episodes")
-        seconds = round(measurements[-1].wall_s)
-        self.line(f"done in {timedelta(seconds=seconds)}; results: {self.run.folder}")
+        total_s = time.perf_counter() - self.began + self.earlier_s
+        total, compiling, earlier = (
+            timedelta(seconds=round(s)) for s in (total_s, self.compiling_s, self.earlier_s)
+        )
+        before = f", {earlier} before it was resumed" if self.earlier_s else ""
+        self.line(f"done in {total} ({compiling} of it compiling{before})")
+        self.line(f"results: {self.run.folder}")
+
+    def _keep_best(self, measurement: Measurement) -> None:
+        self.best = np.fmax(self.best, measurement.evaluation["episode_return"].mean(-1))
 
     def _scores(self, evaluation: dict[str, np.ndarray]) -> list[str]:
         """Return the scores of the setting whose mean return is highest: the return, the headline

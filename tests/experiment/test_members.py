@@ -331,8 +331,8 @@ def test_the_list_of_runs_has_members_and_varied_keys(whole, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["runs", str(result.folder.parents[3])])
     commands.run(listing.__doc__, listing.main)
     header, row = capsys.readouterr().out.splitlines()
-    assert "varied" in header and "members" in header
-    assert "shift, bound" in row and " 12 " in row
+    assert "settings" in header and "members" in header
+    assert "shift=[" in row and "bound=[" in row and " 12 " in row
 
 
 @pytest.fixture

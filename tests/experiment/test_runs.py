@@ -1,13 +1,17 @@
 """The list of runs."""
 
+import csv
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from experiment.counting import SEEDS, run
+from experiment.counting import HYPER, SEEDS, Config, run
 from magpo import commands
+from magpo.config import schema
+from magpo.config.schema import EnvConfig
 from magpo.runs import folders, listing
 
 RECORD = '{"name": "eval/episode_return", "env_steps": 5, "value": 2}\n'
@@ -113,4 +117,126 @@ def test_a_damaged_run_is_listed_and_so_are_the_others(
     (damaged / name).write_text(text.replace(old, new))
     rows = {line.split()[0]: line for line in listed(tmp_path).splitlines()[1:3]}
     assert shown in rows[damaged.name]
-    assert "stopped" in rows[intact.name] and rows[intact.name].split()[-1] == "2"
+    assert {"stopped", "2"} <= set(rows[intact.name].split())
+    records = json.loads(listed(tmp_path, "--json"), parse_constant=pytest.fail)
+    lines = list(csv.DictReader(listed(tmp_path, "--csv").splitlines()))
+    for rows in (records, lines):
+        (found,) = [row for row in rows if row["run"] == intact.name]
+        assert (found["state"], float(found["return"]), len(rows)) == ("stopped", 2, 2)
+
+
+@pytest.fixture
+def study(config, tmp_path):
+    """Four runs of two systems on two tasks: their folders, by what they return."""
+    found = {}
+
+    def begin(value, status, **changes):
+        run = dataclasses.replace(config, results_dir=str(tmp_path), **changes)
+        folder = folders.create(run)
+        folder = found[value] = folder.rename(folder.with_name(f"run_{len(found)}"))
+        record = RECORD.replace("2}", f'{value}, "system.shift": 1}}')
+        (folder / "metrics.jsonl").write_text(record)
+        folders._set_status(folder, status)
+
+    hyper, task = dataclasses.replace(HYPER, shift=2.5), EnvConfig("test/other", {"walls": 7})
+    begin(8, "finished")
+    begin(-3, "failed", algorithm=Config(4, hyper), num_envs=8, total_steps=10**6)
+    begin(5, "finished", vary={"system.shift": (1.0, 2.0)}, keep=5)
+    begin(1, "interrupted", env=task, system="own")
+    return found
+
+
+def test_settings_are_shown_where_runs_of_a_task_differ(study, tmp_path, listed):
+    header, *rows = listed(tmp_path).splitlines()
+    assert header.split()[-1] == "settings"
+    shown = {row.split()[0]: row.split("  ")[-1].strip() for row in rows}
+    assert [shown[study[value].name] for value in (8, -3, 5, 1)] == [
+        "num_envs=4 shift=0.0",
+        "num_envs=8 shift=2.5",
+        "num_envs=4 shift=[1.0,2.0]",
+        "-",
+    ]
+
+
+def test_equal_names_are_told_apart_and_many_settings_are_counted():
+    base = listing.Summary(Path(), "own", "a/b", 1, (), "finished", 0, 0, None, None, {})
+    changes = {f"system.x{i}": i for i in range(9)}
+    runs = [
+        base._replace(settings={"network.actor.width": 1, "network.critic.width": 3}),
+        base._replace(settings={"network.actor.width": 2, "network.critic.width": 4} | changes),
+    ]
+    assert listing._settings(runs) == [
+        "network.actor.width=1 network.critic.width=3",
+        "network.actor.width=2 network.critic.width=4 x0=0 x1=1 x2=2 x3=3 and 5 more",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "returns"),
+    [
+        ([], {8, -3, 5, 1}),
+        (["system=own"], {1}),
+        (["env=test/count"], {8, -3, 5}),
+        (["state=finished"], {8, 5}),
+        (["env=test/count", "state=failed"], {-3}),
+        (["system=own", "state=running"], set()),
+    ],
+)
+def test_runs_are_filtered(study, tmp_path, listed, arguments, returns):
+    records = json.loads(listed(tmp_path, *arguments, "--json"))
+    assert {record["return"] for record in records} == returns
+    table = listed(tmp_path, *arguments)
+    assert {value for value, folder in study.items() if folder.name in table} == returns
+
+
+def test_runs_are_sorted(study, tmp_path, listed):
+    def returns(*arguments):
+        return [record["return"] for record in json.loads(listed(tmp_path, *arguments, "--json"))]
+
+    assert returns() == returns("sort=time") == list(study)
+    assert returns("sort=return") == [-3, 5, 8, 1]  # task by task, the highest last
+
+
+def test_records_are_complete(study, config, tmp_path, listed):
+    records = {record["return"]: record for record in json.loads(listed(tmp_path, "--json"))}
+    rows = {
+        float(row["return"]): row for row in csv.DictReader(listed(tmp_path, "--csv").splitlines())
+    }
+    for value, folder in study.items():
+        record, row = records[value], rows[value]
+        assert record["settings"] == schema.flat(schema.plain_values(folder / "config.yaml"))
+        assert (record["folder"], record["steps"]) == (row["folder"], 5) == (str(folder), 5)
+        for key, setting in record["settings"].items():
+            text = row[f"settings.{key}"]
+            assert text == (setting if isinstance(setting, str) else json.dumps(setting)) or (
+                text == "" and setting is None
+            )
+    assert records[5]["varied"] == ["system.shift"] and records[5]["members"] == 2 * len(SEEDS)
+    assert records[1]["resume"] == f"python own.py resume={study[1]}"
+    assert rows[8]["resume"] == "" and records[8]["resume"] is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        (
+            "system=ow",
+            "unknown system of these runs 'ow': did you mean 'own'? allowed: counting, own",
+        ),
+        ("env=test/cuont", "did you mean 'test/count'? allowed: test/count, test/other"),
+        ("state=done", "state must be 'running', 'finished', 'stopped'"),
+        ("sort=steps", "sort must be 'time' or 'return', not 'steps'"),
+        ("steps=3", "unknown key 'steps'"),
+    ],
+)
+def test_bad_requests_are_one_line(study, tmp_path, monkeypatch, capsys, argument, line):
+    for arguments in ([argument], ["--json", argument]):
+        monkeypatch.setattr(sys, "argv", ["runs", str(tmp_path), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            commands.run(listing.__doc__, listing.main)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and err.count("\n") == 1 and line in err and out == ""
+
+
+def test_json_and_csv_exclude_each_other(study, tmp_path, refused):
+    assert "--json and --csv" in refused(listing, tmp_path, "--json", "--csv")
