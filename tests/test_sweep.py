@@ -12,9 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from optuna.trial import TrialState, create_trial
 
 from magpo import commands, config, experiment, plugins
@@ -229,32 +227,17 @@ def test_trials_below_the_median_are_pruned(prune):
     assert all(Path("study", t.user_attrs["run"], "config.yaml").is_file() for t in ended)
 
 
-class InTurn(Sweeper):
-    """A sweeper of a user's own, which keeps what each job returns."""
-
-    returned: dict[str, float] = {}  # noqa: RUF012
-
-    def setup(self, *, hydra_context, task_function, config):
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-
-    def sweep(self, arguments):
-        for index, shift in enumerate(("4.0", "0.5")):
-            job = [*arguments, f"system.shift={shift}"]
-            (found,) = self.launcher.launch([job], initial_job_idx=index)
-            self.returned[shift] = found.return_value
-
-
 def test_a_sweeper_of_hydra_gets_the_objective(monkeypatch):
-    ConfigStore.instance().store("in_turn", {"_target_": f"{__name__}.InTurn"}, "hydra/sweeper")
+    returned, sweep_ = [], BasicSweeper.sweep
+    keep = lambda self, arguments: returned.extend(sweep_(self, arguments))  # noqa: E731
+    monkeypatch.setattr(BasicSweeper, "sweep", keep)
     plugins.load(["counting.py"])
-    arguments = ("--multirun", "hydra/sweeper=in_turn", "absolute_metric=false", "seeds=[3,11]")
-    monkeypatch.setattr(sys, "argv", ["counting", *TINY, *arguments])
+    arguments = ("system.shift=9,0.5", "absolute_metric=false", "seeds=[3,11]")
+    monkeypatch.setattr(sys, "argv", ["counting", "--multirun", *TINY, *arguments])
     experiment.main(plugins.system("counting"))
     runs = sorted(Path("results/counting/test/count").iterdir())
     expected = [last_values(run)[None] for run in runs]
-    assert list(InTurn.returned.values()) == pytest.approx(expected)
+    assert [job.return_value for jobs in returned for job in jobs] == pytest.approx(expected)
     assert expected[0] != expected[1]
 
 
