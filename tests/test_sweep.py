@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import optuna
 import pytest
 import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.experimental.callback import Callback
 from optuna.trial import TrialState, create_trial
 
 from magpo import commands, config, experiment, plugins
@@ -227,17 +228,24 @@ def test_trials_below_the_median_are_pruned(prune):
     assert all(Path("study", t.user_attrs["run"], "config.yaml").is_file() for t in ended)
 
 
+class Keep(Callback):
+    """What each of Hydra's jobs returned: what its sweepers get."""
+
+    returned: ClassVar[list[float]] = []
+
+    def on_job_end(self, config, job_return, **_):
+        self.returned.append(job_return.return_value)
+
+
 def test_a_sweeper_of_hydra_gets_the_objective(monkeypatch):
-    returned, sweep_ = [], BasicSweeper.sweep
-    keep = lambda self, arguments: returned.extend(sweep_(self, arguments))  # noqa: E731
-    monkeypatch.setattr(BasicSweeper, "sweep", keep)
     plugins.load(["counting.py"])
-    arguments = ("system.shift=9,0.5", "absolute_metric=false", "seeds=[3,11]")
+    keep = f"+hydra.callbacks.keep._target_={__name__}.Keep"
+    arguments = (keep, "system.shift=9,0.5", "absolute_metric=false", "seeds=[3,11]")
     monkeypatch.setattr(sys, "argv", ["counting", "--multirun", *TINY, *arguments])
     experiment.main(plugins.system("counting"))
     runs = sorted(Path("results/counting/test/count").iterdir())
     expected = [last_values(run)[None] for run in runs]
-    assert [job.return_value for jobs in returned for job in jobs] == pytest.approx(expected)
+    assert Keep.returned == pytest.approx(expected)
     assert expected[0] != expected[1]
 
 
