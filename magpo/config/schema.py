@@ -129,9 +129,8 @@ class RunConfig:
 
     def _check_vary(self) -> None:
         if self.vary_in_step:
-            if len(sizes := {key: len(values) for key, values in self.vary.items()}) and (
-                len({*sizes.values()}) > 1 or 0 in sizes.values()
-            ):
+            sizes = {key: len(values) for key, values in self.vary.items()}
+            if len({*sizes.values()}) > 1 or 0 in sizes.values():
                 raise ValueError(f"vary_in_step: all keys must have as many values, not {sizes}")
             found = [tuple(map(as_float32, setting.values())) for setting in self.settings]
             if len({*found}) < len(found):

@@ -22,8 +22,7 @@ from optuna.distributions import (
 
 from magpo import config as configuration
 from magpo.config.schema import RunConfig
-from magpo.errors import ConfigError
-from magpo.values import unknown_key
+from magpo.errors import ConfigError, nearest
 
 GROUPS, OTHERS = ("system", "network"), ("num_envs", "rollout_length")
 FORMS = "write a list [a,b], a range low..high, or log:low..high"
@@ -60,7 +59,9 @@ def distributions(space: Space, config: RunConfig) -> dict[str, BaseDistribution
     found = dict[str, BaseDistribution]()
     for key, choice in space.items():
         if key not in known:
-            raise ConfigError(unknown_key(f"space.{key}", [f"space.{name}" for name in known]))
+            near = nearest(f"space.{key}", [f"space.{name}" for name in known])
+            allowed = ", ".join([*(f"{group}.*" for group in GROUPS), *OTHERS])
+            raise ConfigError(f"unknown key 'space.{key}': {near}a space has keys of {allowed}")
         found[key] = _distribution(key, choice, values[key])
     return found
 

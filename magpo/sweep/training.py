@@ -39,9 +39,12 @@ class Search:
 
     def load(self, changes: Sequence[str]) -> RunConfig:
         """Return the configuration of a run in the study's folder. Raises ConfigError."""
+        return configuration.load(self.module, self.arguments(changes))
+
+    def arguments(self, changes: Sequence[str]) -> list[str]:
+        """Return the arguments of a run in the study's folder."""
         where = str(self.folder).replace("'", "\\'")
-        overrides = [*self.overrides, *changes, f"results_dir='{where}'"]
-        return configuration.load(self.module, overrides)
+        return [*self.overrides, *changes, f"results_dir='{where}'"]
 
 
 class Group(NamedTuple):
@@ -209,10 +212,9 @@ def train(
         time.sleep(child.POLL_S)
         stopped = watch()
     if not stopped and _status(metrics) != "finished" and not _all_diverged(group, metrics):
-        command = [sys.executable, "-m", "magpo.sweep.train", search.system, *search.overrides]
-        results_dir = search.load([]).results_dir.replace("'", "\\'")
-        command += [*group.changes, f"results_dir='{results_dir}'", "resume=auto"]
-        code = child.run([*command, "logger.console=false"], watch)
+        command = [sys.executable, "-m", "magpo.sweep.train", search.system]
+        command += [*search.arguments(group.changes), "resume=auto", "logger.console=false"]
+        code = child.run(command, watch)
         stopped = watch()
     if stopped:
         return 0
