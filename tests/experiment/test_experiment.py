@@ -336,7 +336,7 @@ def test_a_failing_writer_is_reported_and_does_not_stop_the_run(config, monkeypa
     ],
 )
 def test_exit_codes(config, monkeypatch, capsys, error, code, line):
-    def fail(*args):
+    def fail(*args, must_fit):
         raise error
 
     monkeypatch.setattr(loop, "run", fail)
@@ -350,7 +350,7 @@ def test_exit_codes(config, monkeypatch, capsys, error, code, line):
 
 
 def test_a_launchers_job_ends_with_the_signals_code(monkeypatch):
-    monkeypatch.setattr(loop, "run", lambda *args: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(loop, "run", lambda *args, must_fit: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(interrupts, "received", [])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
