@@ -12,6 +12,8 @@ python -m magpo.evaluate run=<folder>         play a run's best policies
 python -m magpo.render run=<folder>           show an episode; or env=<suite>/<task>
 python -m magpo.export run=<folder>           write a policy that needs JAX alone
 python -m magpo.reproduce [<suite>/<task>]    list published results, or repeat a task's
+python -m magpo.sweep <system> env=<suite>/<task>
+                                              search hyperparameters
 python -m magpo.plot <folder> out=<folder>    draw figures and write tables of many runs
 
 All take import=<file or module>, of a system or a task of your own."""

@@ -56,7 +56,7 @@ def _given(
         text = f"{argument[2:]}=true" if argument.startswith("--") else argument
         if "=" not in text and (free := [word for word in words if word not in given]):
             given[free[0]] = text
-        elif takes_others and text.partition("=")[0] not in keys:
+        elif takes_others and ("=" not in text or text.partition("=")[0] not in keys):
             others.append(text)
         elif not text.startswith("import="):
             key, value = compose.parse(text)

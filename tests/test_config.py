@@ -215,6 +215,11 @@ def test_varied_values_are_members(mine):
     whole = load(mine, [TINY, "vary={system: {lr: [1,2]}}"])
     assert whole.vary == {"system.lr": (1.0, 2.0)}
     assert load(mine, [TINY]).vary == {}
+    steps = ["vary_in_step=true", "vary.system.lr=[1,1]", "vary.system.bound=[null,3]"]
+    run = load(mine, [TINY, *steps])
+    assert [tuple(setting.values()) for setting in run.settings] == [(1.0, None), (1.0, 3.0)]
+    assert config.dump(run)["vary_in_step"] is True
+    assert "vary_in_step" not in config.dump(load(mine, [TINY]))
 
 
 def test_varied_values_may_be_chosen_by_a_file(mine, tmp_path):
@@ -380,6 +385,14 @@ BAD = {
     ),
     "varied_nan": ([TINY, "vary.system.lr=[nan]"], "vary: system.lr must be a finite number"),
     "varied_check": ([TINY, "vary.system.lr=[1,100]"], "error: vary: system.lr above 99 never"),
+    "in_step_of_two_lengths": (
+        [TINY, "vary_in_step=true", "vary.system.lr=[1,2]", "vary.system.gamma=[0.5]"],
+        "vary_in_step: all keys must have as many values",
+    ),
+    "in_step_twice": (
+        [TINY, "vary_in_step=true", "vary.system.lr=[1,1]", "vary.system.gamma=[0.5,0.5]"],
+        "two settings are the same",
+    ),
     "vary_is_no_group": ([TINY, "vary=3"], "vary"),
     "varied_sweep": ([TINY, "vary.system.lr=1,2"], "--multirun"),
     "does_not_divide": ([TINY, "num_envs=9"], "must divide num_envs=9, not 2"),

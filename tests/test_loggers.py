@@ -326,6 +326,7 @@ def make_console(folder, suite="lbf", budget="quick", headline="episode_return",
         algorithm=None,
         seeds=(5, 2),
         vary=vary or {},
+        vary_in_step=False,
         seeds_per_batch=None,
         total_steps=1024,
         num_envs=8,
@@ -509,10 +510,12 @@ def test_exit_codes_without_a_console(tmp_path, redirection, error, code):
     program.write_text(
         "import time; from test_loggers import *; from magpo.experiment import loop\n"
         "from magpo.errors import ConfigError; from magpo.experiment import DivergenceError\n"
-        "def train(*_):\n"
+        "from unittest import mock\n"
+        "def train(*_, must_fit):\n"
         "    time.sleep(0.2)  # `| true` has ended\n"
         f"    make_console(Path('x')).warn('…')\n"
         f"    if {error!r}: raise {error or 'ValueError'}('this')\n"
+        "    return mock.Mock(objective=1.0)\n"
         "loop.run, loop.cli.compose.load = train, lambda *_: None\n"
         "from magpo.systems import magpo; loop.main(magpo)\n"
     )

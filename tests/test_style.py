@@ -15,7 +15,8 @@ LAYERS = [
     *("errors", "types", "values", "files", "tables", "metrics", "optimiser", "published"),
     *("envs", "networks", "contract", "plugins"),
     *("config", "commands", "hardware", "report", "runs"),
-    *("evaluate", "experiment", "export", "plot", "render", "reproduce", "systems", "__main__"),
+    *("evaluate", "experiment", "export", "plot", "render", "reproduce", "sweep", "systems"),
+    "__main__",
 ]
 # What a system, which people copy, may use.
 FOR_SYSTEMS = {

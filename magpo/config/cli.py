@@ -31,7 +31,8 @@ def main(system: str | ModuleType, run: Run, config_dir: Path | None = None) -> 
     Without flags this is `run(module, config.load(system, arguments))`: no Hydra application, no
     outputs/ folder, no change of folder or of logging. --help and --cfg job are ours; --multirun
     and shell completion are Hydra's. All jobs of a --multirun are checked before the first
-    starts; its record and a launcher's files go to <results_dir>/sweeps/. A ConfigError, also one
+    starts; its record and a launcher's files go to <results_dir>/sweeps/. What `run` returns is the
+    job's return value, which a sweeper may optimise. A ConfigError, also one
     that `run` raises, ends the process with its line on stderr and exit code 2.
     """
     arguments = sys.argv[1:]
@@ -106,7 +107,7 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
     file = str(module.__file__)
     plugins.keep(module)
 
-    def job(_: Any) -> None:
+    def job(_: Any) -> object:
         hydra_config = HydraConfig.get()
         with files.exit_on_config_error():
             module = plugins.module_of(file)  # a launcher's jobs may be other processes
@@ -114,7 +115,7 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
             if hydra_config.job.chdir:  # results_dir is relative to where the command was given
                 where = Path(hydra_config.runtime.cwd, config.results_dir)
                 config = replace(config, results_dir=str(where))
-            run(module, config)
+            return run(module, config)
 
     store = ConfigStore.instance()
     for task, (_, options) in registry.registered.items():

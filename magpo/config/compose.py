@@ -124,7 +124,7 @@ def _resumed(module: ModuleType, folders: Sequence[Path], chosen: Values) -> tup
     if (task := chosen.get("env", about["env"])) != about["env"]:
         raise ConfigError(f"resume={resume}: is a run on {about['env']}, not on {task}")
     logger = _logger(folders, chosen["logger"]) if "logger" in chosen else {}
-    return about, flat(values | OF_THIS_PROCESS) | logger
+    return about, flat({"vary_in_step": False} | values | OF_THIS_PROCESS) | logger
 
 
 def _logger(folders: Sequence[Path], option: Any) -> Values:

@@ -19,9 +19,13 @@ class Member(NamedTuple):
         return f"seed {self.seed} {label(self.setting)}".strip()
 
 
-def settings(vary: Mapping[str, Sequence[float | None]]) -> tuple[Setting, ...]:
-    """Return all combinations of the varied values, the last key's changing fastest."""
-    return tuple(dict(zip(vary, values, strict=True)) for values in product(*vary.values()))
+def settings(
+    vary: Mapping[str, Sequence[float | None]], in_step: bool = False
+) -> tuple[Setting, ...]:
+    """Return all combinations of the varied values, the last key's changing fastest; `in_step`, the
+    first values of all keys, then the second ones, and so on."""
+    combined = zip(*vary.values(), strict=True) if vary and in_step else product(*vary.values())
+    return tuple(dict(zip(vary, values, strict=True)) for values in combined)
 
 
 def members(seeds: Sequence[int], settings: Sequence[Setting]) -> tuple[Member, ...]:

@@ -86,6 +86,7 @@ class RunConfig:
     algorithm: Annotated[AlgorithmConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
     seeds: tuple[Seed, ...]
     vary: dict[str, tuple[float | None, ...]]  # by dotted key: {"system.delta": (1.1, 1.2)}
+    vary_in_step: bool  # the first values of all keys, then the second ones; False: their product
     seeds_per_batch: PositiveInt | None  # members trained at once on a device, or on the CPU
     total_steps: Annotated[Integer, Field(gt=0, lt=10**15)]  # as asked for
     num_envs: PositiveInt
@@ -110,11 +111,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more different numbers, not {list(self.seeds)}")
-        for key, values in self.vary.items():
-            if not values or len({v if v is None else np.float32(v) for v in values}) < len(values):
-                raise ValueError(
-                    f"vary.{key} must be one or more different values, not {list(values)}"
-                )
+        self._check_vary()
         steps = self.steps_per_update
         if steps >= 2**31:
             raise ValueError(f"num_envs * rollout_length must be below {2**31}, not {steps}")
@@ -132,10 +129,25 @@ class RunConfig:
                 f"2**31 updates of num_envs * rollout_length = {steps} steps"
             )
 
+    def _check_vary(self) -> None:
+        if self.vary_in_step:
+            sizes = {key: len(values) for key, values in self.vary.items()}
+            if len({*sizes.values()}) > 1 or 0 in sizes.values():
+                raise ValueError(f"vary_in_step: all keys must have as many values, not {sizes}")
+            found = [tuple(map(as_float32, setting.values())) for setting in self.settings]
+            if len({*found}) < len(found):
+                raise ValueError("vary_in_step: two settings are the same")
+            return
+        for key, values in self.vary.items():
+            if not values or len({*map(as_float32, values)}) < len(values):
+                raise ValueError(
+                    f"vary.{key} must be one or more different values, not {list(values)}"
+                )
+
     @property
     def settings(self) -> tuple[Setting, ...]:
-        """All combinations of the varied values; one empty setting if nothing varies."""
-        return members.settings(self.vary)
+        """The combinations of the varied values; one empty setting if nothing varies."""
+        return members.settings(self.vary, self.vary_in_step)
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -176,6 +188,11 @@ class RunConfig:
         return self.num_updates * self.steps_per_update
 
 
+def as_float32(value: float | None) -> float | None:
+    """Return the number that a program computes with."""
+    return None if value is None else float(np.float32(value))
+
+
 def dump(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as plain values under the names of the command line."""
     values = asdict(config)
@@ -186,6 +203,8 @@ def dump(config: RunConfig) -> dict[str, Any]:
     values["system"] = algorithm["hyper"]
     values |= {part: algorithm[part] for part in ("network",) if part in algorithm}
     values["vary"] = nested(values["vary"])
+    if not values["vary_in_step"]:  # as in the files of earlier versions
+        del values["vary_in_step"]
     for key in OF_THIS_PROCESS:
         del values[key]
     plain: dict[str, Any] = json.loads(json.dumps(values))
@@ -194,7 +213,8 @@ def dump(config: RunConfig) -> dict[str, Any]:
 
 def dump_setting(config: RunConfig, setting: Setting) -> dict[str, Any]:
     """Return the configuration as `dump` does, as if nothing but this setting had been trained."""
-    return dump(replace(config, vary={}, algorithm=config.algorithm_of(setting)))
+    algorithm = config.algorithm_of(setting)
+    return dump(replace(config, vary={}, vary_in_step=False, algorithm=algorithm))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
@@ -234,7 +254,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check(module: ModuleType, values: Mapping[str, Any]) -> RunConfig:
     """Make dataclasses of values under the names of `dump`. Raises ConfigError."""
-    values = {"vary": {}, **OF_THIS_PROCESS, **values, "algorithm": None}
+    values = {"vary": {}, "vary_in_step": False, **OF_THIS_PROCESS, **values, "algorithm": None}
     schema = contract.algorithm(module).Config
     floats = contract.float_names(get_type_hints(schema)["hyper"])
     if isinstance(values["vary"], Mapping):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ import numpy as np
 from magpo import config as configuration
 from magpo import contract, envs, plugins, published
 from magpo.config import cli
+from magpo.config.members import Member, Setting, by_setting
 from magpo.config.schema import RunConfig, dump, flat
 from magpo.errors import ConfigError
 from magpo.experiment import checks, interrupts
@@ -45,13 +47,28 @@ from magpo.types import Array, Environment, spec
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a run. Its folder holds the metrics too."""
+    """The outcome of a run. M members: each setting with each seed, seeds changing fastest."""
 
-    folder: Path
+    folder: Path  # the run's, with its configuration, metrics and checkpoints
     measurements: list[Measurement]  # at step 0 and after every chunk, without training metrics
-    absolute: Measurement | None
-    best: Best
-    params: Any  # (M, ...) the policy at the end
+    absolute: Measurement | None  # the best policies played again; None: absolute_metric=false
+    best: Best  # (M, ...) the policies with the highest mean return in an evaluation
+    params: Any  # (M, ...) the policies at the end
+    members: tuple[Member, ...]  # (M,) their seeds and settings
+    headline: str  # the metric that the suite's papers report: "win_rate"
+
+    @property
+    def scores(self) -> list[tuple[Setting, float]]:
+        """Each setting with its mean headline metric over seeds: the absolute metric if it was
+        played, otherwise the last evaluation; NaN if one of its seeds diverged."""
+        last = self.absolute or self.measurements[-1]
+        values = last.evaluation[self.headline].mean(-1, dtype=np.float64)
+        return [(s, float(values[places].mean())) for s, places in by_setting(self.members)]
+
+    @property
+    def objective(self) -> float:
+        """The highest of `scores`, which a search maximises; NaN if all settings diverged."""
+        return max((score for _, score in self.scores), key=lambda x: -np.inf if x != x else x)
 
 
 def run(
@@ -59,13 +76,15 @@ def run(
     config: RunConfig,
     env: Environment | None = None,
     sinks: Sequence[Callable[[Run], Sink]] = (),
+    must_fit: bool = False,
 ) -> Result:
     """Train, evaluate and log one system on one task, all members side by side.
 
     `env` takes the place of the environment that `config.env` names. `sinks` make loggers of your
     own, beside those of `config.logger`; in a resumed run they first receive its earlier
-    evaluations. Raises ConfigError before anything is compiled, DivergenceError, LoggingError.
-    Whatever ends the run, its files hold everything measured so far.
+    evaluations. `must_fit` makes it an error, instead of a warning, if training needs more memory
+    than there is. Raises ConfigError before anything is compiled, or trained if it must fit;
+    DivergenceError; LoggingError. Whatever ends the run, its files hold everything measured so far.
     """
     algorithm = contract.algorithm(module)
     devices.set_up_jax(config)
@@ -87,11 +106,16 @@ def run(
             start = resume.start(folder, config, state, best, evaluation) or start
         if processes.is_first():
             stack.enter_context(folders.recorded(folder))
-        return _run(programs, arguments, env, config, folder, start, sinks)
+        return _run(programs, arguments, env, config, folder, start, sinks, must_fit)
 
 
 def _train(
-    programs: Programs, config: RunConfig, recorder: Recorder, saver: Saver, start: Start
+    programs: Programs,
+    config: RunConfig,
+    headline: str,
+    recorder: Recorder,
+    saver: Saver,
+    start: Start,
 ) -> Result:
     """Train, evaluate and save chunk after chunk. `programs` are compiled."""
     train_keys, evaluation_keys, hyper = member_inputs(config)
@@ -124,7 +148,15 @@ def _train(
         absolute = recorder.record_absolute(best, parts)
     params, _ = programs.snapshot(state)
     best, params = devices.gathered((best, params))
-    return Result(saver.folder, recorder.measurements, absolute, best, params)
+    return Result(
+        folder=saver.folder,
+        measurements=recorder.measurements,
+        absolute=absolute,
+        best=best,
+        params=params,
+        members=config.members,
+        headline=headline,
+    )
 
 
 def _run(
@@ -135,6 +167,7 @@ def _run(
     folder: Path,
     start: Start,
     own_sinks: Sequence[Callable[[Run], Sink]],
+    must_fit: bool,
 ) -> Result:
     suite, _, task = env.name.partition("/")
     info = Run(
@@ -160,12 +193,18 @@ def _run(
             with console.compiling():
                 programs = compile_programs(programs, arguments)
             if needed := devices.memory_needed(programs.train_chunk):
-                console.footprint(needed, devices.memory_available(config))
+                available = devices.memory_available(config)
+                console.footprint(needed, available)
+                if must_fit and needed > available:
+                    raise ConfigError(
+                        f"{len(config.members)} members need {needed:,} bytes on each device, "
+                        f"which has {available:,}: train fewer at once"
+                    )
             recorder = Recorder(config, writer, console, start.measurements)
             saver = Saver(config, folder, writer, log, spec(env))
             try:
                 with console.progress:
-                    result = _train(programs, config, recorder, saver, start)
+                    result = _train(programs, config, env.headline, recorder, saver, start)
             except (KeyboardInterrupt, SystemExit):  # the latter a launcher's, out of its handler
                 saver.stop()
                 raise
@@ -217,16 +256,17 @@ def _check_env(env: Environment, config: RunConfig) -> None:
         )
 
 
-def main(system: ModuleType | str) -> None:
+def main(system: ModuleType | str, must_fit: bool = False) -> None:
     """Run the command line of a system: its module, or its file, however that was started.
 
-    Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    `must_fit` is that of `run`. Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
     signal.signal(signal.SIGINT, interrupts.stop)
     signal.signal(signal.SIGTERM, interrupts.stop)
     gc.set_threshold(50_000, 20, 100)  # tracing makes many objects, and little garbage
     try:
-        cli.main(plugins.module_of(system) if isinstance(system, str) else system, _job)
+        module = plugins.module_of(system) if isinstance(system, str) else system
+        cli.main(module, partial(_job, must_fit=must_fit))
         flush_output()
     except BaseException as error:
         code = 1
@@ -241,13 +281,14 @@ def main(system: ModuleType | str) -> None:
         os._exit(code)  # an orderly exit would first wait for the chunk that is under way
 
 
-def _job(module: ModuleType, config: RunConfig) -> None:
-    """Run in this process, or in a launcher's, which would ignore SIGTERM."""
+def _job(module: ModuleType, config: RunConfig, must_fit: bool = False) -> float:
+    """Run in this process, or in a launcher's, which would ignore SIGTERM; return the objective,
+    for Hydra's sweepers."""
     main_catches = signal.getsignal(signal.SIGTERM) is interrupts.stop
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupts.stop)
     try:
-        run(module, config)
+        return run(module, config, must_fit=must_fit).objective
     except KeyboardInterrupt:
         if main_catches or not interrupts.received:
             raise

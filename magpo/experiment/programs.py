@@ -134,9 +134,10 @@ def build_programs(
 
 
 def _keep_best(best: Best, params: Any, returns: Array, index: Array) -> Best:
-    """Return the better of one member's best policy and the one just evaluated."""
+    """Return the better of one member's best policy and the one just evaluated, if that has not
+    diverged."""
     new = Best(returns.mean(), index, params)
-    better = new.score >= best.score
+    better = (new.score >= best.score) & jnp.isfinite(ravel_pytree(params)[0]).all()
     return Best(*jax.tree.map(partial(jnp.where, better), new, best))
 
 

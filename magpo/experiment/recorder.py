@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from magpo.config.members import by_setting
 from magpo.config.schema import RunConfig
 from magpo.experiment.programs import Best
 from magpo.report.console import Console
@@ -20,7 +21,11 @@ class DivergenceError(RuntimeError):
 
 
 class Recorder:
-    """Reads metrics off the device, hands them on, and stops the run at the first NaN."""
+    """Reads metrics off the device, hands them on, and stops the run when it has diverged.
+
+    A member has diverged once one of its losses or parameters is NaN: its evaluations are NaN from
+    then on. The run stops when each of its settings has such a member.
+    """
 
     def __init__(
         self,
@@ -33,11 +38,15 @@ class Recorder:
         self.measurements = list(earlier)
         self.last = time.perf_counter()
         self.began = self.last - (earlier[-1].wall_s if earlier else 0.0)
+        self.diverged = np.zeros(len(config.members), bool)
+        if earlier:
+            self.diverged = np.isnan(earlier[-1].evaluation["episode_return"]).any(-1)
 
     def record(
         self, index: int, finite: Array, evaluation: dict[str, Array], training: dict[str, Array]
     ) -> None:
-        """Wait for a chunk and the evaluation after it. Raises DivergenceError."""
+        """Wait for a chunk and the evaluation after it. Raises DivergenceError once all settings
+        have diverged."""
         metrics = _get(training)
         trained = time.perf_counter()
         scores = _get(evaluation)
@@ -48,42 +57,64 @@ class Recorder:
             timing["evaluation_s"] = now - trained
             timing["steps_per_s"] = self.config.steps_per_chunk / timing["training_s"]
         self.last = now
+        what = self._diverged(index, np.asarray(finite), metrics)
+        scores = self._masked(scores)
         steps = (index * self.config.steps_per_chunk,) * len(self.config.members)
         measurement = Measurement(index, steps, now - self.began, scores, metrics, timing)
         self.writer.put(measurement)
         self.console.update(measurement)
         self.measurements.append(measurement._replace(training={}))
-        self._check(index, np.asarray(finite), metrics)
+        if what is None:
+            return
+        settings = by_setting(self.config.members)
+        if all(self.diverged[places].any() for _, places in settings):
+            raise DivergenceError(what)
+        self.console.warn(f"{what}; the other settings continue")
 
     def record_absolute(self, best: Best, parts: list[dict[str, Array]]) -> Measurement:
         """Wait for the evaluations that make up the absolute metric."""
         scores = _get(parts)
         joined = {name: np.concatenate([part[name] for part in scores], 1) for name in scores[0]}
+        joined = self._masked(joined)
         steps = tuple(int(i) * self.config.steps_per_chunk for i in np.asarray(best.chunk))
         wall_s = time.perf_counter() - self.began
         measurement = Measurement(None, steps, wall_s, joined, {}, {})
         self.writer.put(measurement)
         return measurement
 
-    def _check(self, index: int, finite: np.ndarray, metrics: dict[str, np.ndarray]) -> None:
-        config = self.config
+    def _diverged(
+        self, index: int, finite: np.ndarray, metrics: dict[str, np.ndarray]
+    ) -> str | None:
+        """Mark members that have diverged; return what the first of those not yet marked met."""
+        config, before = self.config, self.diverged
         found = sorted(
             (update, place, name)
             for name, values in metrics.items()
             for place, update in np.argwhere(np.isnan(values) & defined(metrics, name))
+            if not before[place]
         )
+        self.diverged = before | ~finite
+        self.diverged[[place for _, place, _ in found]] = True
         if found:
             update, place, _ = found[0]
             what = ", ".join(name for *at, name in found if at == [update, place])
             update += (index - 1) * config.updates_per_chunk + 1
-        elif not finite.all():
-            place, what, update = np.argmin(finite), "parameters", index * config.updates_per_chunk
+        elif (self.diverged & ~before).any():
+            place, what = np.argmax(self.diverged & ~before), "parameters"
+            update = index * config.updates_per_chunk
         else:
-            return
-        raise DivergenceError(
+            return None
+        return (
             f"training diverged at update {update} of {config.num_updates}, "
             f"{config.members[place].name}: {what} not finite"
         )
+
+    def _masked(self, evaluation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return an evaluation, (M, K) each, that is NaN for members that have diverged."""
+        if not self.diverged.any():
+            return evaluation
+        lost = self.diverged[:, None]
+        return {k: np.where(lost, np.float32(np.nan), v) for k, v in evaluation.items()}
 
 
 def _get(tree: Any) -> Any:

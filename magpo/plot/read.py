@@ -22,7 +22,7 @@ from magpo.report.measurements import ABSOLUTE_EVALUATIONS
 # Settings that do not change what is learned.
 NO_SETTINGS = {
     *("run", "seeds", "seeds_per_batch", "num_evaluations", "eval_episodes", "absolute_metric"),
-    *("platform", "logger", "results_dir", "keep", "checkpoint_share"),
+    *("vary_in_step", "platform", "logger", "results_dir", "keep", "checkpoint_share"),
 }
 ABSENT = object()  # marks a setting that only other runs' config.yaml files have
 Curve = dict[int, float]  # means over an evaluation's episodes, by environment steps

@@ -21,12 +21,10 @@ Other keys would change what is compared.
 """
 
 import platform
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from magpo import commands, tables
@@ -37,6 +35,7 @@ from magpo.published import Row
 from magpo.reproduce import report as reports
 from magpo.reproduce import results
 from magpo.reproduce.results import Key, Seeds
+from magpo.runs import child
 from magpo.values import Seed, UserPath
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,34 +88,11 @@ def _list(seeds: Sequence[int]) -> str:
 
 
 def train(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:
-    """Train seeds of a row in a process of its own, and return its exit code.
-
-    Signals that stop this process are passed on, once each: the run is in a process group of its
-    own, because it saves at a first Ctrl-C and dies at a second one.
-    """
+    """Train seeds of a row in a process of its own, and return its exit code."""
     system, *own = row.command
     quoted = results_dir.replace("'", "\\'")
     command = [sys.executable, "-m", f"magpo.systems.{system}", *own, *overrides, _list(seeds)]
-    command += [f"results_dir='{quoted}'", "resume=auto"]
-    processes, received = list[subprocess.Popen[bytes]](), list[int]()
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        for process in processes:
-            process.send_signal(signum)
-
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    caught = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
-    before = {signum: signal.signal(signum, stop) for signum in caught}
-    try:
-        processes.append(subprocess.Popen(command, process_group=0))
-        if received:  # before there was a process
-            processes[0].send_signal(received[0])
-        code = processes[0].wait()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    return 128 + received[0] if received else code if code >= 0 else 128 - code
+    return child.run([*command, f"results_dir='{quoted}'", "resume=auto"])
 
 
 def reproduce(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:

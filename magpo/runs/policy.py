@@ -57,6 +57,8 @@ class TrainedRun:
             seed in (None, member.seed) and setting.items() <= member.setting.items()
             for member in self.config.members
         ]
+        if not any(chosen):
+            raise ConfigError(f"the run, whose keys vary in step, has no setting {dict(setting)}")
         return np.flatnonzero(chosen)
 
     def best(self, places: np.ndarray) -> int:

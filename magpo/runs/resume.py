@@ -28,7 +28,7 @@ from magpo.types import EnvSpec
 # episodes under way are.
 FIXED = (
     *("run.system", "run.env", "run.budget", "run.tuned", "run.published", "env", "network"),
-    *("seeds", "vary", "num_envs", "rollout_length", "eval_episodes"),
+    *("seeds", "vary", "vary_in_step", "num_envs", "rollout_length", "eval_episodes"),
 )
 
 
@@ -85,7 +85,11 @@ def start(
         loaded = checkpoint.load(path, meta, "state", state)
         record = checkpoint.load(path, meta, "record", template)
         score, chunks, params = record["best"]
-        checkpoint.check_best(path, score, chunks, (params, loaded.params))
+        trained = loaded.params
+        last = record["history"]["episode_return"][-1]
+        if (diverged := np.isnan(last).any(-1)).any():  # these members' parameters may be NaN
+            trained = jax.tree.map(lambda leaf: leaf[~diverged], trained)
+        checkpoint.check_best(path, score, chunks, (params, trained))
         measured = [
             Measurement(
                 chunk=index,

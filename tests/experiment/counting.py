@@ -150,6 +150,7 @@ def settings(results_dir):
         algorithm=Config(4, HYPER),
         seeds=SEEDS,
         vary={},
+        vary_in_step=False,
         seeds_per_batch=None,
         total_steps=U * K * 12 + 7,
         num_envs=4,

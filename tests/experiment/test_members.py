@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from experiment.counting import (
     Config,
     Count,
     K,
+    U,
     expected_returns,
     plotted,
     records,
@@ -239,11 +241,51 @@ def test_neptune_gets_each_members_values(vary, monkeypatch):
     assert all("vary" not in config or not config["vary"] for _, config in written)
 
 
-def test_a_divergence_names_seed_and_setting(vary):
+def test_a_divergence_names_seed_and_setting_and_ends_that_setting_alone(vary, capsys):
     algorithm = Config(4, hyper_of(nan="loss/policy"))
-    with pytest.raises(experiment.DivergenceError) as error:
-        run(vary, algorithm=algorithm, vary={"system.shift": (2.0, 20.0)}, seeds=SEEDS[:1])
-    assert ", seed 3 shift=2: loss/policy not finite" in str(error.value)
+    shifts = {"system.shift": (2.0, 20.0)}
+    result = run(vary, algorithm=algorithm, vary=shifts, seeds=SEEDS[:1])
+    peak = int(result.params["peak"][0])
+    out = " ".join(capsys.readouterr().out.split())
+    assert ", seed 3 shift=2: loss/policy not finite; the other settings continue" in out
+    returns = np.array([m.evaluation["episode_return"].mean(-1) for m in result.measurements])
+    lost = np.arange(K + 1) >= -(-(peak + 2) // U)
+    np.testing.assert_array_equal(np.isnan(returns), np.stack([lost, lost & False], 1))
+    np.testing.assert_allclose(returns[1:, 1], expected_returns(peak + 20)[1:])
+    (_, first), (setting, second) = result.scores
+    assert np.isnan(first) and setting == {"system.shift": 20.0}
+    assert result.objective == second == result.absolute.evaluation["episode_return"][1].mean()
+    with pytest.raises(experiment.DivergenceError, match="shift=2: loss/policy not finite"):
+        run(vary, algorithm=algorithm, vary={"system.shift": (2.0, 3.0)}, seeds=SEEDS[:1])
+
+
+def test_a_member_that_diverged_stays_so_in_a_resumed_run(vary):
+    algorithm = Config(4, hyper_of(nan="parameters"))
+    shifts = {"system.shift": (0.0, 40.0)}
+    whole = run(vary, algorithm=algorithm, vary=shifts, seeds=SEEDS[:1])
+    last = sorted((whole.folder / "checkpoints").glob("0*"))[-1]
+    shutil.rmtree(last)  # as if it had been stopped one chunk earlier
+    again = run(vary, algorithm=algorithm, vary=shifts, seeds=SEEDS[:1], resume=str(whole.folder))
+    assert len(again.measurements) == K + 1
+    np.testing.assert_array_equal(again.best.chunk, whole.best.chunk)
+    np.testing.assert_array_equal(
+        again.absolute.evaluation["episode_return"], whole.absolute.evaluation["episode_return"]
+    )
+    assert np.isnan(again.scores[0][1]) and np.isfinite(again.scores[1][1])
+
+
+def test_settings_in_step(vary):
+    values = {"system.shift": (1.0, 1.0, 2.0), "system.bound": (None, 3.0, 3.0)}
+    result = run(vary, vary=values, vary_in_step=True, seeds=SEEDS[:2])
+    assert [m.seed for m in result.members] == [*SEEDS[:2]] * 3
+    pairs = [tuple(setting.values()) for setting, _ in result.scores]
+    assert pairs == [(1.0, None), (1.0, 3.0), (2.0, 3.0)]
+    np.testing.assert_array_equal(result.params["shift"], [1, 1, 1, 1, 2, 2])
+    assert (result.params["bound"] == 3).tolist() == [False] * 2 + [True] * 4
+    trained = policy.read(result.folder, SYSTEM)
+    assert trained.places(SEEDS[1], {"system.shift": 1.0, "system.bound": 3.0}).tolist() == [3]
+    with pytest.raises(ConfigError, match="has no setting"):
+        trained.places(None, {"system.shift": 2.0, "system.bound": None})
 
 
 def test_the_console_shows_the_best_setting_and_a_row_for_each_member(vary, capsys):

@@ -1,0 +1,144 @@
+"""A study: trials in Optuna's storage, which are asked for in batches.
+
+A batch can be asked for again: each trial's values depend on the trials before it, on its number
+and on the worker alone, and a trial enters the storage complete or not at all. So a killed sweep
+continues with the trials that it would have had.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.samplers import BaseSampler, CmaEsSampler, GridSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
+
+from magpo import config as configuration
+from magpo.errors import ConfigError
+
+Sampler = Literal["tpe", "random", "grid", "cmaes"]
+Distributions = Mapping[str, BaseDistribution]
+SEARCH = "search"  # the study's attribute that says what it searches
+
+
+def load(folder: Path, storage: str | None, search: dict[str, Any] | None = None) -> optuna.Study:
+    """Open the study of a folder, or create it if `search` says what it is to search.
+
+    Raises ConfigError if the storage cannot be used, or its study is another search.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", ExperimentalWarning)
+    kwargs: dict[str, Any] = {"study_name": folder.resolve().name, "sampler": RandomSampler()}
+    kwargs["pruner"] = optuna.pruners.MedianPruner()
+    file = folder / "study.db"
+    if search is None and storage is None and not file.is_file():
+        raise ConfigError(f"{folder}: no study there")
+    try:
+        if search is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        kwargs["storage"] = _storage(storage or f"sqlite:///{file}")
+        if search is None:
+            return optuna.load_study(**kwargs)
+        study = optuna.create_study(**kwargs, direction="maximize", load_if_exists=True)
+        found = study.user_attrs.get(SEARCH)
+        if found is None:
+            study.set_user_attr(SEARCH, search)
+    except (OptunaError, SQLAlchemyError, ImportError, OSError, ValueError, KeyError) as error:
+        first = (str(error) or type(error).__name__).strip().partition("\n")[0]
+        raise ConfigError(f"storage={storage or file}: cannot be used: {first}") from error
+    if found is not None and (changed := configuration.differences(found, search)):
+        listed = "; ".join(f"{key}: {text}" for key, text in changed.items())
+        raise ConfigError(f"study={folder}: is another search: {listed}; study=<another folder>")
+    return study
+
+
+def _storage(place: str) -> BaseStorage:
+    """Return the storage at a URL, or the journal in a file."""
+    return RDBStorage(place) if "://" in place else JournalStorage(JournalFileBackend(place))
+
+
+def check_sampler(name: Sampler, found: Distributions) -> None:
+    """Raise ConfigError if a sampler cannot search this space."""
+    choices = [k for k, d in found.items() if isinstance(d, CategoricalDistribution)]
+    ranges = [key for key in found if key not in choices]
+    if name == "grid" and ranges:
+        raise ConfigError(f"sampler=grid: needs a list of values, not a range, of {ranges[0]}")
+    if name == "cmaes" and len(ranges) < 2:
+        raise ConfigError(f"sampler=cmaes: needs two ranges or more; the space has {len(ranges)}")
+    if name == "cmaes" and find_spec("cmaes") is None:
+        raise ConfigError("sampler=cmaes: needs cmaes: pip install 'magpo[sweep]'")
+
+
+def grid_size(found: Distributions) -> int:
+    """Return the number of combinations of a space of choices."""
+    return math.prod(
+        len(d.choices) for d in found.values() if isinstance(d, CategoricalDistribution)
+    )
+
+
+def _sampler(name: Sampler, found: Distributions, worker: int, number: int) -> BaseSampler:
+    """Make the sampler of one trial."""
+    seed = int(np.random.SeedSequence([worker, number]).generate_state(1)[0])
+    if name == "grid":  # one order for all trials
+        grid = {
+            k: list(d.choices) for k, d in found.items() if isinstance(d, CategoricalDistribution)
+        }
+        return GridSampler(grid, seed=0)
+    if name == "cmaes":
+        return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    if name == "random":
+        return RandomSampler(seed=seed)
+    return TPESampler(seed=seed, constant_liar=True)  # a trial under way counts as a bad one
+
+
+def ask(study: optuna.Study, name: Sampler, found: Distributions, batch: dict[str, int]) -> None:
+    """Add a trial to a batch.
+
+    The sampler works on a copy in memory, and the trial is then added in one transaction.
+    """
+    memory = optuna.create_study(direction="maximize")
+    memory.add_trials(study.get_trials(deepcopy=False))
+    memory.sampler = _sampler(name, found, batch["worker"], len(memory.trials))
+    memory.ask(dict(found))
+    asked = memory.trials[-1]
+    study.add_trial(
+        create_trial(
+            state=TrialState.RUNNING,
+            params=asked.params,
+            distributions=asked.distributions,
+            system_attrs=asked.system_attrs,
+            user_attrs=batch,
+        )
+    )
+
+
+def batch(
+    study: optuna.Study, name: Sampler, found: Distributions, worker: int, size: int, trials: int
+) -> list[FrozenTrial]:
+    """Return the worker's unfinished batch, or a new one; an empty list once the study has all of
+    its trials."""
+    mine = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("worker") == worker]
+    facts = {"worker": worker, "batch": len(study.trials)}
+    facts["batch_size"] = min(size, trials - facts["batch"])
+    if mine:
+        last = {key: mine[-1].user_attrs[key] for key in facts}
+        members = [t for t in mine if t.user_attrs["batch"] == last["batch"]]
+        unfinished = any(t.state is TrialState.RUNNING for t in members)
+        if unfinished or len(members) < last["batch_size"]:
+            facts = last
+    while True:
+        of_batch = [
+            t for t in study.get_trials(deepcopy=False) if facts.items() <= t.user_attrs.items()
+        ]
+        if len(of_batch) >= facts["batch_size"]:
+            return of_batch
+        ask(study, name, found, facts)
