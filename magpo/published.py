@@ -59,7 +59,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def has(task: str) -> bool:
-    """Whether a paper prints results for a task."""
+    """Return whether a paper prints results for a task."""
     return any(row.task == task for row in rows())
 
 

@@ -47,7 +47,7 @@ class Seed(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether the absolute metric was measured, which is a run's last act."""
+        """True once the absolute metric is measured, which is a run's last act."""
         return any(name.startswith("absolute/") for _, name, _ in self.records)
 
     def last(self, kind: str) -> float | None:
@@ -173,7 +173,7 @@ def strangers(results_dir: str) -> list[Path]:
 
 
 def _is_of(row: Row, given: Mapping[str, Any]) -> bool:
-    """Whether a configuration, by dotted names, is the one of the row's command."""
+    """Return whether a configuration, by dotted names, is the one of the row's command."""
     wanted = configuration.flat(configuration.dump(_config(row.command)))
     chosen = [override.partition("=")[0] for override in row.command[1:]]
     for name in {**wanted, **given}:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
@@ -90,17 +90,7 @@ def start(
         if (diverged := np.isnan(last).any(-1)).any():  # these members' parameters may be NaN
             trained = jax.tree.map(lambda leaf: leaf[~diverged], trained)
         checkpoint.check_best(path, score, chunks, (params, trained))
-        measured = [
-            Measurement(
-                chunk=index,
-                env_steps=(index * steps,) * len(config.members),
-                wall_s=float(at),
-                evaluation={name: record["history"][name][index] for name in evaluation},
-                training={},
-                timing={},
-            )
-            for index, at in enumerate(record["history"]["wall_s"])
-        ]
+        measured = _measurements(config, record["history"], evaluation)
         return Start(chunk, loaded, record["best"], measured, meta["log_bytes"])
 
     def take_over() -> None:
@@ -121,6 +111,23 @@ def start(
     found = folders.newest_checkpoint(folder, load)
     processes.agreed(take_over)
     return found
+
+
+def _measurements(
+    config: RunConfig, history: Mapping[str, Any], names: Iterable[str]
+) -> list[Measurement]:
+    """Return the evaluations in a checkpoint's history."""
+    return [
+        Measurement(
+            chunk=index,
+            env_steps=(index * config.steps_per_chunk,) * len(config.members),
+            wall_s=float(at),
+            evaluation={name: history[name][index] for name in names},
+            training={},
+            timing={},
+        )
+        for index, at in enumerate(history["wall_s"])
+    ]
 
 
 def _check_changes(

@@ -1,4 +1,4 @@
-"""What a sweep shows and writes: a table, best.yaml, history.png and importances.png."""
+"""The output of a sweep: a table, best.yaml, history.png and importances.png."""
 
 import sys
 import warnings

@@ -28,7 +28,7 @@ Values = tuple[float | None, ...]  # a setting's, in the order of `vary`
 
 @dataclass(frozen=True)
 class Search:
-    """What all trials of a sweep share."""
+    """The facts that all trials of a sweep share."""
 
     module: ModuleType
     system: str
@@ -146,7 +146,7 @@ class Metrics:
         return {chunk: mean for chunk, mean in sorted(means.items()) if mean is not None}
 
     def diverged(self, setting: Values) -> bool:
-        """Whether a setting's last evaluation is NaN."""
+        """Return whether a setting's last evaluation is NaN."""
         means = self.means(setting)
         return bool(means) and math.isnan(means[max(means)])
 
