@@ -4,7 +4,7 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -51,17 +51,22 @@ def begin(folder: Path, config: RunConfig, about: dict[str, str]) -> None:
     _write_status(folder, about | {"status": "running"})
 
 
-def newest_unfinished(config: RunConfig) -> Path | None:
-    """Return the newest unfinished run of this configuration on which no process works."""
+def newest(config: RunConfig, without: Container[str] = ()) -> Path | None:
+    """Return the newest run of this configuration whose status is not one of `without`."""
     parent = Path(config.results_dir, config.system, config.env.name)
     wanted = configuration.dump(config)
-    for folder in sorted(parent.glob("*"), reverse=True):
-        if status(folder) in ("finished", "running", "unknown"):
+    for folder in sorted(parent.glob("*/"), reverse=True):
+        if without and status(folder) in without:
             continue
-        with suppress(ConfigError):
+        with suppress(*UNREADABLE):  # a run that just begins, or a damaged one
             if not configuration.differences(configuration.plain_values(folder / CONFIG), wanted):
                 return folder
     return None
+
+
+def newest_unfinished(config: RunConfig) -> Path | None:
+    """Return the newest unfinished run of this configuration on which no process works."""
+    return newest(config, without=("finished", "running", "unknown"))
 
 
 def about(folder: Path) -> dict[str, str]:

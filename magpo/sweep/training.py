@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,6 @@ from magpo import config as configuration
 from magpo import contract, experiment
 from magpo.config.schema import RunConfig, as_float32
 from magpo.errors import ConfigError
-from magpo.files import UNREADABLE
 from magpo.runs import child, folders
 from magpo.sweep.space import override
 from magpo.types import Environment
@@ -106,7 +104,7 @@ class Metrics:
 
     def read(self) -> None:
         """Read what was added, once the run has a folder."""
-        self.folder = self.folder or _newest(self.config)
+        self.folder = self.folder or folders.newest(self.config)
         file = self.folder and self.folder / "metrics.jsonl"
         if file is None or not file.is_file():
             return
@@ -155,19 +153,6 @@ class Metrics:
         if self.config.absolute_metric:
             return self._mean(self.absolute, setting)
         return self.means(setting).get(self.config.num_evaluations)
-
-
-def _newest(config: RunConfig) -> Path | None:
-    """Return the newest run of this configuration."""
-    wanted = configuration.dump(config)
-    parent = Path(config.results_dir, config.system, config.env.name)
-    for folder in sorted(parent.glob("*/"), reverse=True):
-        with suppress(*UNREADABLE):  # one that just begins
-            if not configuration.differences(
-                configuration.plain_values(folder / folders.CONFIG), wanted
-            ):
-                return folder
-    return None
 
 
 def train_all(
