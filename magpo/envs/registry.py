@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from magpo import files
+from magpo.envs import simulators
 from magpo.errors import ConfigError, nearest
 from magpo.types import Environment
 
@@ -111,7 +112,8 @@ def make(task: str, /, *, global_state: bool = False, **overrides: Any) -> Envir
         if task in registered:
             build = registered[task][0]
         else:
-            build = getattr(import_module(f"magpo.envs.{suite}"), SUITES[suite])
+            with simulators.notebook_hidden():
+                build = getattr(import_module(f"magpo.envs.{suite}"), SUITES[suite])
         return build(name=task, global_state=global_state, **values)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -1,18 +1,35 @@
-"""jaxmarl's simulators, imported quietly.
+"""Simulators imported without the side effects of their libraries.
 
 Importing jaxmarl prints, and puts `sys.stdout` and `sys.stderr` back to the process's first ones.
-Raises a one-line ValueError where a simulator's own library is missing.
+In a notebook, importing jumanji switches plots to ipympl, and fails if that is not installed.
 """
 
+import builtins
 import io
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 
+@contextmanager
+def notebook_hidden() -> Iterator[None]:
+    """Hide a notebook from what is imported meanwhile."""
+    mark = vars(builtins).pop("__IPYTHON__", None)
+    try:
+        yield
+    finally:
+        if mark is not None:
+            vars(builtins)["__IPYTHON__"] = mark
+
+
 def load(module: str, needs: str = "") -> Any:
-    """A module of jaxmarl's environments, "mpe"; `needs` is the extra of ours that it takes."""
+    """Return a module of jaxmarl's environments, "mpe".
+
+    Raises a one-line ValueError, naming the extra `needs` of magpo, where a library is missing.
+    """
     process: Any = sys
     streams = process.stdout, process.stderr, process.__stdout__
     process.stdout = process.__stdout__ = io.StringIO()
