@@ -6,6 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 SYSTEMS := $(filter-out __%,$(basename $(notdir $(wildcard magpo/systems/*.py))))
 JOBS ?= 2
+CUDA ?= cuda12
 SMOKE_TASKS ?= coordsum/3x10-30 rware/tiny-2ag lbf/2s-8x8-2p-2f-coop connector/con-5x5x3a \
 	mpe/simple_spread_3ag smax/3m mabrax/hopper-3x1
 SMOKE_FEW ?= mpe/simple_spread_3ag
@@ -19,7 +20,7 @@ SMOKE := budget=quick tuned=false num_envs=4 rollout_length=16 total_steps=256 n
 # each process. To compile all others too would take pip half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install train demo test lint smoke benchmark gpu
+.PHONY: install train demo test lint smoke docs package benchmark gpu
 
 install: $(INSTALLED)
 
@@ -56,10 +57,20 @@ smoke/%: install
 	@echo "== $*"
 	@$(BIN)/python -m magpo.systems.$(@F) env=$(*:/$(@F)=) $(SMOKE) $(ARGS)
 
+# Warnings are errors. The notebooks among the pages run.
+docs: install
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build
+
+package: install
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist >/dev/null
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
 benchmark: install
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 
 # What there is to measure on a GPU, in nine minutes; a second call goes on where time ran out.
 gpu: install
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(CUDA)]'
 	$(BIN)/python scripts/gpu.py results/gpu $(ARGS)
