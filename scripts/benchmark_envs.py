@@ -23,7 +23,7 @@ from magpo.envs.wrappers import AutoReset
 from magpo.types import Array, action_spec
 
 NUM_ENVS, STEPS = 128, 256
-ROUNDS, ROUNDS_S = 3, 20.0  # at least so many, and so long
+ROUNDS, ROUNDS_S = 3, 20.0  # minimum number and duration
 TASKS = [
     "coordsum/3x10-30",
     "lbf/15x15-4p-5f",

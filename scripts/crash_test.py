@@ -95,7 +95,7 @@ def main(system: str, *overrides: str, kills: PositiveInt = 30, seed: int = 0) -
     some_chunks_s = 1 + 4 * last_wall_s(whole) / run.num_evaluations
     killed, process, folder = 0, None, whole
     while killed < kills:
-        if process is None or newest(folder) == run.num_evaluations:  # it finished before a kill
+        if process is None or newest(folder) == run.num_evaluations:  # ended before the kill
             if process is not None:
                 finish(start(system, f"resume={folder}"))
                 compare(whole, folder)
