@@ -1,4 +1,4 @@
-"""`config.load` and Hydra: it neither needs nor disturbs a user's Hydra application."""
+"""Independence of `config.load` and a user's own Hydra application from each other."""
 
 import os
 import subprocess

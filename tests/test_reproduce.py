@@ -48,7 +48,7 @@ IN_THIS_TABLE = (
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """Replace the published table by one of tiny rows; work in an empty folder."""
+    """Replace the published table with one of tiny rows; work in an empty folder."""
     file = tmp_path / "published.csv"
     columns = ("paper", "table", "suite", "task", "system", "mean", "std", "command", "budget")
     with file.open("w", newline="") as stream:

@@ -25,7 +25,7 @@ OPTIONS = {
     "mabrax/humanoid-9-8": {"mapping": "corrected"},
     "smax/smacv2_5_units": {"ends": "released"},
 }
-# Played with auto-reset and random legal actions: all code, in a small and a large task each.
+# Played with auto-reset and random legal actions: tasks that cover all code, small and large.
 PLAYED = [
     *OPTIONS,
     *("coordsum/3x10-30", "lbf/15x15-4p-5f", "connector/con-5x5x3a", "connector/con-10x10x10a"),

@@ -127,7 +127,7 @@ def test_a_system_that_reads_the_setups_floats_diverges(config, monkeypatch):
 
 
 def test_ctrl_c_while_files_are_completed_loses_none(config, monkeypatch):
-    """Press it once after the last evaluation; a second time would kill."""
+    """Press Ctrl-C once after the last evaluation; a second time would kill."""
     from magpo.report.writer import Writer
 
     class Thread:

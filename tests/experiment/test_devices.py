@@ -164,7 +164,7 @@ def test_sizes_that_do_not_divide_are_refused(config, one_device, monkeypatch):
         run(config)
 
 
-def test_a_too_large_memory_footprint_is_reported(tmp_path, capsys):
+def test_an_excessive_memory_footprint_is_reported(tmp_path, capsys):
     run = configuration.load("mappo", SMALL)
     info = Run(tmp_path, "mappo", "a", "b", run.members, "episode_return", 1, "x")
     Console(info, run).footprint(needed=3_000_000_000, available=2_000_000_000)

@@ -43,7 +43,7 @@ def test_attention_projections_are_initialised_orthogonal():
 
 def test_acting_agrees_with_training(acted):
     model, params, observation, out = acted
-    never = jnp.zeros(B, bool)  # resets are ignored, as is None
+    never = jnp.zeros(B, bool)  # MAT ignores resets, and accepts None
     value, distribution = jax.jit(model.apply)(params, (), observation, out.action, never)
     np.testing.assert_allclose(distribution.log_prob(out.action), out.log_prob, atol=1e-4)
     np.testing.assert_allclose(value, out.value, atol=1e-5)

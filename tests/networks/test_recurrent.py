@@ -82,7 +82,7 @@ def test_unrolling_an_action_critic_equals_stepping(sequences):
 
 @pytest.mark.parametrize("name", ["shared", "each agent's own"])
 def test_an_agent_acts_on_its_own_view_with_its_own_parameters(name, sequences):
-    """Check also that greedy actions are the modes."""
+    """Check also that greedy actions are the policies' modes."""
     actors, (observation, _) = NETWORKS[name], at(sequences, 0)
     params, carry = actors.init(jax.random.key(1)), jnp.ones((B, N, H))
     act = jax.jit(actors.act, static_argnums=4)

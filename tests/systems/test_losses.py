@@ -37,9 +37,9 @@ def batch_of(batch_class, **fields):
 
 # The ratio is new / 0.5, clipped to [0.8, 1.2].
 SURROGATES = [
-    (0.5, 1.0, 1.0),  # nothing moved
-    (0.6, 1.0, 1.2),  # at the edge
-    (0.7, 1.0, 1.2),  # beyond it
+    (0.5, 1.0, 1.0),  # unchanged policy
+    (0.6, 1.0, 1.2),  # at the clip edge
+    (0.7, 1.0, 1.2),  # beyond the edge
     (0.7, -1.0, -1.4),  # pessimistic: a bad action keeps its gradient
     (0.2, 1.0, 0.4),
     (0.2, -1.0, -0.8),
@@ -86,15 +86,15 @@ def test_happos_factor_scales_the_surrogate_and_not_the_entropy(new, advantage, 
 @pytest.mark.parametrize(
     ("center", "new", "advantage", "surrogate"),
     [
-        ("current", 0.9, 1.0, 1.8),  # as before the update
-        ("current", 0.95, 1.0, 1.9),  # within 0.2 of it
-        ("current", 0.7, -1.0, -1.6),  # below it
+        ("current", 0.9, 1.0, 1.8),  # the ratio before the update
+        ("current", 0.95, 1.0, 1.9),  # within 0.2 of that ratio
+        ("current", 0.7, -1.0, -1.6),  # below the clip range
         ("behaviour", 0.9, 1.0, 1.2),  # JaxMARL's loss on old data
         ("behaviour", 0.7, -1.0, -1.4),
     ],
 )
 def test_gpae_clips_around_the_current_or_the_behaviour_policy(center, new, advantage, surrogate):
-    """Give the action 0.5 in the policy that collected it and 0.9 before the update."""
+    """Use probabilities of 0.5 when collected and 0.9 before the update."""
     batch = batch_of(gpae_mappo.Batch, log_prob=0.5, ratio=1.8, advantage=advantage)
     values = settings("gpae_mappo", clip_center=center)
     loss, _ = gpae_mappo.actor_loss(values, policy_of(new), batch, KEY)

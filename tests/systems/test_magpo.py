@@ -33,7 +33,7 @@ def collected(case):
 
 
 def test_the_learner_acts_as_it_is_trained(case, collected):
-    """Recompute its carry, its KL in the loss and `act`, one agent and step at a time."""
+    """Recompute the learner's carry, KL and actions, one agent and one step at a time."""
     setup, (before, after, out) = case.setup, collected
     params, transitions = before.params.learner, out.transitions
 
@@ -111,9 +111,9 @@ def fixed_batch(log_prob, advantage, value=0.0, target=0.0):
 @pytest.mark.parametrize(
     ("guider", "learner", "old", "advantage", "surrogate", "masked"),
     [
-        (0.5, 0.5, 0.5, 1.0, 1.0, False),  # nothing moved
+        (0.5, 0.5, 0.5, 1.0, 1.0, False),  # unchanged policies
         (0.6, 0.5, 0.5, 1.0, 1.2, False),  # at PPO's upper edge
-        (0.7, 0.5, 0.5, 1.0, 1.2, False),  # beyond it: clipped
+        (0.7, 0.5, 0.5, 1.0, 1.2, False),  # beyond the edge: clipped
         (0.7, 0.5, 0.5, -1.0, -1.4, False),  # pessimistic: a bad action keeps its gradient
         (0.9, 0.5, 0.9, 1.0, 0.5 * 1.5 / 0.9, True),  # clipped by delta although the ratio is 1
         (0.2, 0.5, 0.2, 1.0, 1.0, True),  # below 1/delta: min takes the ratio

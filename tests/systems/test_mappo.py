@@ -28,7 +28,7 @@ def test_chunks_are_contiguous_and_complete():
 
 
 def values(name):
-    """Return the first values, and those after changing agent 0's view and the global state."""
+    """Return the first values, and those with agent 0's view and the global state changed."""
     _, setup, env = cases.build(name, "lbf/2s-8x8-2p-2f-coop", "network.critic.hidden_dim=32")
 
     @jax.jit
