@@ -54,7 +54,7 @@ def main(
     """Kill and continue searches, and compare them with an uninterrupted one."""
     random.seed(seed)
     alone, began = Path(study), time.monotonic()
-    if list(alone.parent.glob(f"{alone.name}*")):
+    if alone.exists() or list(alone.parent.glob(f"{alone.name}_*")):
         raise ConfigError(f"study={study}: already exists")
     finish(start(alone, *arguments))
     whole_s = time.monotonic() - began

@@ -11,7 +11,6 @@ from magpo.types import Observation, StepType, TimeStep, restart
 N, A, F, LIMIT = 3, 4, 2, 5
 
 
-LIBRARYS = ["coordsum/3x10-30", "lbf/8x8-2p-2f-coop", "mpe/simple_spread_3ag"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_smax_is_won_when_all_enemies_are_dead():
         unit_positions=units.unit_positions.at[3].set(units.unit_positions[0] + 1.0),
     )
     state = state._replace(battle=state.battle.replace(state=units))
-    shoot = jnp.array([5 + 2, 4, 4])  # enemies are listed in reverse
+    shoot = jnp.array([0, 4, 4])  # the first agent shoots each enemy in turn
     outcomes = {a: jax.jit(env.step)(state, shoot.at[0].set(a))[1] for a in range(5, 8)}
     won = [int(a) for a, t in outcomes.items() if t.metrics["win_rate"] == 1]
     assert len(won) == 1
