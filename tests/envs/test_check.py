@@ -11,8 +11,6 @@ from magpo.types import Observation, StepType, TimeStep, restart
 N, A, F, LIMIT = 3, 4, 2, 5
 
 
-
-
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """A correct environment, unless `wrong` names the rule that it breaks."""
