@@ -1,4 +1,4 @@
-"""Interleaved timings of several experiments, so that machine noise affects all equally.
+r"""Interleaved timings of several experiments, so that machine noise affects all equally.
 
     python scripts/compare.py scripts/results/cost.csv rounds=20 \
         mappo env=lbf/8x8-2p-2f-coop num_envs=64  happo env=lbf/8x8-2p-2f-coop num_envs=64

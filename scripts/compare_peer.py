@@ -1,4 +1,4 @@
-"""Timings, in turns, of two commands that train, for example another library's and ours.
+r"""Timings, in turns, of two commands that train, for example another library's and ours.
 
     python scripts/compare_peer.py scripts/results/peer.csv rounds=5 updates=4 lines=ACTOR \
         python -m magpo.systems.mappo env=lbf/8x8-2p-2f-coop  vs  /else/python mappo.py env=lbf

@@ -1,4 +1,4 @@
-"""Comparison of settings of a hyperparameter in one program with a run for each setting.
+r"""Comparison of settings of a hyperparameter in one program with a run for each setting.
 
     python scripts/members.py scripts/results/members.csv mappo env=lbf/8x8-2p-2f-coop num_envs=16 \
         vary.system.actor_lr=[1e-4,2e-4,5e-4,1e-3]
