@@ -105,7 +105,7 @@ class RecurrentCritic(nn.Module):
 
 
 def split_time(tree: Any, length: int) -> Any:
-    """Split (T, E, ...) into sequences (B, C, ...) of C = length contiguous steps of an environment.
+    """Split (T, E, ...) into contiguous sequences (B, C, ...) of one environment each, C = length.
 
     B = T / C * E; the first E sequences are the first ones of all environments.
     """

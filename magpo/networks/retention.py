@@ -45,7 +45,7 @@ class AcrossChunks(NamedTuple):
 
 
 class ChunkWeights(NamedTuple):
-    """The weights of chunkwise retention, which all blocks share."""
+    """The weights of chunkwise retention (decay and episode boundaries), shared by all blocks."""
 
     within: Array  # (B, H, K, C*N, C*N) token j's weight at token i of the same chunk
     causal: Array  # the same, 0 where j is a later agent of i's timestep
