@@ -156,7 +156,7 @@ def test_jobs_of_a_sweep_import_too(home):
         ("", ["a.py"], r"^import=a\.py: registers no task .*; a\.py is not a system: it lacks "),
         ("", ["b.py"], r"^import=b\.py: no such file$"),
         ("", ["nowhere.at_all"], r"^import=nowhere\.at_all: ModuleNotFoundError: No module named"),
-        (REGISTERS.format(task="lbf/mine"), ["a.py"], "'lbf/mine': name it <a suite of your own>"),
+        (REGISTERS.format(task="lbf/mine"), ["a.py"], "'lbf/mine': must be <a suite of your own>"),
         (REGISTERS.format(task="own/a") + "1 / 0", ["a.py"], "ZeroDivisionError"),
         (REGISTERS.format(task="own/a"), ["a.py", "c.py"], r"c\.py: .*a\.py has registered own/a"),
     ],
