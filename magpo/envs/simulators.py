@@ -1,6 +1,6 @@
 """jaxmarl's simulators, imported quietly.
 
-Importing jaxmarl prints, and it resets `sys.stdout` and `sys.stderr` to the process's first streams.
+Importing jaxmarl prints, and resets `sys.stdout` and `sys.stderr` to the process's first streams.
 """
 
 import io
