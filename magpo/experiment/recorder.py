@@ -17,7 +17,7 @@ from magpo.types import Array
 
 
 class DivergenceError(RuntimeError):
-    """A loss or parameter is no longer a number; the message names it, the update and the member."""
+    """A loss or parameter is no longer a number; the message names it, its update and member."""
 
 
 class Recorder:
