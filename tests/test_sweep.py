@@ -273,7 +273,7 @@ BAD = {
         "storage=postgresql://nowhere/x: cannot be used",
     ),
     "no_storage": (("space.system.shift=0..1", "storage=what://x"), "cannot be used"),
-    "own_key": (("space.system.shift=0..1", "resume=auto"), "resume: a sweep sets it itself"),
+    "own_key": (("space.system.shift=0..1", "resume=auto"), "resume: the sweep sets this key"),
     "no_study": (("--report", "nowhere"), "nowhere: no study there"),
 }
 

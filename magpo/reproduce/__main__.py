@@ -206,7 +206,7 @@ def main(
         return
     rows = select(words, paper)
     if overrides and not words:
-        raise ConfigError(f"{overrides[0]}: needs a task, <suite>/<task>, whose rows to run")
+        raise ConfigError(f"{overrides[0]}: needs a task, <suite>/<task>, to run its rows")
     check(rows if words else [], overrides, seeds)
     collected = results.read_all(folder)  # a CSV that cannot be read is refused before training
     if collect:
