@@ -109,9 +109,9 @@ def test_a_file_that_has_changed(home, monkeypatch, capsys):
     with (home / "rendezvous.py").open("a") as file:
         file.write("\n")
     command(monkeypatch, evaluate, f"run={folder}", "episodes=2", "import=rendezvous.py")
-    assert "warning: rendezvous.py is not what it was" in capsys.readouterr().err
+    assert "warning: rendezvous.py has changed" in capsys.readouterr().err
     again = ["import=rendezvous.py", f"resume={folder}"]
-    with pytest.raises(ConfigError, match=r"not as it was: run\.imports\.rendezvous\.py: "):
+    with pytest.raises(ConfigError, match=r"changed settings: run\.imports\.rendezvous\.py: "):
         experiment.run(plugins.system("mappo"), config.load("mappo", again))
     allowed = [*again, "allow_changes=[run.imports.rendezvous.py]"]
     experiment.run(plugins.system("mappo"), config.load("mappo", allowed))

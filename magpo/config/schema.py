@@ -133,7 +133,7 @@ class RunConfig:
         if self.vary_in_step:
             sizes = {key: len(values) for key, values in self.vary.items()}
             if len({*sizes.values()}) > 1 or 0 in sizes.values():
-                raise ValueError(f"vary_in_step: all keys must have as many values, not {sizes}")
+                raise ValueError(f"vary_in_step: keys must have equally many values, not {sizes}")
             found = [tuple(map(as_float32, setting.values())) for setting in self.settings]
             if len({*found}) < len(found):
                 raise ValueError("vary_in_step: two settings are the same")

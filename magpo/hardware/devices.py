@@ -184,5 +184,5 @@ def set_up_jax(config: RunConfig) -> None:
         raise ConfigError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {reason}") from error
     if config.platform not in ("auto", present):
         raise ConfigError(
-            f"platform={config.platform}: JAX finds none here; allowed: auto, {present}"
+            f"platform={config.platform}: JAX finds no such device here; allowed: auto, {present}"
         )

@@ -118,7 +118,7 @@ def read(file: Path) -> Seeds:
         if not records or any(set(facts[seed]) != {*FACTS} for seed in records):
             raise ValueError("other facts")
     except (*UNREADABLE, csv.Error) as error:
-        raise ConfigError(f"{file}: is no table of results of this version ({error})") from error
+        raise ConfigError(f"{file}: not a table of results of this version ({error})") from error
     return {seed: Seed(facts[seed], records[seed]) for seed in records}
 
 
@@ -231,7 +231,7 @@ def _records(file: Path, metric: str) -> Iterator[dict[str, Any]]:
                     int(record["seed"]), int(record["env_steps"]), float(record["wall_s"])
                     yield record
             except UNREADABLE:
-                raise ConfigError(f"{file}: line {number} is no record") from None
+                raise ConfigError(f"{file}: line {number} is not a record") from None
 
 
 def _made_with(folder: Path) -> dict[str, str]:

@@ -103,7 +103,7 @@ def newest_checkpoint(folder: Path, load: Callable[[Path, dict[str, Any]], T]) -
             refused.append(str(error))
             continue
         for reason in refused if processes.is_first() else ():
-            complain(f"warning: {reason}: using the one before")
+            complain(f"warning: {reason}: using the previous one")
         return loaded
     if refused:
         raise ConfigError(f"{folder}: no checkpoint can be used: {refused[0]}")

@@ -80,7 +80,7 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
     if trained is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
     for name in plugins.require(trained.config.imports, module):
-        complain(f"warning: {name} is not what it was when the run was trained")
+        complain(f"warning: {name} has changed since the run was trained")
     return trained
 
 
@@ -203,7 +203,7 @@ def build(
     card = trained.algorithm.CARD
     if agent is not None:
         if not 0 <= agent < env_spec.num_agents:
-            raise ConfigError(f"agent={agent}: there are {env_spec.num_agents}, from 0 on")
+            raise ConfigError(f"agent={agent}: must be 0 .. {env_spec.num_agents - 1}")
         if card.deployed is Deployed.JOINT:
             raise ConfigError(f"agent={agent}: {trained.config.system} acts for all agents at once")
         if card.parameters is Parameters.PER_AGENT:

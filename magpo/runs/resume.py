@@ -73,7 +73,7 @@ def start(
         chunk, steps = meta["chunk"], meta["steps_per_chunk"]
         misfit = checkpoint.difference(meta, "state", state)
         if chunk > config.num_evaluations:
-            misfit = f"it has had {chunk} evaluations"
+            misfit = f"{chunk} evaluations are done already"
         if steps != config.steps_per_chunk:
             misfit = f"an evaluation must follow {steps} steps, not {config.steps_per_chunk}"
         before, now = meta["config"] | {"with": meta["with"]}, new | {"with": _with(config)}
@@ -143,7 +143,7 @@ def _check_changes(
     if refused := {k: text for k, text in changed.items() if k not in config.allow_changes}:
         listed = "; ".join(f"{key}: {text}" for key, text in refused.items())
         raise ConfigError(
-            f"resume={folder}: not as it was: {listed}. To continue all the same: "
+            f"resume={folder}: changed settings: {listed}. To continue anyway: "
             f"allow_changes=[{','.join(changed)}]"
         )
 

@@ -75,7 +75,7 @@ def _distribution(key: str, choice: Any, present: Any) -> BaseDistribution:
         return CategoricalDistribution(choice)
     low, high, log = read_range(key, choice)
     if isinstance(present, bool | str):
-        raise ConfigError(f"space.{key}: {present!r} is no number: write a list, not a range")
+        raise ConfigError(f"space.{key}: {present!r} is not a number: write a list, not a range")
     if isinstance(present, int):
         if low % 1 or high % 1:
             raise ConfigError(f"space.{key}: {choice}: must be whole numbers")

@@ -71,7 +71,7 @@ def check_sampler(name: Sampler, found: Distributions) -> None:
     choices = [k for k, d in found.items() if isinstance(d, CategoricalDistribution)]
     ranges = [key for key in found if key not in choices]
     if name == "grid" and ranges:
-        raise ConfigError(f"sampler=grid: needs a list of values, not a range, of {ranges[0]}")
+        raise ConfigError(f"sampler=grid: needs a list of values, not a range, for {ranges[0]}")
     if name == "cmaes" and len(ranges) < 2:
         raise ConfigError(f"sampler=cmaes: needs two ranges or more; the space has {len(ranges)}")
     if name == "cmaes" and find_spec("cmaes") is None:

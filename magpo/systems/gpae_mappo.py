@@ -150,7 +150,7 @@ class TrainState(NamedTuple):
     hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
-    timestep: TimeStep  # (E, ...), whose observation is acted on next
+    timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: Carry
     buffer: "Trajectory | None"  # (E, M, ...) the last M rollouts; None if on-policy
     num_rollouts: Array  # () int32, collected so far
