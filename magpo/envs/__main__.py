@@ -26,7 +26,7 @@ def row(task: str) -> list[str]:
 
 
 def rows() -> Iterator[list[str]]:
-    """Yield the tasks' rows; name suites whose simulators are not installed on stderr."""
+    """Yield the tasks' rows; name on stderr the suites whose simulators are not installed."""
     missing = {}
     for task in envs.tasks():
         try:

@@ -74,8 +74,8 @@ class Connector:
 
         - the agent's and its target's row and column, over the number of cells; the target's are 0
           once connected
-        - obstacles in the cells around it: 1 for a head or beyond the board, -1 for a path
-        - targets in the cells around it: 1 for its own or beyond the board, -1 for another's
+        - obstacles in the cells around the agent: 1 for a head or beyond the board, -1 for a path
+        - targets in these cells: 1 for the agent's own or beyond the board, -1 for another agent's
         """
         own, size = state.agents, self.grid_size
         target_at = jnp.where(own.connected[:, None], 0, own.target)  # (N, 2)

@@ -65,7 +65,7 @@ def _humanoid() -> dict[int, int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the warnings that brax and MABrax are no longer developed, and MuJoCo's.
+    """Suppress MuJoCo's warnings, and those that brax and MABrax are no longer developed.
 
     MuJoCo would write warnings about old models to a file in the current folder.
     """
@@ -174,7 +174,7 @@ class Mabrax:
 
     def _observe(self, state: Any) -> Observation:
         step_count = state.info["steps"].astype(jnp.int32)
-        if self.mapping == "jaxmarl":  # its views overlap with the ids that begin them
+        if self.mapping == "jaxmarl":  # its views begin with the id, and overlap it
             views = self.simulator.map_global_obs_to_agents(state.obs)
             return Observation(
                 agents_view=jnp.stack([views[agent] for agent in self.simulator.agents]),

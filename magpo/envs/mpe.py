@@ -1,8 +1,8 @@
 """MPE simple_spread: particles cover landmarks without bumping into each other (jaxmarl's MPE).
 
 By default, half of each agent's reward is the team's, for the landmarks' distances to their nearest
-agents, and half is for the agent's own collisions. So rewards differ between agents, and stay
-different. Every episode is cut off at the time limit.
+agents, and half is for the agent's own collisions. So rewards differ between agents; they are not
+averaged. Every episode is cut off at the time limit.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class Mpe:
             num_landmarks=self.num_agents,
             local_ratio=self.local_ratio,
             action_type="Continuous",
-            max_steps=self.time_limit - 1,  # it checks the limit before it counts the step
+            max_steps=self.time_limit - 1,  # checked before the simulator counts the step
         )
 
     def reset(self, key: Array) -> tuple[Any, TimeStep]:

@@ -64,7 +64,7 @@ class Smax:
             scenario=SCENARIOS[self.scenario],
             see_enemy_actions=self.see_enemy_actions,
             walls_cause_death=self.walls_cause_death,
-            max_steps=self.time_limit - 1,  # it checks the limit before it counts the step
+            max_steps=self.time_limit - 1,  # checked before the simulator counts the step
         )
         self.num_agents = self.simulator.num_allies
         self.action_dim = self.simulator.num_ally_actions

@@ -106,7 +106,7 @@ class TanhNormal(NamedTuple):
 
 
 def executed_action(action: Array, action_kind: ActionKind) -> Array:
-    """Return the action that the environment, or an autoregressive decoder, gets for a raw one."""
+    """Return the action that environments and autoregressive decoders get for a raw action."""
     return action if action_kind == "discrete" else jnp.tanh(action)
 
 

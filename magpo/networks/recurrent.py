@@ -122,9 +122,9 @@ def _unroll(
 ) -> tuple[Any, Any]:
     """Run a network along all sequences at once.
 
-    From `carry` (B, K, H), `inputs` (B, C, K, ...) and `reset_before` (B, C), it returns the carry
-    after the last step and outputs (B, C, K, ...). The network gets time first, and each of the
-    B * K sequences as a row.
+    Takes `carry` (B, K, H), `inputs` (B, C, K, ...) and `reset_before` (B, C); returns the carry
+    after the last step and outputs (B, C, K, ...). The network gets time as its first axis and the
+    B * K sequences as rows.
     """
     batch, length, number = inputs[0].shape[:3]
     chex.assert_equal_shape_prefix((reset_before, *inputs), 2)
@@ -383,7 +383,7 @@ class ActionCritic:
     ) -> tuple[Array, Array]:
         """Return the carries (B, C, H) after every step and the values (B, C, N).
 
-        carry (B, H), state (B, C, G), action (B, C, N[, A]), raw, reset_before (B, C).
+        carry (B, H), state (B, C, G), raw action (B, C, N[, A]), reset_before (B, C).
         """
         chex.assert_equal_shape_prefix((state, action, reset_before), 2)
         inputs = (x.swapaxes(0, 1) for x in (state, action, reset_before))

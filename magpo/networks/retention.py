@@ -157,9 +157,9 @@ class Retention(nn.Module):
         return self.gate_and_mix(jnp.moveaxis(retained, 1, 3), gate)
 
     def encode_step(self, x: Array, state: "Entering") -> tuple[Array, Array]:
-        """Retain for one timestep's tokens (B, N, F), each of which sees all; return the state too.
+        """Return what one timestep's tokens (B, N, F) retain, and the state after them.
 
-        The state is the one after the timestep.
+        Each token sees all tokens of the timestep.
         """
         key, value, gate = self.project(x)
         after = state.plus(key.swapaxes(1, 2), value.swapaxes(1, 2))

@@ -38,7 +38,7 @@ def orthogonal(gain: float = 1.0) -> Initializer:
 def gram_schmidt(vectors: Array) -> Array:
     """Orthonormalise the rows of (K, D), K <= D, in order.
 
-    Each row is projected twice, because rounding leaves it visibly non-orthogonal after one time.
+    Each row is projected twice, because rounding leaves it visibly non-orthogonal after one.
     """
 
     def add_row(i: Array, basis: Array) -> Array:

@@ -230,7 +230,7 @@ def guider_loss(
 ) -> tuple[Array, Metrics]:
     """Return the guider's loss (Eq. 9 and 10): doubly clipped PPO and a masked KL to the learner.
 
-    The KL counts where the guider's ratio to the learner has left `delta`.
+    The KL applies where the guider's ratio to the learner has left `delta`.
     """
     steps, learner = batch.steps, jax.lax.stop_gradient(learner)
     log_guider, log_learner = guider.log_prob(steps.action), learner.log_prob(steps.action)
