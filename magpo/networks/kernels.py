@@ -100,7 +100,7 @@ def add_bias_reference(x: Array, bias: Array) -> Array:
 def add_bias(x: Array, bias: Array) -> Array:
     """Compute `add_bias_reference` with a matmul as its reverse pass.
 
-    XLA's CPU backend takes several times longer to sum over rows. `normalise` avoids such sums, too.
+    XLA's CPU backend takes several times longer to sum over rows; `normalise` avoids it, too.
     """
     return add_bias_reference(x, bias)
 
