@@ -387,7 +387,7 @@ BAD = {
     "varied_check": ([TINY, "vary.system.lr=[1,100]"], "error: vary: system.lr above 99 never"),
     "in_step_of_two_lengths": (
         [TINY, "vary_in_step=true", "vary.system.lr=[1,2]", "vary.system.gamma=[0.5]"],
-        "vary_in_step: all keys must have as many values",
+        "vary_in_step: keys must have equally many values",
     ),
     "in_step_twice": (
         [TINY, "vary_in_step=true", "vary.system.lr=[1,1]", "vary.system.gamma=[0.5,0.5]"],

@@ -109,9 +109,9 @@ def test_a_changed_file_is_reported(home, monkeypatch, capsys):
     with (home / "rendezvous.py").open("a") as file:
         file.write("\n")
     command(monkeypatch, evaluate, f"run={folder}", "episodes=2", "import=rendezvous.py")
-    assert "warning: rendezvous.py is not what it was" in capsys.readouterr().err
+    assert "warning: rendezvous.py has changed" in capsys.readouterr().err
     again = ["import=rendezvous.py", f"resume={folder}"]
-    with pytest.raises(ConfigError, match=r"not as it was: run\.imports\.rendezvous\.py: "):
+    with pytest.raises(ConfigError, match=r"changed settings: run\.imports\.rendezvous\.py: "):
         experiment.run(plugins.system("mappo"), config.load("mappo", again))
     allowed = [*again, "allow_changes=[run.imports.rendezvous.py]"]
     experiment.run(plugins.system("mappo"), config.load("mappo", allowed))
@@ -156,7 +156,7 @@ def test_jobs_of_a_sweep_import_too(home):
         ("", ["a.py"], r"^import=a\.py: registers no task .*; a\.py is not a system: it lacks "),
         ("", ["b.py"], r"^import=b\.py: no such file$"),
         ("", ["nowhere.at_all"], r"^import=nowhere\.at_all: ModuleNotFoundError: No module named"),
-        (REGISTERS.format(task="lbf/mine"), ["a.py"], "'lbf/mine': name it <a suite of your own>"),
+        (REGISTERS.format(task="lbf/mine"), ["a.py"], "'lbf/mine': must be <a suite of your own>"),
         (REGISTERS.format(task="own/a") + "1 / 0", ["a.py"], "ZeroDivisionError"),
         (REGISTERS.format(task="own/a"), ["a.py", "c.py"], r"c\.py: .*a\.py has registered own/a"),
     ],

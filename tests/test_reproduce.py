@@ -369,7 +369,7 @@ def test_a_damaged_log_gives_one_line(table, refused):
     values = config.dump(config.load(row.command[0], row.command[1:]))
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     (folder / "metrics.jsonl").write_text('{"name": "eval/episode_return", "env_steps": 3}\n')
-    assert "metrics.jsonl: line 1 is no record" in refused(reproduce, "out=out", "--collect")
+    assert "metrics.jsonl: line 1 is not a record" in refused(reproduce, "out=out", "--collect")
 
 
 def test_the_headline_metrics_match_the_environments(table):

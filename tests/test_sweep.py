@@ -260,7 +260,7 @@ BAD = {
     "backwards": (("space.system.shift=3..1",), "the first number must be the smaller"),
     "log_of_0": (("space.system.shift=log:0..1",), "must be above 0"),
     "no_range": (("space.system.shift=3",), "a range low..high"),
-    "range_of_words": (("space.system.nan=1..2",), "is no number"),
+    "range_of_words": (("space.system.nan=1..2",), "is not a number"),
     "half_a_count": (("space.system.repeats=0.5..2",), "must be whole numbers"),
     "out_of_range": (("space.system.shift=-1..1",), "space.system.shift: system.shift must be"),
     "wrong_choice": (("space.system.nan=[often]",), "space.system.nan: system.nan must be"),
@@ -273,7 +273,7 @@ BAD = {
         "storage=postgresql://nowhere/x: cannot be used",
     ),
     "no_storage": (("space.system.shift=0..1", "storage=what://x"), "cannot be used"),
-    "own_key": (("space.system.shift=0..1", "resume=auto"), "resume: a sweep sets it itself"),
+    "own_key": (("space.system.shift=0..1", "resume=auto"), "resume: the sweep sets this key"),
     "no_study": (("--report", "nowhere"), "nowhere: no study there"),
 }
 

@@ -1,7 +1,6 @@
 """jaxmarl's simulators, imported quietly.
 
-Importing jaxmarl prints, and puts `sys.stdout` and `sys.stderr` back to the process's first ones.
-Raises a one-line ValueError where a simulator's own library is missing.
+Importing jaxmarl prints, and resets `sys.stdout` and `sys.stderr` to the process's first streams.
 """
 
 import io
@@ -12,7 +11,10 @@ from typing import Any
 
 
 def load(module: str, needs: str = "") -> Any:
-    """A module of jaxmarl's environments, "mpe"; `needs` is the extra of ours that it takes."""
+    """Import a module of jaxmarl's environments, such as "mpe".
+
+    Raises a one-line ValueError, which names magpo's extra `needs`, if a library is missing.
+    """
     process: Any = sys
     streams = process.stdout, process.stderr, process.__stdout__
     process.stdout = process.__stdout__ = io.StringIO()
