@@ -86,7 +86,7 @@ def results(tmp_path_factory):
     write(root, f"m{EVIL.replace('/', '|')}", {0: 0.5, 1: 1}, name="evil2", task="lbf/x", own=1)
     write(root, f"m{EVIL.replace('/', '|')}", {0: 0.5}, name="evil3", task="lbf/x", own=EVIL)
     (write(root, "mat", {0: 0.5}, name="begun") / "metrics.jsonl").unlink()
-    (write(root, "mat", {0: 0.5}, name="torn") / "run.json").write_text('{"status": "\\ud800')
+    (write(root, "mat", {0: 0.5}, name="torn") / "run.json").write_text('{"status": "\\ud800"}')
     (write(root, "mat", {0: 0.5}, name="lost") / "config.yaml").write_text("run: [")
     return root
 
@@ -147,7 +147,7 @@ def test_every_run_is_listed_whatever_became_of_it(written):
         "evil2": ("finished", "0, 1", "2,560", "2,560", "1:02:05"),
         "evil3": ("finished", "0", "2,560", "2,560", "1:02:05"),
         "begun": ("finished", "0", "0", "2,560", "0:00:00"),
-        "torn": ("unknown", "0", "2,560", "2,560", "1:02:05"),
+        "torn": ("?", "0", "2,560", "2,560", "1:02:05"),
         "lost": ("unknown", "-", "0", "0", "0:00:00"),
     }
     assert found["five"][8:] == ["2 x cpu", "magpo 0.1.0, jax 0.10.2"]
@@ -178,7 +178,7 @@ def test_published_lines_are_of_the_published_game_only(written):
         "CTDS (actor_lr=0.5), 2 seeds",
         "MAPPO, 5 seeds",
         "MAT, 1 seed",
-        "published MAPPO (MAGPO, Table 1, after 20M<br>steps)",
+        "published MAPPO (MAGPO, Table 1, 20M steps)",
     ]
 
 

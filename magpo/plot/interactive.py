@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 from numpy.typing import ArrayLike
 
+from magpo import published
 from magpo.plot import draw
 from magpo.plot.draw import Colours
 from magpo.plot.read import Line
@@ -86,9 +87,13 @@ def _traces(lines: Sequence[Line], colours: Colours) -> Iterator[dict[str, Any]]
 def _references(lines: Sequence[Line], colours: Colours) -> Iterator[dict[str, Any]]:
     """Yield a dashed line for each published result."""
     last = max(step for line in lines for of_seed in line.curves.values() for step in of_seed)
-    for row, line in {line.reference: line for line in lines if line.reference}.items():
+    rows: dict[published.Row, Line] = {}
+    for line in lines:
+        if line.reference:
+            rows.setdefault(line.reference, line)  # settings of one system share theirs
+    for row, line in rows.items():
         system = row.system.upper().replace("_", "-")
-        text = _text(f"published {system} ({row.source}, after {row.steps})")
+        text = _text(f"published {system} ({row.source}, {row.steps})")
         yield _trace([0, last], [row.mean] * 2, to_hex(colours[line.label]), 1.5, "dash") | {
             "name": text,
             "hovertemplate": f"{text}<br>%{{y:.4g}}<extra></extra>",
