@@ -23,7 +23,7 @@ from magpo.config.schema import RunConfig
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE, write_aside
 from magpo.published import Row
-from magpo.runs import checkpoint, folders
+from magpo.runs import folders
 
 COLUMNS = ("seed", "env_steps", "name", "value")
 FACTS = (
@@ -205,7 +205,7 @@ def _measured(row: Row, run: Run, facts: Mapping[str, str]) -> Seeds:
         seed = record["seed"]
         records[seed].append((record["env_steps"], record["name"], record["value"]))
         hours[seed] = f"{record['wall_s'] / 3600:.3f}"
-    made_with = _made_with(run.folder)
+    made_with = folders.made_with(run.folder)
     words = ["python", "-m", f"magpo.systems.{row.command[0]}", *row.command[1:]]
     common = {
         "command": " ".join([*words, f"seeds={list(run.seeds)}".replace(" ", "")]),
@@ -232,11 +232,3 @@ def _records(file: Path, metric: str) -> Iterator[dict[str, Any]]:
                     yield record
             except UNREADABLE:
                 raise ConfigError(f"{file}: line {number} is not a record") from None
-
-
-def _made_with(folder: Path) -> dict[str, str]:
-    """Return the versions and devices in a run's newest readable checkpoint."""
-    for found in checkpoint.checkpoints(folder / folders.CHECKPOINTS):
-        with suppress(*UNREADABLE):
-            return dict(json.loads((found / checkpoint.META).read_bytes())["with"])
-    return {}

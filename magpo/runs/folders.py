@@ -110,6 +110,14 @@ def newest_checkpoint(folder: Path, load: Callable[[Path, dict[str, Any]], T]) -
     return None
 
 
+def made_with(folder: Path) -> dict[str, str]:
+    """Return the versions and devices that the run's newest readable checkpoint names."""
+    for found in checkpoint.checkpoints(folder / CHECKPOINTS):
+        with suppress(*UNREADABLE):
+            return dict(json.loads((found / checkpoint.META).read_bytes())["with"])
+    return {}
+
+
 def status(folder: Path) -> str:
     """Return running, finished, stopped, or why it ended (interrupted, failed).
 

@@ -65,8 +65,14 @@ def test_a_killed_run_is_listed_as_stopped(config):
 
 def test_other_folders_are_left_out(config, tmp_path, listed):
     folder = folders.create(dataclasses.replace(config, results_dir=str(tmp_path)))
-    (folder / "config.yaml").unlink()
+    config_yaml = (folder / "config.yaml").rename(tmp_path / "kept")
     assert listed(tmp_path) == f"no runs under {tmp_path}\n"
+    (folder / "metrics.jsonl").write_text(RECORD)  # two of a run's files are a run
+    assert "unknown" in listed(tmp_path)
+    config_yaml.rename(folder / "config.yaml")
+    (folder / "run.json").unlink()
+    assert "unknown  " in listed(tmp_path) and "test/count" in listed(tmp_path)
+    (folder / "metrics.jsonl").unlink()
     with pytest.raises(SystemExit) as stop:
         listed(tmp_path / "none")
     assert stop.value.code == 2
