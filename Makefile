@@ -1,4 +1,4 @@
-# Every target first makes .venv, if it is missing or older than the project's files.
+# Every target first makes .venv if it is missing or older than pyproject.toml or constraints.txt.
 PYTHON ?= python3
 ARGS ?=
 
@@ -16,8 +16,8 @@ SMOKE_RUNS := $(SMOKE_TASKS:%=smoke/%/magpo) \
 SMOKE := budget=quick tuned=false num_envs=4 rollout_length=16 total_steps=256 num_evaluations=2 \
 	eval_episodes=2 env.time_limit=20 results_dir=results/smoke
 
-# Whatever the environment says, keep what Python compiles of the modules that are imported: 0.2 s of
-# each process. To compile all others too would take pip half a minute.
+# Always let Python cache the bytecode of imported modules, which saves each process 0.2 s. Compiling
+# all modules on installation would take pip half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install train demo test lint smoke docs package benchmark gpu
@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The main job. RWARE's reward is sparse: a quick run moves little; `make demo` learns in minutes.
+# RWARE's reward is sparse, so a quick run improves little; `make demo` learns in minutes.
 train: install
 	$(BIN)/python -m magpo.systems.magpo env=rware/tiny-4ag budget=quick $(ARGS)
 
@@ -44,11 +44,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# MAGPO on one task of every suite; on a continuous one the others (the tests run all on a discrete
-# one) except those whose networks are parts of another's. Tiny, and compiled without optimisation,
-# as in tests/conftest.py, which would take most of the time.
-# `make -j2 -O smoke`: two at once.
-# `make smoke SMOKE_FEW='$(SMOKE_TASKS)' SMOKE_SKIP=`: all on all.
+# Tiny runs of MAGPO on one task of every suite, and of the other systems on a continuous task (the
+# tests run them on a discrete one), except systems whose networks are parts of another system's.
+# They are compiled without optimisation, which would take most of the time, as in tests/conftest.py.
+# `make -j2 -O smoke` runs two at once.
+# `make smoke SMOKE_FEW='$(SMOKE_TASKS)' SMOKE_SKIP=` runs all systems on all tasks.
 smoke: $(SMOKE_RUNS)
 
 smoke/%: export XLA_FLAGS += --xla_backend_optimization_level=0 \
@@ -70,7 +70,7 @@ package: install
 benchmark: install
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 
-# What there is to measure on a GPU, in nine minutes; a second call goes on where time ran out.
+# All measurements on a GPU, in nine minutes; a second call continues where time ran out.
 gpu: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(CUDA)]'
 	$(BIN)/python scripts/gpu.py results/gpu $(ARGS)

@@ -1,4 +1,4 @@
-"""`python -m magpo` lists the commands."""
+"""The list of commands that `python -m magpo` prints."""
 
 from magpo.files import printing
 
@@ -16,7 +16,7 @@ python -m magpo.sweep <system> env=<suite>/<task>
                                               search hyperparameters
 python -m magpo.plot <folder> out=<folder>    draw figures and write tables of many runs
 
-All take import=<file or module>, of a system or a task of your own."""
+All take import=<file or module>, for a system or a task of your own."""
 
 if __name__ == "__main__":
     with printing():

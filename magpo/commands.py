@@ -1,4 +1,4 @@
-"""Functions as command lines: `python -m magpo.evaluate`, and the scripts."""
+"""Functions as command lines, such as `python -m magpo.evaluate` and the scripts."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +16,12 @@ from magpo.values import unknown_key, validate
 
 @printing()
 def run(usage: str | None, function: Callable[..., object]) -> None:
-    """Call a function with the command line's arguments, checked by the types of its parameters, or
-    print the usage: with --help, and where arguments are needed and there are none.
+    """Call a function with the command line's arguments, checked by its parameters' types.
 
-    A parameter is a key; --key is short for key=true, and words without "=" are the positional
-    parameters. What belongs to none goes to the function's *args as it is. Keys below `env` go to
-    the parameter `options`, those below `vary` to `vary`; `import=` imports plugins.
+    Prints the usage instead with --help, or if arguments are required and none are given. Each
+    parameter is a key; --key is short for key=true, and words without "=" are the positional
+    parameters. Other arguments go unchanged to the function's *args. Keys below `env` go to the
+    parameter `options`, keys below `vary` to `vary`; `import=` imports plugins.
     """
     arguments, parameters = sys.argv[1:], signature(function).parameters.items()
     keys = {key: p for key, p in parameters if p.kind is not p.VAR_POSITIONAL}
@@ -49,7 +49,7 @@ def run(usage: str | None, function: Callable[..., object]) -> None:
 def _given(
     arguments: Sequence[str], keys: Mapping[str, Parameter], takes_others: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of the arguments by the keys that they belong to, and other arguments."""
+    """Return the arguments' values by key, and the arguments that belong to no key."""
     words = [key for key, p in keys.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     given, others = dict[str, Any](), list[str]()
     for argument in arguments:

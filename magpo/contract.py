@@ -1,7 +1,7 @@
 """The contract between a system and everything that runs, saves, loads and exports it.
 
 A system is a module with the names of `Algorithm`. All its functions are pure and written for ONE
-member, a seed with one setting of the varied hyperparameters, on no particular device; the
+member (a seed with one setting of the varied hyperparameters) and for no particular device. The
 experiment loop maps them over members.
 """
 
@@ -46,29 +46,29 @@ class Parameters(Enum):
 
 
 class Card(NamedTuple):
-    """A system in a few words: a row of `python -m magpo.systems`."""
+    """A short description of a system: its row in `python -m magpo.systems`."""
 
     centralised: str  # the part that sees all agents
     deployed: Deployed
     carry: str  # the deployed policy's recurrent state
     parameters: Parameters
-    # The fields of its TrainState whose arrays have a leading axis of environments. Several devices
-    # can share these; they copy all others.
+    # The TrainState's fields whose arrays have a leading axis of environments. Several devices can
+    # share these arrays; each has a copy of all others.
     per_environment: tuple[str, ...] = ("env_state", "timestep", "carry")
 
 
 class AlgorithmConfig(Protocol):
-    """A frozen dataclass with fields of PROVIDED.
+    """A frozen dataclass whose fields are among PROVIDED.
 
-    The loop trains all settings with one `setup`, in which the floats of `hyper` are NaN: read them
-    from the state.
+    All settings share one `setup`, in which the floats of `hyper` are NaN: a system reads them from
+    the TrainState.
     """
 
     @property
     def hyper(self) -> Any: ...  # `system.*`, a class made by `hyperparameters`
 
     @property
-    def needs_global_state(self) -> bool: ...  # Whether it reads `Observation.global_state`
+    def needs_global_state(self) -> bool: ...  # whether the system reads `Observation.global_state`
 
 
 class TrainState(Protocol):
@@ -84,7 +84,7 @@ class TrainState(Protocol):
 
 
 class Algorithm(Protocol):
-    """A system's module. `setup` is what `make` returns: everything static, hashable."""
+    """A system's module. `setup` is the result of `make`: everything static, and hashable."""
 
     CARD: Card
     Config: Any  # a dataclass type, an AlgorithmConfig
@@ -97,7 +97,7 @@ class Algorithm(Protocol):
         self, setup: Any, env: Environment, state: Any
     ) -> tuple[Any, dict[str, Array]]: ...  # metrics have an axis of updates
 
-    def policy_params(self, state: Any) -> Any: ...  # deployed, a part of `state.params`
+    def policy_params(self, state: Any) -> Any: ...  # the deployed part of `state.params`
 
     def initial_carry(self, setup: Any, batch_shape: tuple[int, ...]) -> Any: ...
 
@@ -113,7 +113,7 @@ class Algorithm(Protocol):
 
 
 def algorithm(module: ModuleType) -> Algorithm:
-    """Return a module as an Algorithm. Raises ConfigError if it lacks a name of the contract."""
+    """Return a module as an Algorithm. Raises ConfigError if it does not meet the contract."""
     functions = [name for name in vars(Algorithm) if not name.startswith("_")]
     names = [*Algorithm.__annotations__, *functions]
     missing = [name for name in names if not hasattr(module, name)]
@@ -128,14 +128,14 @@ def algorithm(module: ModuleType) -> Algorithm:
 
 
 def _check_config(module: ModuleType) -> None:
-    """Raise ConfigError unless `Config` is a dataclass of the fields that a run provides."""
+    """Raise ConfigError unless `Config` is a dataclass whose fields a run provides."""
     file, schema = Path(module.__file__ or module.__name__).name, module.Config
     found = [field.name for field in fields(schema)] if is_dataclass(schema) else []
     strange = [name for name in found if name not in PROVIDED]
     if strange or "hyper" not in found or not hasattr(schema, "needs_global_state"):
         raise ConfigError(
-            f"{file}: Config must be a dataclass with `hyper` and `needs_global_state`, and of "
-            f"{', '.join(PROVIDED)} what it needs"
+            f"{file}: Config must be a dataclass with `hyper` and `needs_global_state`; "
+            f"its fields must be among {', '.join(PROVIDED)}"
             + (f"; it has {', '.join(strange)}" if strange else "")
         )
     if not hasattr(get_type_hints(schema)["hyper"], "__dataclass_fields__"):
@@ -144,8 +144,10 @@ def _check_config(module: ModuleType) -> None:
 
 @dataclass_transform(frozen_default=True)
 def hyperparameters(cls: type[H]) -> type[H]:
-    """Make a frozen dataclass whose floats are leaves of a pytree and whose other fields, counts
-    and choices, are static. A compiled program serves all values of the floats."""
+    """Make a frozen dataclass whose floats are the leaves of a pytree; its other fields are static.
+
+    One compiled program serves all values of the floats; counts and choices are static.
+    """
     made: Any = dataclass(frozen=True)(cls)
     names = float_names(made)
     static = [field.name for field in fields(made) if field.name not in names]
@@ -154,13 +156,13 @@ def hyperparameters(cls: type[H]) -> type[H]:
 
 
 def float_names(hyper: Any) -> list[str]:
-    """The names of the fields that are floats, in a class made by `hyperparameters`."""
+    """Return the names of the float fields of a class made by `hyperparameters`."""
     kinds = get_type_hints(hyper)
     return [f.name for f in fields(hyper) if float in (kinds[f.name], *get_args(kinds[f.name]))]
 
 
 def as_data(hyper: H) -> H:
-    """Return hyperparameters whose floats are () float32 arrays, infinite where they were None."""
+    """Return hyperparameters with their floats as () float32 arrays, infinite instead of None."""
     values = {name: getattr(hyper, name) for name in float_names(type(hyper))}
     data = {k: np.float32(np.inf if v is None else v) for k, v in values.items()}
     return cast(H, replace(cast(Any, hyper), **data))

@@ -1,18 +1,18 @@
-"""Evaluation: whole episodes of a policy, measured on their own.
+"""Evaluation: whole episodes of a policy.
 
 usage: python -m magpo.evaluate run=<folder> [key=value ...]
 
-  run=<folder>           a run's results folder; its best policies are played, all members'
-  vary.<key>=<value>     only the members with this value, of a run that varied it
+  run=<folder>           a run's results folder; the best policy of each member is played
+  vary.<key>=<value>     only the members with this value, if the run varied it
   episodes=320           per member, >= 1
-  greedy=false           true: the most likely actions instead of sampled ones
+  greedy=false           true: take the most likely actions instead of sampled ones
   seed=0                 of the episodes, 0 .. 2**32 - 1
-  env=<suite>/<task>     another task than the run's, if the shapes allow
+  env=<suite>/<task>     a task other than the run's, if the shapes allow it
   env.<option>=<value>   options of the task; by default the run's
-  json=<file>            where to write each member's means and standard deviations, too
+  json=<file>            also write each member's means and standard deviations here
 
-Every metric of the suite is shown, as mean ± standard deviation over episodes. The return is the
-mean over agents of their summed rewards.
+The table shows every metric of the suite as mean ± standard deviation over episodes. The return is
+the mean over agents of their summed rewards.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class _Episodes(NamedTuple):
     env_state: Any  # (B, ...)
     timestep: TimeStep  # (B, ...)
     carry: Any  # (B, ...) the policy's recurrent state
-    running: Array  # (B,) bool, false from an episode's end on
+    running: Array  # (B,) bool, false once the episode has ended
     metrics: dict[str, Array]  # (B,) each, frozen where not running
 
 
@@ -60,8 +60,8 @@ def evaluate(
     """Play `num_episodes` episodes side by side, from reset to end, without auto-reset.
 
     Returns (num_episodes,) float32 each: `episode_return` (the mean over agents of their summed
-    rewards), `episode_length`, and what the environment's timestep reports in `metrics` at the
-    episode's last step. Steps after an episode's end count for nothing.
+    rewards), `episode_length`, and the environment's `metrics` at the episode's last step. Steps
+    after an episode's end do not count.
     """
     reset_key, act_key = jax.random.split(key)
     env_state, timestep = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
@@ -115,12 +115,12 @@ def main(
     options: Mapping[str, Any] = {},
     json: UserPath | None = None,
 ) -> None:
-    """Play a run's best policies, and print and write their members' metrics."""
+    """Play a run's best policies, then print and write each member's metrics."""
     trained = policy.read(run)
     places = trained.places(setting=vary)
     task = policy.make_env(trained, env, options)
     setup = policy.build(trained, 0, env=task).setup
-    if json:  # an unwritable place is found before playing
+    if json:  # fail before playing if it cannot be written
         Path(json).parent.mkdir(parents=True, exist_ok=True)
 
     @partial(jax.jit, static_argnums=2)

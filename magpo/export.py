@@ -1,15 +1,16 @@
-"""A trained policy as one portable file, which runs with JAX alone.
+"""A trained policy as one portable file that needs only JAX.
 
 usage: python -m magpo.export run=<folder> [key=value ...]
 
   run=<folder>         a run's results folder; its policy with the best score is exported
-  out=<folder>         where policy.stablehlo and policy.json go (default: <run>/policy)
-  seed=<seed>          only this seed's policies
-  vary.<key>=<value>   only policies with this value, of a run that varied it
-  agent=0              whose policy, if the agents' differ
+  out=<folder>         the folder for policy.stablehlo and policy.json (default: <run>/policy)
+  seed=<seed>          only policies of this seed
+  vary.<key>=<value>   only policies with this value, if the run varied it
+  agent=0              the agent whose policy is exported, if the agents' policies differ
 
-policy.stablehlo is the decentralised policy of one agent in StableHLO, by `jax.export`, with its
-parameters in it; policy.json says what goes in and out. The batch size stays free. Without magpo:
+policy.stablehlo is one agent's decentralised policy in StableHLO, made by `jax.export`, parameters
+included. policy.json describes its inputs and outputs. The batch size is free. To use it without
+magpo:
 
     policy = jax.export.deserialize(Path("policy.stablehlo").read_bytes())
     outputs = policy.call(*inputs)  # in the order of policy.json
@@ -31,11 +32,12 @@ from magpo.values import NonNegativeInt, Seed, UserPath
 
 
 def export(policy: TrainedPolicy) -> tuple[bytes, dict[str, Any]]:
-    """Return the file's bytes and its description, for the policy of one agent.
+    """Return the bytes and the description of one agent's exported policy.
 
-    Inputs, B of each but the last two: the leaves of the recurrent state (carry), the agent's view,
-    its action mask, the steps since the episode began; two random 32-bit numbers, and whether to
-    act greedily. Outputs: the actions, and the leaves of the carry after the step.
+    The inputs are, with a batch axis B, the leaves of the recurrent state (carry), the agent's view
+    and action mask, and the steps since the episode began; then, without a batch axis, two random
+    32-bit numbers and whether to act greedily. The outputs are the actions and the leaves of the
+    next carry.
     """
     batch = tuple(jax.export.symbolic_shape("batch"))
     leaves, structure = jax.tree.flatten(policy.initial_carry((1,)))
@@ -83,7 +85,7 @@ def main(
     vary: Mapping[str, float | None] = {},
     agent: NonNegativeInt = 0,
 ) -> None:
-    """Export one agent's policy."""
+    """Export one agent's policy of a run."""
     policy = load_policy(run, seed, vary, agent)
     data, description = export(policy)
     folder = Path(out or Path(run, "policy"))

@@ -1,5 +1,5 @@
-"""Files: where the YAML files are, how a file is replaced, what reading a damaged one raises, and
-standard streams that cannot be written."""
+"""Helpers for files and standard streams: the folder of YAML files, atomic replacement, the errors
+of damaged files, and streams that cannot be written."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ def configs() -> Path:
 
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Replace a file atomically: neither a reader nor a crash ever meets half of it."""
+    """Replace a file atomically, so that neither a reader nor a crash ever sees half of it."""
     aside = path.with_name(f".{path.name}.tmp")
     write(aside)
     os.replace(aside, path)
@@ -43,8 +43,10 @@ def complain(line: str) -> None:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """End without a traceback where standard output cannot be written; silently where nobody reads
-    it any more, as with `| head`."""
+    """Exit without a traceback if standard output cannot be written.
+
+    Exit silently if its reader has gone, as with `| head`.
+    """
     try:
         yield
         print(end="", flush=True)
@@ -68,7 +70,7 @@ def exit_on_config_error() -> Iterator[None]:
 
 
 def flush_output() -> None:
-    """Flush the standard streams; what cannot be written must not change the exit code."""
+    """Flush the standard streams; a failure to do so does not change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:  # None: closed before Python started
@@ -78,6 +80,6 @@ def flush_output() -> None:
 
 
 def _discard(stream: IO[str]) -> None:
-    """Send what a stream still holds, and all it will get, to the null device."""
+    """Redirect a stream, its buffer included, to the null device."""
     with suppress(OSError, ValueError), open(os.devnull, "w") as null:
         os.dup2(null.fileno(), stream.fileno())

@@ -6,7 +6,7 @@ from magpo.types import Array, Metrics, TimeStep
 
 
 def episode_sums(timestep: TimeStep) -> Metrics:
-    """Return the metrics, () each, summed over those of E episodes that ended, and their number."""
+    """Return () sums of the metrics over those of E episodes that ended, and their number."""
     metrics = {"episodes": jnp.ones_like(timestep.discount), **timestep.metrics}
     return {name: jnp.where(timestep.last(), x, 0).sum() for name, x in metrics.items()}
 

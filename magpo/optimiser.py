@@ -12,10 +12,10 @@ P = TypeVar("P", bound=tuple[Any, ...])
 def clipped_adam(
     learning_rate: float | optax.Schedule, max_grad_norm: float
 ) -> optax.GradientTransformation:
-    """Return Adam on gradients clipped by their global norm; both numbers may be traced.
+    """Return Adam on gradients clipped by their global norm; both arguments may be traced.
 
-    Its state does not depend on them. It works on one flat vector: on a GPU that is a kernel for
-    each operation of Adam, not for each operation and each array of parameters.
+    Adam's state does not depend on them. Adam works on one flat vector, so that a GPU needs one
+    kernel per operation, not one per operation and array of parameters.
     """
     return optax.flatten(
         optax.chain(
@@ -32,9 +32,9 @@ def init_each(optimisers: P, params: P) -> P:
 
 
 def descend(optimisers: P, params: P, opt_state: P, grads: P) -> tuple[P, P]:
-    """Return the parameters and optimiser states after a step down the gradients.
+    """Return the parameters and optimiser states after a gradient step.
 
-    All are NamedTuples with a field for each network, which has an optimiser of its own.
+    The arguments are NamedTuples with a field per network; each network has its own optimiser.
     """
     steps = [
         o.update(g, s, p) for o, p, s, g in zip(optimisers, params, opt_state, grads, strict=True)

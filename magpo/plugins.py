@@ -1,9 +1,9 @@
-"""Users' own systems and tasks, imported because a command names them or they are installed.
+"""Plugins: users' own systems and tasks, which a command names or which are installed.
 
 `import=matrix.py`, or `import=<module>`, executes a file that is a system (`magpo.contract`) or
-registers tasks (`magpo.envs.register`). Installed packages name theirs by an entry point of the
-group `magpo.plugins`. A run records those that it needs, by name and hash, and a command that lacks
-one names it. Nothing is imported because a folder says so.
+registers tasks (`magpo.envs.register`). Installed packages name their plugins by entry points of
+the group `magpo.plugins`. A run records the plugins that it needs, by name and hash, and a command
+that lacks one says which. Nothing is imported because a results folder names it.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from magpo.envs import registry
 from magpo.errors import ConfigError
 
 SYSTEMS = Path(__file__).resolve().parent / "systems"
-FILE = "_file_"  # begins the names of modules made from files, which may have a package's name
+FILE = "_file_"  # the prefix of modules made from files, whose names may be a package's
 
 
 class Plugin(NamedTuple):
@@ -32,7 +32,7 @@ class Plugin(NamedTuple):
 
     module: ModuleType
     is_system: bool
-    tasks: tuple[str, ...]  # that it registered
+    tasks: tuple[str, ...]  # the tasks that it registered
 
 
 _plugins: list[Plugin] = []
@@ -40,7 +40,7 @@ _modules: dict[Path, ModuleType] = {}  # made from files
 
 
 def load(imports: Iterable[str] = ()) -> None:
-    """Import installed plugins and those named, once each. Raises ConfigError."""
+    """Import the installed plugins and the named ones, once each. Raises ConfigError."""
     _load_installed()
     for name in imports:
         _load(name, f"import={name}")
@@ -56,8 +56,11 @@ def _load_installed() -> None:
 
 
 def _load(name: str, shown: str) -> None:
-    """Import a module or a file. Raises ConfigError, and leaves no task registered, if that fails,
-    registers nothing, or registers what another plugin has."""
+    """Import a module or a file.
+
+    Raises ConfigError, and undoes its registrations, if the import fails, registers nothing, or
+    registers a name that another plugin has.
+    """
     before = dict(registry.registered)
     try:
         _import(name, shown, before)
@@ -102,14 +105,14 @@ def _not_a_system(module: ModuleType) -> str:
 
 
 def _place(error: Exception) -> str:
-    """Return the line of a user's file at which importing it failed."""
+    """Return the file and line at which the import of a user's file failed."""
     ours = str(SYSTEMS.parent)
     frames = [f for f in extract_tb(error.__traceback__) if not f.filename.startswith((ours, "<"))]
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def module_of(file: str) -> ModuleType:
-    """Import a file, which may be running as `__main__`, or under a profiler."""
+    """Import a file once, even if it also runs as `__main__` or under a profiler."""
     path = Path(file).expanduser().resolve()
     if path.parent == SYSTEMS:
         return import_module(f"magpo.systems.{path.stem}")
@@ -124,7 +127,7 @@ def module_of(file: str) -> ModuleType:
 
 
 def keep(module: ModuleType) -> None:
-    """Let `module_of` return this module for its file."""
+    """Make `module_of` return this module for its file."""
     _modules[_file(module)] = module
 
 
@@ -134,14 +137,14 @@ def of_package() -> list[str]:
 
 
 def systems() -> list[str]:
-    """Return the names of all systems: the package's and those of plugins."""
+    """Return the names of all systems, the package's and the plugins'."""
     return [*of_package(), *(system_name(p.module) for p in _plugins if p.is_system)]
 
 
 def system(name: str, imports: Mapping[str, str] | None = None) -> ModuleType:
-    """Return the system of this name. One that a run's `imports` record comes before the package's.
+    """Return the system of this name. Raises ConfigError if there is none.
 
-    Raises ConfigError.
+    A plugin that a run's `imports` record takes precedence over a system of the package.
     """
     found = {system_name(p.module): p.module for p in _plugins if p.is_system}
     own = found.get(name)
@@ -153,24 +156,23 @@ def system(name: str, imports: Mapping[str, str] | None = None) -> ModuleType:
 
 
 def system_name(module: ModuleType) -> str:
-    """Return a system's name, which is its file's."""
+    """Return a system's name: its file's name without the suffix."""
     return _file(module).stem
 
 
 def needed_by(module: ModuleType, task: str) -> dict[str, str]:
-    """Return the names and hashes of the files that a system and a task come from, without the
-    package's own."""
+    """Return the names and hashes of the users' files that a system and a task come from."""
     own = [] if _file(module).parent == SYSTEMS else [module]
-    if task in registry.registered:  # by a plugin, or by a program that runs
+    if task in registry.registered:  # by a plugin or by the running program
         builder = sys.modules.get(getattr(registry.registered[task][0], "__module__", ""))
         own += [p.module for p in _plugins if task in p.tasks] or ([builder] if builder else [])
     return {_name(found): digest for found in own if (digest := _hash(found))}
 
 
 def require(imports: Mapping[str, str], own: ModuleType | None = None) -> list[str]:
-    """Return which of a run's imports have changed. Raises ConfigError if one is not imported.
+    """Return the names of a run's imports that have changed. Raises ConfigError if one is missing.
 
-    `own` is the system's module, where that is given.
+    `own` is the system's module, if the caller has one.
     """
     modules = [*(plugin.module for plugin in _plugins), *([own] if own else [])]
     hashes = {_name(module): _hash(module) for module in modules}
@@ -182,7 +184,7 @@ def require(imports: Mapping[str, str], own: ModuleType | None = None) -> list[s
 
 
 def _name(module: ModuleType) -> str:
-    """Return a module's name, or its file's name if it was made from a file."""
+    """Return a module's name, or the name of the file that it was made from."""
     from_file = module.__name__.startswith(FILE) or module.__name__ == "__main__"
     return _file(module).name if from_file else module.__name__
 

@@ -1,4 +1,4 @@
-"""The results that the two papers print, published.csv, each with the command that repeats it."""
+"""The results that the two papers print, each with the command that repeats it."""
 
 import csv
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ TABLE = Path(__file__).with_suffix(".csv")
 
 
 class Row(NamedTuple):
-    """One printed figure."""
+    """One printed result, a row of published.csv."""
 
     paper: str  # magpo | gpae
-    table: str  # its number in the paper
+    table: str  # the table's number in the paper
     task: str  # suite/task, as `env=` takes it
     system: str  # as printed; GPAE's variants are gpae_off, gpae_on, gpae_st, gpae_eta_1.1, ...
     mean: float  # of the suite's headline metric; a win rate from 0 to 1
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
     @property
     def metric(self) -> str:
-        """The suite's headline metric, which the paper prints."""
+        """The suite's headline metric, which the paper reports."""
         return "win_rate" if self.task.split("/")[0] in ("smax", "connector") else "episode_return"
 
     @property
@@ -64,10 +64,10 @@ def has(task: str) -> bool:
 
 
 def find(values: Mapping[str, Any]) -> Row | None:
-    """Return the first row whose command a run's configuration agrees with.
+    """Return the first row whose command agrees with a run's configuration.
 
-    `values` are config.yaml's, by dotted name. What the command leaves to its defaults (step sizes,
-    the budget) may differ.
+    `values` are those of config.yaml, by dotted name. Values that the command leaves at their
+    defaults (step sizes, the budget) may differ.
     """
     named = {"env": "run.env", "published": "run.published"}
     for row in rows():

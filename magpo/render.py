@@ -1,15 +1,15 @@
-"""An episode as a picture: a GIF, for MABrax a page with brax's own viewer.
+"""A rendered episode: a GIF or, for MABrax, a page with brax's own viewer.
 
 usage: python -m magpo.render env=<suite>/<task> | run=<folder> [key=value ...]
 
-  env=<suite>/<task>     a task, under random legal actions
-  run=<folder>           a run's results folder: its best policy, on its task
-  vary.<key>=<value>     the best policy with this value, of a run that varied it
+  env=<suite>/<task>     play this task with random legal actions
+  run=<folder>           play a run's best policy on its task
+  vary.<key>=<value>     play the best policy with this value, if the run varied it
   env.<option>=<value>   options of the task
-  out=<file>             where to (default: <task>.gif, for MABrax <task>.html)
-  steps=500              at most this many, >= 1
-  greedy=false           true: the policy's most likely actions
-  seed=0                 of the episode, 0 .. 2**32 - 1
+  out=<file>             the file to write (default: <task>.gif, for MABrax <task>.html)
+  steps=500              the largest number of steps, >= 1
+  greedy=false           true: take the policy's most likely actions
+  seed=0                 the episode's seed, 0 .. 2**32 - 1
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from magpo.values import PositiveInt, Seed, UserPath
 
 
 class Frame(NamedTuple):
-    """A state of an episode, on the host, and the step from it."""
+    """A state of an episode, on the host, with the step taken from it."""
 
     state: Any
     view: Any  # (N, O)
@@ -38,7 +38,7 @@ class Frame(NamedTuple):
 def play(
     env: Environment, acting: policy.TrainedPolicy | None, steps: int, seed: int, greedy: bool
 ) -> Iterator[Frame]:
-    """Play an episode to its end or for `steps` steps; random legal actions without a policy."""
+    """Yield an episode's frames, of at most `steps` steps; without a policy, act at random."""
     reset_key, act_key = jax.random.split(jax.random.key(seed))
     state, timestep = jax.jit(env.reset)(reset_key)
     step = jax.jit(env.step)
@@ -58,10 +58,10 @@ def play(
 
 
 def write_gif(path: Path, env: Environment, frames: Sequence[Frame]) -> None:
-    """Write a frame for each step: the state, the actions and the reward.
+    """Write a GIF with a frame per step: the state, the actions and the reward.
 
-    An environment of the user's is drawn by its method `draw(axes, state, action)`, where the
-    action is None at the end; without one, by what its agents see.
+    A user's environment is drawn by its method `draw(axes, state, action)`, where the action is
+    None at the end, or else by its agents' views.
     """
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
@@ -88,7 +88,7 @@ def write_gif(path: Path, env: Environment, frames: Sequence[Frame]) -> None:
 
 
 def write_html(path: Path, env: Any, frames: Sequence[Frame]) -> None:
-    """Write a page with brax's own viewer, which loads its script from the web."""
+    """Write a page with brax's viewer, whose script is loaded from the web."""
     from brax.io import html
 
     poses = [frame.state.pipeline_state for frame in frames]
@@ -107,7 +107,7 @@ def main(
     greedy: bool = False,
     seed: Seed = 0,
 ) -> None:
-    """Play an episode and write it."""
+    """Play an episode and write its GIF or page."""
     acting = None
     if env is not None and run is None and not vary:
         task = envs.make(env, **options)

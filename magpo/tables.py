@@ -1,4 +1,4 @@
-"""Tables: on the terminal, as Markdown for the README, as CSV."""
+"""Tables on the terminal, as Markdown for the README, and as CSV."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +12,10 @@ from rich.table import Table
 def show(
     columns: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = False, numbers: int = 0
 ) -> None:
-    """Print a table. The last `numbers` columns are aligned to the right; in Markdown the first
-    column has names of code."""
+    """Print a table, on the terminal with its last `numbers` columns aligned to the right.
+
+    In Markdown, the first column is set as code.
+    """
     if markdown:
         named = ([f"`{name}`", *cells] for name, *cells in rows)
         for line in (columns, ["---"] * len(columns), *named):
@@ -26,9 +28,9 @@ def show(
 
 
 def show_lines(columns: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str]) -> None:
-    """Print a table with one line for each row, however long, so that it can be searched with grep.
+    """Print a table with exactly one line per row, so that it can be searched with grep.
 
-    Columns that are none of `words` are aligned to the right.
+    Columns other than `words` are aligned to the right.
     """
     lines = [columns, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -41,8 +43,10 @@ def show_lines(columns: Sequence[str], rows: Iterable[Sequence[str]], words: Seq
 
 
 def plain(columns: Sequence[str], num_words: int = 0) -> Table:
-    """Return an empty table without lines: the first `num_words` columns are aligned to the left,
-    those of numbers to the right."""
+    """Return an empty table without lines.
+
+    The first `num_words` columns are aligned to the left, the others to the right.
+    """
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for place, name in enumerate(columns):
         table.add_column(name, justify="left" if place < num_words else "right")
@@ -50,19 +54,19 @@ def plain(columns: Sequence[str], num_words: int = 0) -> Table:
 
 
 def show_wide(table: Table) -> None:
-    """Print a table, on narrower terminals too as if they had 130 columns."""
+    """Print a table as wide as the terminal, but at least 130 columns."""
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, 130)
     console.print(table)
 
 
 def printable(text: str) -> str:
-    """Return text without control characters."""
+    """Return text with its control characters replaced by question marks."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV whose columns are the first row's keys."""
+    """Write rows as a CSV whose columns are the first row's keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

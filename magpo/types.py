@@ -1,4 +1,4 @@
-"""Data that crosses module borders.
+"""Data types that several modules share.
 
 Axis letters, used in every shape comment: M members, S seeds, T rollout steps, E environments, N
 agents, B sequences, C steps of a sequence, L = T * N tokens, O observation features, G global-state
@@ -33,25 +33,25 @@ class Observation(NamedTuple):
 
 
 class TimeStep(NamedTuple):
-    """One transition's outcome; under auto-reset `observation` is already the next episode's."""
+    """One transition's outcome; under auto-reset, `observation` is already the next episode's."""
 
     step_type: Array  # () int8
     reward: Array  # (N,) float32
     discount: Array  # () float32, 0 only where the episode terminated
     observation: Observation
-    metrics: Metrics  # () each, of a finished episode: meaningful where last()
+    metrics: Metrics  # () each, of the episode; meaningful where last()
     terminal_observation: Observation | None = None  # only under auto-reset, where `truncates`
 
     def last(self) -> Array:
         return self.step_type == StepType.LAST
 
     def truncated(self) -> Array:
-        """The episode was cut off: its last observation still has a value."""
+        """Return whether the episode was cut off: its last observation still has a value."""
         return self.last() & (self.discount > 0)
 
 
 class Environment(Protocol):
-    """One environment: pure functions, no batch axis."""
+    """An environment: pure functions without a batch axis."""
 
     name: str  # "rware/tiny-4ag"
     num_agents: int
@@ -62,7 +62,7 @@ class Environment(Protocol):
     headline: str  # the metric its papers report: "episode_return" or "win_rate"
 
     @property
-    def terminates(self) -> str: ...  # what ends an episode before its limit; "": nothing
+    def terminates(self) -> str: ...  # the event that ends an episode before its limit; "": none
 
     def reset(self, key: Array) -> tuple[Any, TimeStep]: ...
 
@@ -71,7 +71,7 @@ class Environment(Protocol):
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """The static properties of an environment that a system depends on: what `make` needs."""
+    """The static properties of an environment that a system's `make` needs."""
 
     name: str
     num_agents: int
@@ -82,11 +82,11 @@ class EnvSpec:
     time_limit: int
     truncates: bool
     headline: str
-    stop_action: int | None  # the action by which an agent does nothing, if there is one
+    stop_action: int | None  # the action that does nothing, if there is one
 
 
 def spec(env: Environment) -> EnvSpec:
-    """Return an environment's EnvSpec. Traces `reset`, which tells what the agents see."""
+    """Return an environment's EnvSpec; trace `reset` for the shapes of observations."""
     _, first = jax.eval_shape(env.reset, jax.eval_shape(lambda: jax.random.key(0)))
     views = first.observation
     return EnvSpec(
@@ -104,14 +104,14 @@ def spec(env: Environment) -> EnvSpec:
 
 
 def action_spec(env: Environment | EnvSpec) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of `env.step`'s action: (N,) int32, or (N, A) float32 if continuous."""
+    """Return `env.step`'s action shape and dtype: (N,) int32, or (N, A) float32 if continuous."""
     if env.action_kind == "discrete":
         return jax.ShapeDtypeStruct((env.num_agents,), jnp.int32)
     return jax.ShapeDtypeStruct((env.num_agents, env.action_dim), jnp.float32)
 
 
 def restart(num_agents: int, observation: Observation, metrics: Metrics) -> TimeStep:
-    """The first timestep of an episode."""
+    """Return the first timestep of an episode."""
     return TimeStep(
         step_type=jnp.int8(StepType.FIRST),
         reward=jnp.zeros(num_agents),

@@ -1,4 +1,4 @@
-"""Values from outside, checked by pydantic: what is wrong is said in one line."""
+"""Checks of input values, by pydantic, with one-line errors."""
 
 import json
 import os
@@ -29,12 +29,12 @@ Seed = Annotated[Integer, Field(ge=0, lt=2**32)]
 
 
 def as_argument(value: Any) -> str:
-    """Return a value as the command line would have it."""
+    """Return a value in the form that the command line takes."""
     return json.dumps(value, separators=(",", ":"), default=str).replace('"', "")
 
 
 def must_divide(key: str, value: int, of: str, number: int) -> None:
-    """Raise ValueError where `value`, set by `key`, does not divide `number`, named `of`."""
+    """Raise ValueError if `value`, set by `key`, does not divide `number`, named `of`."""
     if number % value:
         raise ValueError(f"{key} must divide {of} = {number}, not {value}")
 
@@ -45,12 +45,12 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
 
 
 def validate(schema: type[T], values: Mapping[str, Any]) -> T:
-    """Build a dataclass as strictly as from JSON: no strings for numbers, no unknown keys."""
+    """Build a dataclass with JSON's strictness: no strings for numbers, no unknown keys."""
     try:
         text = json.dumps(values)
         return TypeAdapter(schema).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
-        # What is there without a field says more than what is missing.
+        # An unknown key explains more than a missing one, which may be the same key misspelt.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
         first, *others = errors
         more = f" (and {len(others)} more)" if others else ""
@@ -60,7 +60,7 @@ def validate(schema: type[T], values: Mapping[str, Any]) -> T:
 def _line(error: ErrorDetails, schema: type) -> str:
     """Return a pydantic error as a sentence."""
     *parents, last = [str(part) for part in error["loc"]] or [""]
-    # The command line's name for an algorithm's `hyper` is `system`.
+    # On the command line, an algorithm's `hyper` is called `system`.
     shown = ["system" if parent == "hyper" else parent for parent in parents]
     key = ".".join([*shown, "system" if last == "hyper" and not parents else last])
     if error["type"] == "unexpected_keyword_argument":

@@ -1,9 +1,10 @@
-"""How the time to act grows with the number of agents, for the autoregressive networks.
+"""Time that the autoregressive networks take to act, for growing numbers of agents.
 
     python scripts/acting.py scripts/results/acting.csv
 
-Default sizes (64 features, one head, one block), 64 environments, 50 steps, medians over rounds in
-which each is timed once; per agent the time stays as it is where acting is linear.
+Networks have default sizes (64 features, one head, one block) and act in 64 environments for 50
+steps; times are medians over rounds in which each is measured once. If acting is linear in the
+number of agents, the time per agent is constant.
 """
 
 import statistics

@@ -1,21 +1,21 @@
-"""Measure a system on a task: start-up, steps per second, FLOPs, memory.
+"""Benchmark of a system on a task: start-up, steps per second, FLOPs, memory.
 
     python scripts/benchmark.py magpo env=coordsum/3x10-30 num_envs=64
     python scripts/benchmark.py magpo env=rware/tiny-4ag seeds=[0,1,2] json=measurements.json
     python scripts/benchmark.py overhead=5 magpo env=coordsum/3x10-30 num_envs=64
 
-What is no key of this script is an override of the run. One process, the programs of a real run:
-start-up counts from the start of the process, and a chunk is one update. FLOPs are XLA's count of
-the unoptimised update, each loop's body as often as it runs; the share is of the rate of a large
-float32 matmul on the same machine. Memory is the process's peak before that matmul. The last shares
-are of the time that XLA's operations of an update took, on all threads together.
+Arguments that are not keys of this script are overrides of the run. One process uses the programs
+of a real run, with chunks of one update; start-up is timed from the start of the process. FLOPs are
+XLA's count for the unoptimised update, with each loop's body counted as often as it runs, also as a
+share of the rate of a large float32 matmul on the same machine. Memory is the process's peak before
+that matmul. The last shares are of the time of an update's XLA operations, summed over threads.
 
-On a GPU, `kernels` are those of one update: how many ran, how long they and the pauses between them
-took, and which took longest. With lock=<file>, processes that are started together compile side by
-side and measure one after the other.
+On a GPU, `kernels` describes one update: the number of kernels, their time, the idle time between
+them, and the slowest ones. With lock=<file>, processes that start together compile side by side and
+measure one after the other.
 
-With overhead=<n>, n chunks are trained as they are, with their evaluations, and a checkpoint after
-each, and the writer thread's time is measured. Where it has a core of its own, it costs less.
+With overhead=<n>, the script trains n chunks of the run's own size, each with an evaluation and a
+checkpoint, and times the writer thread. If that thread has its own core, the overhead is lower.
 """
 
 import time
@@ -60,11 +60,11 @@ from magpo.values import PositiveInt  # noqa: E402
 
 IMPORTED = time.perf_counter()
 wait: Any = jax.block_until_ready
-REPEATS = 5  # of everything timed; the median is reported
+REPEATS = 5  # of each timing; the median is reported
 
 
 def median_seconds(function: Callable[[], Any]) -> float:
-    """Of a call's work on the device, after one call to compile and warm up."""
+    """Return the time of a call and its work on the device, after one call as a warm-up."""
     wait(function())
     times = []
     for _ in range(REPEATS):
@@ -75,7 +75,7 @@ def median_seconds(function: Callable[[], Any]) -> float:
 
 
 def scans(jaxpr: Any) -> Iterator[tuple[int, Any]]:
-    """Length and body of each scan of a jaxpr that is not inside another scan."""
+    """Yield length and body of each scan in a jaxpr that is not inside another scan."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             yield equation.params["length"], equation.params["jaxpr"]
@@ -87,7 +87,7 @@ def scans(jaxpr: Any) -> Iterator[tuple[int, Any]]:
 
 
 def flops(closed_jaxpr: Any) -> tuple[float, float]:
-    """With every scan's body as often as it runs, and once, as XLA counts."""
+    """Return FLOPs with each scan's body counted as often as it runs, and once, as XLA does."""
     lowered = jax.jit(jaxpr_as_fun(closed_jaxpr)).lower(*closed_jaxpr.in_avals)
     once = total = (lowered.cost_analysis() or {}).get("flops", 0.0)
     for length, body in scans(closed_jaxpr.jaxpr):
@@ -97,14 +97,16 @@ def flops(closed_jaxpr: Any) -> tuple[float, float]:
 
 
 def matmul_rate(size: int = 2048) -> float:
-    """FLOP/s of a large float32 matmul: this machine's practical peak."""
+    """Return the FLOP/s of a large float32 matmul: this machine's practical peak."""
     matmul, a = jax.jit(jnp.matmul), jnp.ones((size, size))
     return 2 * size**3 / median_seconds(lambda: matmul(a, a))
 
 
 def profile(compiled: Any, run: Callable[[], Any]) -> dict[str, Any]:
-    """Where a program's time goes: the share of each kind of operation, loops left out, and on a
-    GPU its kernels."""
+    """Return each kind of operation's share of a program's time, and on a GPU its kernels.
+
+    Loops and calls are left out: their bodies' operations count.
+    """
     kinds = {}
     for line in compiled.as_text().splitlines():
         match = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\(", line)
@@ -140,7 +142,7 @@ def profile(compiled: Any, run: Callable[[], Any]) -> dict[str, Any]:
 
 
 def launches(kernels: list[Any]) -> dict[str, Any]:
-    """Return the number of a GPU's kernels, their time, and that of the pauses between them."""
+    """Return the number of a GPU's kernels, their time, the idle time, and the slowest kernels."""
     start = min(kernel.start_ns for kernel in kernels)
     end = max(kernel.start_ns + kernel.duration_ns for kernel in kernels)
     spent: Counter[str] = Counter()
@@ -157,7 +159,7 @@ def launches(kernels: list[Any]) -> dict[str, Any]:
 
 
 def random_steps(env: Environment, num_envs: int, length: int) -> Callable[[], Any]:
-    """The environment alone, restarts included, under random legal actions, compiled."""
+    """Compile steps of the environment alone, with restarts, under random legal actions."""
     batch = AutoReset(env, num_envs)
 
     def run(state: Any, timestep: Any, key: Array) -> Any:
@@ -191,7 +193,7 @@ def measure(algorithm: Algorithm, config: RunConfig, lock: Path | None) -> dict[
     state, _ = wait(compiled.train_chunk(compiled.init(inputs.train_keys, inputs.hyper)))
     first_update_s = time.perf_counter() - STARTED
 
-    of_package: Any = algorithm  # whose systems all have a `rollout`, beyond the contract
+    of_package: Any = algorithm  # its systems have a `rollout`, which the contract lacks
     all_rollouts = jax.jit(jax.vmap(lambda state: of_package.rollout(setup, env, state)))
     rollout = all_rollouts.lower(state).compile()
     play = random_steps(env, config.num_envs, config.rollout_length)
@@ -238,7 +240,7 @@ def measure(algorithm: Algorithm, config: RunConfig, lock: Path | None) -> dict[
 
 @contextmanager
 def alone(lock: Path | None) -> Iterator[None]:
-    """Say that all is compiled, and hold the lock, if there is one."""
+    """Report that all is compiled and hold the lock, if one is given."""
     if lock is None:
         yield
         return
@@ -249,7 +251,7 @@ def alone(lock: Path | None) -> Iterator[None]:
 
 
 def measure_overhead(module: ModuleType, config: RunConfig) -> dict[str, float]:
-    """Return the share of a run's time that checkpoints and logs take."""
+    """Return the time that checkpoints and logs take, also as a share of the run's."""
     spent: dict[str, float] = defaultdict(float)
     attempt = writer.Writer._try
 
@@ -280,7 +282,7 @@ def main(
     lock: Path | None = None,
     json: Path | None = None,
 ) -> None:
-    """Measure, print."""
+    """Measure, print and write the measurements."""
     config = configuration.load(system, overrides)
     module = plugins.system(system)
     chunks, steps = 1, config.steps_per_update

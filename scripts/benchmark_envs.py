@@ -1,11 +1,11 @@
-"""What our wrappers cost on top of the simulators: tasks of each suite, 128 environments.
+"""Cost of our wrappers on top of the simulators: tasks of each suite, 128 environments.
 
     python scripts/benchmark_envs.py scripts/results/envs.csv [lbf/8x8-2p-2f-coop ...]
 
-Random actions, the same for all; every step writes all of its outputs over the last one's.
-`wrapper` is our step's time over the simulator's own; `auto_reset` is the time of a step with
-restarts over that of the step and of the resets that were due; `part` is what takes much of a slow
-simulator's step. Medians over rounds in which each is timed once.
+Actions are random and the same for all; every step overwrites all outputs of the step before.
+`wrapper` compares our step's time with the simulator's; `auto_reset` compares a step with restarts
+with the step and the resets that were due; `part` names a costly part of a slow simulator's step.
+Times are medians over rounds in which each is measured once.
 """
 
 import statistics
@@ -23,7 +23,7 @@ from magpo.envs.wrappers import AutoReset
 from magpo.types import Array, action_spec
 
 NUM_ENVS, STEPS = 128, 256
-ROUNDS, ROUNDS_S = 3, 20.0  # of both at least
+ROUNDS, ROUNDS_S = 3, 20.0  # minimum number and duration
 TASKS = [
     "coordsum/3x10-30",
     "lbf/15x15-4p-5f",
@@ -42,7 +42,7 @@ wait: Any = jax.block_until_ready
 
 
 def simulator_of(env: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The simulator's reset(key) -> state and step(state, action, key) -> (state, outputs)."""
+    """Return reset(key) -> state and step(state, action, key) -> (state, outputs)."""
     suite, simulator = env.name.partition("/")[0], env.simulator
 
     def jumanji_step(state: Any, action: Array, key: Array) -> Any:
@@ -62,7 +62,7 @@ def simulator_of(env: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def slow_part(env: Any) -> tuple[str, Callable[..., Any]] | None:
-    """What takes much of a slow simulator's step, and a step that does that alone."""
+    """Return the name of a costly part of a slow simulator's step, and that part alone."""
     suite = env.name.partition("/")[0]
     simulator: Any = getattr(env, "simulator", None)
 
@@ -79,7 +79,7 @@ def slow_part(env: Any) -> tuple[str, Callable[..., Any]] | None:
 
     def views(state: Any, action: Array, key: Array) -> Any:
         units = state.battle.state
-        moved = units.unit_positions + 1e-3 * action.sum()  # another state every time
+        moved = units.unit_positions + 1e-3 * action.sum()  # a different state every time
         units = units.replace(unit_positions=moved)
         seen = simulator._env.get_obs_unit_list(units)
         return state._replace(battle=state.battle.replace(state=units)), seen
@@ -96,12 +96,12 @@ def slow_part(env: Any) -> tuple[str, Callable[..., Any]] | None:
 
 
 def strong(state: Any) -> Any:
-    """What a scan carries has to come out as it went in."""
+    """Remove weak types, which would change a scan's carry."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
 
 def scanned(step: Callable[..., Any]) -> Callable[..., Any]:
-    """T steps of a batch, each of which writes all of its outputs; jitted."""
+    """Return a jitted function of T steps of a batch, each of which writes all its outputs."""
 
     def run(state: Any, actions: Array, keys: Array) -> Any:
         def one(carry: Any, given: Any) -> Any:
@@ -116,7 +116,7 @@ def scanned(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def measure(task: str) -> dict[str, Any]:
-    """A task's times, in microseconds for each environment and step."""
+    """Measure a task; return times in microseconds per environment and step."""
     env = envs.make(task)
     batch = AutoReset(env, NUM_ENVS)
     key = jax.random.key(0)
@@ -135,14 +135,14 @@ def measure(task: str) -> dict[str, Any]:
         seen, cut_off = timestep.terminal_observation, timestep.truncated().any()
         if seen is None:
             return state, timestep
-        # A rollout looks at it where an episode was cut off, and does not keep it.
+        # A rollout reads the terminal observation only after truncations, and does not keep it.
         value = jax.lax.cond(cut_off, lambda: seen.agents_view.sum(), lambda: 0.0)
         return state, (timestep._replace(terminal_observation=None), value)
 
     restarted = scanned(step_with_resets)
     auto_first, _ = jax.jit(batch.reset)(key)
     ended = int(restarted(auto_first, actions, step_keys)[0].begun) - NUM_ENVS
-    # The very episodes drawn meanwhile: a generator takes as long as its slowest board.
+    # The same episodes as drawn above: a generator takes as long as its slowest board.
     drawn = 2 * NUM_ENVS + jnp.arange(-(-ended // NUM_ENVS) * NUM_ENVS)
     drawn_keys = jax.vmap(partial(jax.random.fold_in, key))(drawn).reshape(-1, NUM_ENVS)
     first = reset(drawn_keys[0])[0]

@@ -1,10 +1,10 @@
-"""Interleave the timings of several experiments, so that machine noise affects all equally.
+r"""Interleaved timings of several experiments, so that machine noise affects all equally.
 
     python scripts/compare.py scripts/results/cost.csv rounds=20 \
         mappo env=lbf/8x8-2p-2f-coop num_envs=64  happo env=lbf/8x8-2p-2f-coop num_envs=64
 
-Every experiment is a system and the overrides after it; relative is the median over the rounds of
-its time over the first one's in the same round.
+An experiment is a system followed by its overrides. `relative` is the median over rounds of its
+time divided by the first experiment's in the same round.
 """
 
 import random
@@ -23,7 +23,7 @@ wait: Any = jax.block_until_ready
 
 
 def start(system: str, *overrides: str) -> tuple[Any, Any]:
-    """Return an experiment's update, compiled, and its state after one update."""
+    """Return an experiment's compiled update, and its state after one update."""
     settings = config.load(system, overrides)
     short = [f"total_steps={settings.steps_per_update}", "num_evaluations=1"]
     settings = config.load(system, [*overrides, *short])

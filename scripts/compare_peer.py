@@ -1,13 +1,13 @@
-"""Time two commands that train in turns, for example another library's and ours.
+r"""Timings, in turns, of two commands that train, for example another library's and ours.
 
     python scripts/compare_peer.py scripts/results/peer.csv rounds=5 updates=4 lines=ACTOR \
         python -m magpo.systems.mappo env=lbf/8x8-2p-2f-coop  vs  /else/python mappo.py env=lbf
 
-Each prints "... steps/s" or "steps per second: ..." again and again, with `updates` updates between
-two figures; the first one, which may include compilation, is left out. Of the second command only
-lines with the word `lines` count. A round runs one after the other, in an order that changes.
-`ratio` is the first command's speed over the second's. Rounds in which a command got less than 90 %
-of its usual share of the CPUs do not count. A row is added to the table.
+Each command must print "... steps/s" or "steps per second: ..." repeatedly, with `updates` updates
+between two such rates; the first rate, which may include compilation, is left out. Of the second
+command only lines that contain `lines` count. A round runs both commands, in alternating order.
+`ratio` is the first command's rate over the second's. Rounds in which a command got less than 90 %
+of its usual share of the CPUs do not count. The script adds a row to the table.
 """
 
 import csv
@@ -26,33 +26,33 @@ from magpo import commands, tables
 from magpo.errors import ConfigError
 from magpo.values import PositiveInt
 
-FIGURE = re.compile(r"([\d.,]+)([kMG]?) steps/s|steps per second\W+([\d.,]+)", re.IGNORECASE)
+RATE = re.compile(r"([\d.,]+)([kMG]?) steps/s|steps per second\W+([\d.,]+)", re.IGNORECASE)
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 ANSI = re.compile(r"\x1b\[[\d;]*m")
 
 
 class Timing(NamedTuple):
-    """One command's run."""
+    """Measurements of one run of a command."""
 
     steps_per_s: float  # median
-    cpu_s: float  # between two figures
+    cpu_s: float  # between two rates
     share: float  # CPU seconds over wall seconds
 
 
-def figure(line: str) -> float | None:
-    """Return the steps/s that a line gives."""
-    if (found := FIGURE.search(ANSI.sub("", line))) is None:
+def rate_in(line: str) -> float | None:
+    """Return the steps/s that a line states, if any."""
+    if (found := RATE.search(ANSI.sub("", line))) is None:
         return None
     number, unit, other = found.groups()
     return float((number or other).replace(",", "")) * UNITS[unit or ""]
 
 
 def measure(command: Sequence[str], word: str) -> Timing:
-    """Run a command, whose figures are in lines with `word`.
+    """Run a command and time it by the rates in lines that contain `word`.
 
-    Raises ConfigError if it fails or prints fewer than three figures.
+    Raises ConfigError if the command fails or prints fewer than three rates.
     """
-    figures, at, last = list[float](), list[tuple[float, float]](), deque[str](maxlen=1)
+    rates, at, last = list[float](), list[tuple[float, float]](), deque[str](maxlen=1)
     try:
         process = subprocess.Popen(
             command,
@@ -67,15 +67,15 @@ def measure(command: Sequence[str], word: str) -> Timing:
     for line in process.stdout:
         if line.strip():
             last.append(line.strip())
-        if word in line and (steps_per_s := figure(line)) is not None:
-            figures.append(steps_per_s)
+        if word in line and (steps_per_s := rate_in(line)) is not None:
+            rates.append(steps_per_s)
             at.append((time.perf_counter(), _cpu_s(process.pid)))
-    if process.wait() or len(figures) < 3:
+    if process.wait() or len(rates) < 3:
         said = last[0] if last else "nothing"
-        problem = f"exit code {process.returncode}, {len(figures)} figures; its last line: {said}"
+        problem = f"exit code {process.returncode}, {len(rates)} rates; its last line: {said}"
         raise ConfigError(f"{' '.join(command)}: {problem}")
     wall_s, cpu_s = (end - begin for begin, end in zip(at[0], at[-1], strict=True))
-    return Timing(statistics.median(figures[1:]), cpu_s / (len(at) - 1), cpu_s / wall_s)
+    return Timing(statistics.median(rates[1:]), cpu_s / (len(at) - 1), cpu_s / wall_s)
 
 
 def _cpu_s(pid: int) -> float:
@@ -105,7 +105,7 @@ def main(
     pairs = list(zip(*timings, strict=True))
     kept = [pair for pair in pairs if all(map(lambda t, u: t.share >= 0.9 * u, pair, usual))]
     if not kept:
-        raise ConfigError(f"none of {rounds} rounds counts: other programs use the CPUs")
+        raise ConfigError(f"none of {rounds} rounds counts: other programs are using the CPUs")
     ratios = [first.steps_per_s / second.steps_per_s for first, second in kept]
     row: dict[str, object] = {"first": " ".join(sides[0]), "second": " ".join(sides[1])}
     row |= {"rounds": f"{len(kept)} of {rounds}", "ratio": f"{statistics.median(ratios):.2f}"}

@@ -1,10 +1,10 @@
-"""Kill a search at random moments, continue it each time, and compare it with one left alone.
+"""Crash test of a search: killed at random and continued, it must equal an uninterrupted one.
 
     python scripts/crash_sweep.py kills=10 seed=0 mappo env=coordsum/3x10-30 ... study=crash/a
 
-The study left alone is in crash/a, those that are killed are in crash/a_1 and so on. Every second
-kill spares the run that the search has started. Exit code 0: every search had the same trials with
-the same results.
+The uninterrupted study is in crash/a, the killed ones are in crash/a_1 and so on. Every second kill
+spares the run that the search has started. Exit code 0 means that every search had the same trials
+with the same results.
 """
 
 import random
@@ -44,18 +44,18 @@ def kill(process: subprocess.Popen[bytes], run_too: bool) -> None:
 
 
 def trials(folder: Path) -> list[dict[str, Any]]:
-    """Return what is compared of each trial."""
+    """Return the facts of each trial that are compared."""
     return [{name: getattr(t, name) for name in FACTS} for t in studies.load(folder, None).trials]
 
 
 def main(
     *arguments: str, kills: PositiveInt = 10, seed: int = 0, study: UserPath = "crash/study"
 ) -> None:
-    """Search, kill, compare."""
+    """Kill and continue searches, and compare them with an uninterrupted one."""
     random.seed(seed)
     alone, began = Path(study), time.monotonic()
-    if list(alone.parent.glob(f"{alone.name}*")):
-        raise ConfigError(f"study={study}: exists already")
+    if alone.exists() or list(alone.parent.glob(f"{alone.name}_*")):
+        raise ConfigError(f"study={study}: already exists")
     finish(start(alone, *arguments))
     whole_s = time.monotonic() - began
     expected, killed, number = trials(alone), 0, 1
@@ -74,7 +74,7 @@ def main(
     finish(start(folder, *arguments))
     for folder in alone.parent.glob(f"{alone.name}_*"):
         if trials(folder) != expected:
-            sys.exit(f"{folder}: other trials than {alone}")
+            sys.exit(f"{folder}: its trials are not those of {alone}")
     print(f"{killed} kills survived, {len(expected)} trials each time")
 
 

@@ -3,9 +3,9 @@
     python scripts/curves.py a.csv run=results/magpo/lbf/8x8-2p-2f-coop/<run-id>
     python scripts/curves.py a.csv b.csv picture=docs/a.png title="MAGPO on lbf/8x8-2p-2f-coop"
 
-By default only eval/episode_return is collected: metrics=[eval/episode_return,eval/win_rate]. The
-picture's lines are means over seeds, each named by its file and, in a run that varies
-hyperparameters, by its setting, in a band from the smallest to the largest seed.
+By default only eval/episode_return is collected; metrics=[eval/episode_return,eval/win_rate] adds a
+metric. The picture has a line for each file and, in a run that varies hyperparameters, for each
+setting: the mean over seeds, in a band from the lowest seed to the highest.
 """
 
 import csv
@@ -27,11 +27,11 @@ from magpo.errors import ConfigError
 from magpo.files import UNREADABLE
 
 RETURN = "eval/episode_return"
-SETTING = "system."  # how the keys of varied hyperparameters begin
+SETTING = "system."  # prefix of varied hyperparameters' keys
 
 
 def collect(run: Path, table: Path, metrics: Sequence[str]) -> None:
-    """Write a run's metrics, a row for each member and step at which it has one of them."""
+    """Write a run's metrics, one row for each member and step that has any of them."""
     file = run / "metrics.jsonl"
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
@@ -45,14 +45,14 @@ def collect(run: Path, table: Path, metrics: Sequence[str]) -> None:
                 row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(metrics, ""))
                 row[record["name"]] = f"{record['value']:.4g}"
         except UNREADABLE:
-            raise ConfigError(f"{file}: line {number} is no record") from None
+            raise ConfigError(f"{file}: line {number} is not a record") from None
     if not rows:
-        raise ConfigError(f"{file}: has no value of {', '.join(metrics)}")
+        raise ConfigError(f"{file}: has no values of {', '.join(metrics)}")
     tables.write(table, list(rows.values()))
 
 
 def read(table: Path) -> dict[str, dict[int, list[float]]]:
-    """Read a table's evaluation returns, of all seeds, by setting and environment steps."""
+    """Read all seeds' evaluation returns from a table, by setting and environment steps."""
     curves = defaultdict[str, dict[int, list[float]]](lambda: defaultdict(list))
     try:
         with table.open(newline="", encoding="utf-8") as file:
@@ -62,9 +62,9 @@ def read(table: Path) -> dict[str, dict[int, list[float]]]:
                 if row[RETURN]:
                     curves[name][int(row["env_steps"])].append(float(row[RETURN]))
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error):
-        raise ConfigError(f"{table}: is no table of {RETURN}") from None
+        raise ConfigError(f"{table}: is not a table of {RETURN}") from None
     if not curves:
-        raise ConfigError(f"{table}: has no value of {RETURN}")
+        raise ConfigError(f"{table}: has no values of {RETURN}")
     if any(len(set(map(len, returns.values()))) > 1 for returns in curves.values()):
         raise ConfigError(f"{table}: its seeds were not evaluated at the same steps")
     return curves
@@ -101,7 +101,7 @@ def main(
     picture: Path | None = None,
     title: str = "",
 ) -> None:
-    """Collect a run, draw tables."""
+    """Collect a run or draw tables."""
     if (run is None) == (picture is None) or (run and more):
         raise ConfigError("give a table and its run=<folder>, or tables and their picture=<file>")
     if run:

@@ -1,19 +1,20 @@
-"""Check and measure the library on a GPU, in at most nine minutes.
+"""Checks and measurements of the library on a GPU, in at most nine minutes.
 
     python scripts/gpu.py results/gpu minutes=9        # or: make gpu
 
-Writes into the folder:
-about.json       the card, its driver, the versions of what ran
-checks.csv       tests run on the GPU; two runs, and a run killed and resumed, compared bit for bit;
-                 a first update against the CPU's
-speed.csv        scripts/benchmark.py: systems, tasks, members, precision
-kernels.json     the kernels of one update of each of those rows
-curve_*.csv      ten seeds of coordsum/3x10-30, for as long as the time lasts
+The script writes into the folder:
+about.json       the GPU, its driver and the versions of the packages
+checks.csv       tests on the GPU; a run killed and resumed, bit for bit like an uninterrupted one;
+                 a first update, compared with the CPU's
+speed.csv        scripts/benchmark.py on systems, tasks, members, precision
+kernels.json     the kernels of one update, for each row of speed.csv
+curve_*.csv      ten seeds of coordsum/3x10-30, trained for the remaining time
 
 Four programs compile side by side, without XLA's autotuning: with it, fourteen on one H200 were not
-compiled after eight minutes, and one program took 47 s instead of 28 s and was 5 % faster. What is
-timed has the GPU to itself. What is complete in the folder is not run again, so a second call goes
-on where time ran out. only_numerics=true prints how far a first update is from the CPU's, no more.
+compiled after eight minutes, and one program compiled in 47 s instead of 28 s and ran 5 % faster.
+Measurements have the GPU to themselves. A second call repeats the checks and continues measuring
+and training where time ran out. only_numerics=true only prints how far a first update is from the
+CPU's.
 """
 
 import fcntl
@@ -51,7 +52,7 @@ SHORT_RUN = [
     *("num_evaluations=8", "keep=1", "absolute_metric=false"),
 ]
 AT_ONCE, COMPILATION_S, CHECKS_S = 4, 90.0, 240.0  # at most
-FULL = {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}  # as runs have it; JAX's default is less
+FULL = {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}  # as in runs; JAX's default is lower
 CHECKS = {
     "tests": [
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "4"),
@@ -64,8 +65,11 @@ CHECKS = {
 
 
 def numerics(system: str) -> str:
-    """Say how far a first update on this device lies from the same on the CPU, and how far the
-    CPU's own lies from it if its parameters begin 1e-7 apart: PPO's updates amplify rounding."""
+    """Return a line that says how far a first update on this device is from the CPU's.
+
+    PPO's updates amplify rounding, so the line also says how far the CPU's update moves if its
+    parameters start 1e-7 apart.
+    """
     run = config.load(system, [f"env={TASKS[0]}", "num_envs=16", "tuned=false"])
     experiment.set_up_jax(run)
     algorithm = contract.algorithm(plugins.system(system))
@@ -81,7 +85,7 @@ def numerics(system: str) -> str:
     moved = _distance(expected, state.params)
     here = _distance(update(jax.device_put(state, device)), expected) / moved
     noise = _distance(update(nudged), expected) / moved
-    return f"{system}: {here:.2f} of the update's length apart, rounding alone {noise:.2f}"
+    return f"{system}: {here:.2f} of the update's length apart, {noise:.2f} by rounding alone"
 
 
 def _distance(a: Any, b: Any) -> float:
@@ -91,7 +95,7 @@ def _distance(a: Any, b: Any) -> float:
 
 
 def call(command: list[str], log: Path, deadline: float, **variables: str) -> int | None:
-    """Run a command until the deadline; its exit code, None if it was stopped there."""
+    """Run a command until the deadline; return its exit code, or None if it was stopped."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
     if time.monotonic() > deadline:
@@ -121,7 +125,7 @@ def call(command: list[str], log: Path, deadline: float, **variables: str) -> in
 
 
 def about() -> dict[str, Any]:
-    """Return the card, its driver and the versions of what runs."""
+    """Return the GPU, its driver and the versions of the packages."""
     card = ""
     if program := shutil.which("nvidia-smi"):
         query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -139,7 +143,7 @@ def _version(package: str) -> str:
 
 
 def check(name: str, folder: Path, deadline: float) -> dict[str, Any]:
-    """Run one of CHECKS; its last line says what came of it."""
+    """Run one of CHECKS; return its exit code and the last of its output."""
     log = folder / "logs" / f"{name}.txt"
     results = f"results_dir={folder / 'runs' / name}"
     command = [*CHECKS[name], *([results] if name == "resumed" else [])]
@@ -156,12 +160,12 @@ def log_of(row: tuple[str, ...], folder: Path) -> Path:
 
 
 def compiling(future: Future[Any], log: Path) -> bool:
-    """Whether a row's process is not yet ready to measure."""
+    """Return whether a row's process is not yet ready to measure."""
     return not future.done() and not (log.exists() and "compiled" in log.read_text())
 
 
 def speed(row: tuple[str, ...], folder: Path, deadline: float) -> dict[str, Any] | None:
-    """Measure one of ROWS, or read what was measured; None if time ran out or it failed."""
+    """Measure one of ROWS, or read its measurements; return None if time ran out or it failed."""
     log = log_of(row, folder)
     file = folder / "rows" / f"{log.stem}.json"
     if not file.exists():
@@ -177,7 +181,7 @@ def speed(row: tuple[str, ...], folder: Path, deadline: float) -> dict[str, Any]
 def measure(
     rows: Sequence[tuple[str, ...]], pool: ThreadPoolExecutor, folder: Path, deadline: float
 ) -> list[dict[str, Any]]:
-    """Compile rows side by side, then measure those that are compiled, one after the other."""
+    """Compile rows side by side, then measure the compiled ones one after the other."""
     until = time.monotonic() + COMPILATION_S
     logs = [log_of(row, folder) for row in rows]
     with (folder / "lock").open("w") as lock:
@@ -189,7 +193,7 @@ def measure(
 
 
 def train(system: str, folder: Path, deadline: float) -> None:
-    """Train ten seeds on coordsum/3x10-30 until the deadline, or go on with them."""
+    """Train ten seeds on coordsum/3x10-30 until the deadline, or continue their training."""
     results = folder / "runs" / "seeds"
     command = [sys.executable, "-m", f"magpo.systems.{system}", f"env={TASKS[0]}", SEEDS[10]]
     command += [f"results_dir={results}", "resume=auto"]
@@ -201,7 +205,7 @@ def train(system: str, folder: Path, deadline: float) -> None:
 
 
 def main(folder: Path, minutes: PositiveFloat = 9.0, *, only_numerics: bool = False) -> None:
-    """Check, measure, train; or only the check of numerics, in this process."""
+    """Check, measure and train, or only compare numerics, in this process."""
     if only_numerics:
         for system in ("magpo", "mappo", "sable"):
             print(numerics(system), flush=True)

@@ -1,11 +1,11 @@
-"""Settings of one hyperparameter in one program against a run for each.
+r"""Comparison of settings of a hyperparameter in one program with a run for each setting.
 
     python scripts/members.py scripts/results/members.csv mappo env=lbf/8x8-2p-2f-coop num_envs=16 \
         vary.system.actor_lr=[1e-4,2e-4,5e-4,1e-3]
 
-Every row is whole runs from the command line, which start without compiled programs and share what
-they compile: `total_s` is their wall time with start-up, compilation and evaluations, `cpu_s` their
-CPU time, `steps_per_s` the rate of training alone.
+Each row times whole runs from the command line, which share a compilation cache that is empty at
+first. `total_s` is their wall time, including start-up, compilation and evaluations, `cpu_s` their
+CPU time, and `steps_per_s` the rate of training alone.
 """
 
 import json
@@ -23,7 +23,7 @@ from magpo.config.members import text
 
 
 def measure(system: str, runs: list[list[str]], steps: int) -> dict[str, Any]:
-    """Run the system with each of these overrides, one after the other."""
+    """Run the system once with each list of overrides, one run after the other."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "xla"))}
         module = [sys.executable, "-m", f"magpo.systems.{system}", f"results_dir={folder}/results"]
@@ -50,7 +50,7 @@ def _training_seconds(file: Path) -> float:
 
 
 def main(table: Path, system: str, *overrides: str) -> None:
-    """Measure all members at once, one after the other in one program, and in runs of their own."""
+    """Measure all members at once, one after the other in one program, and in separate runs."""
     run = config.load(system, overrides)
     shared = [o for o in overrides if not o.startswith("vary.")]
     own = [[f"{k}={text(v)}" for k, v in setting.items()] for setting in run.settings]

@@ -1,10 +1,10 @@
-"""Many seeds in one program against as many runs one after another.
+"""Comparison of many seeds in one program with as many runs one after another.
 
     python scripts/seeds.py scripts/results/seeds.csv magpo env=coordsum/3x10-30 num_envs=4,16,64
 
-The last override lists sizes; number=10 says how many seeds. Each row is one call of
-scripts/benchmark.py with all seeds in one program; `speedup` is against the program of one seed as
-often, start-up and compilation left out, and `start_up_s` says what that is.
+The last override lists sizes; number=10 sets the number of seeds. Each row is one call of
+scripts/benchmark.py with all seeds in one program. `speedup` compares it with as many runs of one
+seed, without start-up and compilation, whose time is `start_up_s`.
 """
 
 import json
@@ -21,7 +21,7 @@ BENCHMARK = str(Path(__file__).with_name("benchmark.py"))
 
 
 def benchmark(system: str, overrides: list[str]) -> dict[str, Any]:
-    """Return the measurements of one program, made in a process of its own."""
+    """Measure one program in a separate process; return the measurements."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "measured.json")
         command = [sys.executable, BENCHMARK, system, *overrides, f"json={file}"]
@@ -31,7 +31,7 @@ def benchmark(system: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def main(table: Path, system: str, *overrides: str, number: PositiveInt = 10) -> None:
-    """Measure each size alone, together and in batches of one, and write a table."""
+    """Measure each size with one seed, all at once and one at a time; write a table."""
     *others, listed = overrides or ("env=",)
     key, _, values = listed.partition("=")
     sizes = [[*others, f"{key}={value}"] for value in values.split(",")]

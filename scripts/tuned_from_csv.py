@@ -1,12 +1,12 @@
-"""Write configs/tuned_values/<system>/<suite>/<task>.yaml from a table of tuned values.
+"""Generator of configs/tuned_values/<system>/<suite>/<task>.yaml from a table of tuned values.
 
     python scripts/tuned_from_csv.py
 
-The table is scripts/published/tuned_hyperparameters.csv, or the file given. It has the columns
-`system,suite,task` and one for each value; an empty cell does not apply.
-MAGPO's values were Sable's with delta and lambda tuned on top, so that Sable and CTDS take them
-where they have none of their own. The budget's columns (environments, updates, evaluations) are
-left out: budget/ has them. IPPO's rows are MAPPO's.
+The table is scripts/published/tuned_hyperparameters.csv unless another is given. It has the columns
+`system,suite,task` and one for each value; a value with an empty cell does not apply.
+MAGPO's values are Sable's with delta and lambda tuned on top, so Sable and CTDS take them on tasks
+where they have none. The budget's columns (environments, updates, evaluations) are left out because
+configs/budget has them, and IPPO's rows because they equal MAPPO's.
 """
 
 import csv
@@ -20,12 +20,12 @@ PPO = ("actor_lr", "critic_lr", "ppo_epochs", "num_minibatches", "clip_eps", "en
 SYSTEM = (*PPO, "max_grad_norm", "recurrent_chunk_size", "delta", "lambda")
 NETWORK = ("embed_dim", "n_head", "n_block", "decay_scaling_factor")
 RENAMED = {"lambda": "rl_coef"}
-NETWORK_PART = {"magpo": "guider", "ctds": "guider"}  # whose sizes the network columns are
-HEIRS = ("sable", "ctds")  # of MAGPO's values
+NETWORK_PART = {"magpo": "guider", "ctds": "guider"}  # to which the network columns apply
+HEIRS = ("sable", "ctds")  # inherit MAGPO's values
 
 
 def render(system: str, row: dict[str, str]) -> str:
-    """One row as the text of a YAML file."""
+    """Return one row as the text of a YAML file."""
     own = system == row["system"]
     note = "" if own else f" for {row['system'].upper()}, which shares them"
     lines = [f"# Tuned by the paper's authors{note}.", "system:"]

@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if metadata.version("jaxlib") < "0.11":  # later ones have no other emitters
+if metadata.version("jaxlib") < "0.11":  # later versions have no other emitters
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set what JAX reads when it is first imported; what the user has set stays."""
+    """Set the variables that JAX reads on import, unless the user has set them."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if getattr(config, "cache", None):  # absent under `-p no:cacheprovider`
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    # Tests run little of what they compile: unoptimised, that takes a third of the time.
+    # Tests run little of what they compile: without optimisation they take a third of the time.
     os.environ.setdefault("XLA_FLAGS", QUICK)
-    # Tracing makes many objects that live: looking for garbage so often takes a fifth of its time.
+    # Tracing makes many long-lived objects: garbage collection would take a fifth of its time.
     gc.set_threshold(50_000, 20, 100)
 
 
-# What takes longest, the longest first: begun last, one would run while the other workers idle.
+# The slowest files, slowest first: started last, one would run while the other workers idle.
 LONG = (
     *("systems/test_probes", "experiment/test_processes", "systems/test_runs"),
     *("systems/test_contract", "envs/test_contract", "systems/test_imitation_gap"),
@@ -37,7 +37,7 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take long first, for `--dist loadfile --no-loadscope-reorder`."""
+    """Put the slowest files first, for `--dist loadfile --no-loadscope-reorder`."""
     tests = Path(__file__).parent
     place = {tests / f"{name}.py": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path, len(LONG)))
@@ -45,10 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """Call a script with a command line that it refuses; its one line that says why."""
+    """Return a function that gives a script bad arguments and returns its one-line error."""
 
     def call(script, *arguments):
-        from magpo import commands  # not before the variables above are set
+        from magpo import commands  # only after the variables above are set
 
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""The benchmark runs and reports; what it reports is not judged here."""
+"""The benchmark: it runs and reports; the measurements are not judged here."""
 
 import json
 import math

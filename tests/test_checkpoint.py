@@ -1,4 +1,4 @@
-"""Checkpoints: what is read back is what was written, or is refused."""
+"""Checkpoints: loading returns what was saved, or refuses."""
 
 import json
 import shutil
@@ -49,18 +49,18 @@ def saved(state, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A checkpoint to spoil."""
+    """Copy a checkpoint that a test may damage."""
     return shutil.copytree(saved, tmp_path / "copy") / "00000012"
 
 
 def sign(folder):
-    """Make the manifest agree with what is there."""
+    """Make the manifest agree with the files."""
     files = checkpoint._files(folder)
     manifest = {name: checkpoint._sha256(folder / name) for name in files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_what_is_loaded_is_what_was_saved(saved, state):
+def test_loading_returns_what_was_saved(saved, state):
     (folder,) = checkpoint.checkpoints(saved)
     meta = checkpoint.read_meta(folder)
     assert meta["run"] == "x" and meta["chunk"] == 12
@@ -76,14 +76,14 @@ def test_what_is_loaded_is_what_was_saved(saved, state):
     )
 
 
-def test_a_relative_path_will_do(state, tmp_path, monkeypatch):
+def test_a_relative_path_works(state, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = checkpoint.save(Path("here"), 3, {"state": state}, META)
     loaded = checkpoint.load(folder, checkpoint.read_meta(folder), "state", state)
     np.testing.assert_array_equal(loaded.step, state.step)
 
 
-def test_a_leaf_with_a_sharding_comes_back_with_it(saved, state):
+def test_a_leaf_is_loaded_with_its_sharding(saved, state):
     (folder,) = checkpoint.checkpoints(saved)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(
@@ -111,7 +111,7 @@ def test_every_damaged_file_is_found(folder, damage):
     checkpoint.read_meta(folder)
 
 
-def test_a_file_that_others_added_is_no_damage(folder, state):
+def test_a_file_added_by_another_program_is_not_damage(folder, state):
     for place in (folder, folder / "state"):
         (place / ".DS_Store").write_bytes(b"icons")
     checkpoint.load(folder, checkpoint.read_meta(folder), "state", state)
@@ -143,7 +143,7 @@ def test_another_shape_dtype_or_structure_is_refused(saved, state):
             checkpoint.load(folder, meta, "state", other)
 
 
-def test_arrays_that_are_not_what_meta_says_are_refused(folder, state):
+def test_arrays_that_differ_from_meta_are_refused(folder, state):
     (folder / "record").rename(folder / "old")
     shutil.copytree(folder / "state", folder / "record")
     sign(folder)
@@ -155,7 +155,7 @@ def test_arrays_that_are_not_what_meta_says_are_refused(folder, state):
         checkpoint.load(folder, meta, "state", state)
 
 
-def test_the_newest_come_first_and_the_others_go(folder):
+def test_the_newest_checkpoints_come_first_and_survive_pruning(folder):
     root = folder.parent
     for chunk in (3, 100000000 - 1):
         shutil.copytree(folder, root / f"{chunk:08d}")

@@ -1,4 +1,4 @@
-"""Functions as command lines: keys, words, what goes through, refusals; the scripts' own help."""
+"""Functions as command lines: keys, words, other arguments, errors; the help of scripts."""
 
 import csv
 import importlib.util
@@ -49,11 +49,11 @@ def call(monkeypatch, function, *arguments):
         ),
     ],
 )
-def test_own_keys_are_taken_out_and_the_rest_goes_through(monkeypatch, arguments):
+def test_own_keys_are_taken_out_and_the_rest_is_passed_through(monkeypatch, arguments):
     assert call(monkeypatch, main, *arguments) == [WHOLE]
 
 
-def test_what_goes_through_is_as_it_was_written(monkeypatch):
+def test_arguments_are_passed_through_as_written(monkeypatch):
     others = ("happo", "num_envs=4,16", "results_dir='a b'", "overrides=3", "x={")
     ((*_, through, rounds, quick),) = call(monkeypatch, main, "a.csv", "magpo", *others)
     assert (through, rounds, quick) == (others, 20, False)
@@ -71,7 +71,7 @@ def test_what_goes_through_is_as_it_was_written(monkeypatch):
         (closed, ["nowhere"], "No such file or directory: 'nowhere'"),
     ],
 )
-def test_bad_arguments_are_one_line(monkeypatch, capsys, function, arguments, line):
+def test_bad_arguments_give_one_line(monkeypatch, capsys, function, arguments, line):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, function, *arguments)
     err = capsys.readouterr().err
@@ -79,15 +79,15 @@ def test_bad_arguments_are_one_line(monkeypatch, capsys, function, arguments, li
     assert line in err and not found
 
 
-def test_help_is_printed_and_nothing_done(monkeypatch, capsys, tmp_path):
+def test_help_is_printed_and_nothing_is_run(monkeypatch, capsys, tmp_path):
     for function, arguments in ((main, []), (main, ["a.csv", "--help"]), (closed, ["-h"])):
         assert call(monkeypatch, function, *arguments) == []
         assert capsys.readouterr().out == "the usage\n"
-    assert call(monkeypatch, closed, str(tmp_path)) == [[]]  # needs no arguments, so may have none
+    assert call(monkeypatch, closed, str(tmp_path)) == [[]]  # an empty folder
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_a_scripts_help_has_its_keys(script, monkeypatch, capsys):
+def test_a_scripts_help_lists_its_keys(script, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location(f"help_of_{script.stem}", script)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -100,7 +100,7 @@ def test_a_scripts_help_has_its_keys(script, monkeypatch, capsys):
 
 
 def timed(monkeypatch, table, first, second, cpu_s=lambda pid: 0.0):
-    """Compare two commands; by default without their CPU time, which is that of a few ticks."""
+    """Compare two commands; ignore their CPU time by default, because it is a few ticks."""
     words = ["compare_peer", str(table), "rounds=2", "updates=2"]
     command = [*words, sys.executable, "-c", first, "vs", sys.executable, "-c", second]
     monkeypatch.setattr(sys, "argv", command)
@@ -127,9 +127,9 @@ def test_two_commands_are_timed_in_turns(tmp_path, monkeypatch):
     }
 
 
-def test_rounds_that_other_programs_disturbed_do_not_count(tmp_path, monkeypatch, capsys):
+def test_rounds_disturbed_by_other_programs_do_not_count(tmp_path, monkeypatch, capsys):
     ours = PRINT.format("2 steps/s")
-    seconds = iter([0, 0, 9, 0, 0, 1] * 2)  # each side gets more in another round
+    seconds = iter([0, 0, 9, 0, 0, 1] * 2)  # each side gets more in a different round
     with pytest.raises(SystemExit) as stop:
         timed(monkeypatch, tmp_path / "peer.csv", ours, ours, lambda pid: next(seconds))
     assert stop.value.code == 2
@@ -137,7 +137,7 @@ def test_rounds_that_other_programs_disturbed_do_not_count(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("code", ["print('no licence'); exit(3)", "print('no licence')"])
-def test_a_command_that_cannot_be_timed_is_one_line(code, tmp_path, monkeypatch, capsys):
+def test_a_command_that_cannot_be_timed_gives_one_line(code, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         timed(monkeypatch, tmp_path / "peer.csv", PRINT.format("2 steps/s"), code)
     assert stop.value.code == 2

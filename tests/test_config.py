@@ -1,4 +1,4 @@
-"""Composition, the typed door, and bad input: one line, the nearest match, exit code 2."""
+"""Composition, typed checks, and bad input: one line, the nearest match, exit code 2."""
 
 import dataclasses
 import importlib.util
@@ -82,7 +82,7 @@ system: {lr: 0.5, gamma: 0.8}
 
 @pytest.fixture
 def mine(tmp_path) -> types.ModuleType:
-    """A user's own system: a module, its YAML and a tuned task in one folder."""
+    """Make a user's own system: a module, its YAML and a tuned task in one folder."""
     module = types.ModuleType("mine")
     module.__file__ = str(tmp_path / "mine.py")
     module.Config = Config
@@ -104,7 +104,7 @@ def command_line(monkeypatch, system: Any, *arguments: str) -> list[config.RunCo
 # Composition
 
 
-def test_later_wins(mine):
+def test_later_sources_win(mine):
     run = load(mine, [TINY, "system.gamma=0.7"])
     assert run.num_envs == 32  # tuned, over 128 of the budget, over 3 of the system
     assert run.algorithm.hyper.lr == 0.5  # tuned, over the system's
@@ -124,7 +124,7 @@ def test_tuned_values_can_be_turned_off(mine):
 
 
 @pytest.mark.parametrize("suite", registry.SUITES)
-def test_published_game(mine, suite):
+def test_published_options_of_the_game(mine, suite):
     task = next(row.task for row in published.rows() if row.task.startswith(suite))
     changed = yaml.safe_load((files.configs() / "published.yaml").read_text())[suite]
     run = load(mine, [f"env={task}", "published=true"])
@@ -144,7 +144,7 @@ def test_task_without_tuned_values(mine):
 
 
 @pytest.mark.parametrize("task", envs.tasks())
-def test_env_options_are_the_tasks(mine, task):
+def test_env_options_come_from_the_task(mine, task):
     run = load(mine, [f"env={task}"])
     assert run.env == schema.EnvConfig(task, envs.options(task))
 
@@ -175,13 +175,13 @@ def test_whole_numbers_may_be_written_with_an_exponent(mine):
     assert load(mine, [TINY, "total_steps=2e7"]).total_steps == 20_000_000
 
 
-def test_does_not_depend_on_the_working_directory(mine, monkeypatch, tmp_path):
+def test_loading_does_not_depend_on_the_working_directory(mine, monkeypatch, tmp_path):
     here = load(mine, [TINY])
     monkeypatch.chdir(tmp_path)
     assert load(mine, [TINY]) == here
 
 
-def test_own_folder_may_hold_other_files(mine, tmp_path):
+def test_a_systems_folder_may_hold_other_files(mine, tmp_path):
     (tmp_path / "budget").mkdir()
     (tmp_path / "budget/tiny.yaml").write_text(
         "# @package _global_\ntotal_steps: 4096\nnum_envs: 8\nnum_evaluations: 2\n"
@@ -189,14 +189,14 @@ def test_own_folder_may_hold_other_files(mine, tmp_path):
     assert load(mine, [TINY, "tuned=false", "budget=tiny"]).trained_steps == 4096
 
 
-def test_own_folder_without_a_system(tmp_path):
+def test_a_folder_without_a_system_may_hold_other_files(tmp_path):
     (tmp_path / "logger").mkdir()
     (tmp_path / "logger/silent.yaml").write_text("console: false\n")
     silent = load("magpo", [TINY, "logger=silent"], tmp_path).logger
     assert silent == dataclasses.replace(load("magpo", [TINY]).logger, console=False)
 
 
-def test_no_dataclass_here_has_a_value():
+def test_config_dataclasses_have_no_defaults():
     for cls in (config.RunConfig, schema.EnvConfig, schema.LoggerConfig):
         for field in dataclasses.fields(cls):
             assert field.default is field.default_factory is dataclasses.MISSING, field.name
@@ -230,7 +230,7 @@ def test_varied_values_may_be_chosen_by_a_file(mine, tmp_path):
     assert run.vary == {"system.lr": (1.0, 2.0), "system.gamma": (0.5,)}
 
 
-def test_a_module_that_is_no_system_is_one_line(mine, monkeypatch, capsys):
+def test_a_module_that_is_not_a_system_gives_one_line(mine, monkeypatch, capsys):
     del mine.act
     with pytest.raises(SystemExit) as stop:
         command_line(monkeypatch, mine, TINY)
@@ -264,7 +264,7 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", TUNED, ids=lambda path: "/".join(path.parts[-3:])[:-5])
-def test_tuned_values_are_legal(path):
+def test_tuned_values_are_valid(path):
     tuned, name = yaml.safe_load(path.read_text()), path.parts[-3]
     yamls = [*(files.configs() / "budget").glob("*.yaml"), files.configs() / f"{name}.yaml"]
     known = {key for file in yamls for key in leaves(yaml.safe_load(file.read_text()))}
@@ -387,7 +387,7 @@ BAD = {
     "varied_check": ([TINY, "vary.system.lr=[1,100]"], "error: vary: system.lr above 99 never"),
     "in_step_of_two_lengths": (
         [TINY, "vary_in_step=true", "vary.system.lr=[1,2]", "vary.system.gamma=[0.5]"],
-        "vary_in_step: all keys must have as many values",
+        "vary_in_step: keys must have equally many values",
     ),
     "in_step_twice": (
         [TINY, "vary_in_step=true", "vary.system.lr=[1,1]", "vary.system.gamma=[0.5,0.5]"],
@@ -474,7 +474,7 @@ def test_system_without_a_yaml(mine, tmp_path):
         load(mine, [TINY])
 
 
-def test_an_error_of_the_run_ends_it_too(mine, monkeypatch, capsys):
+def test_an_error_in_the_run_ends_it_too(mine, monkeypatch, capsys):
     def run(*_):
         raise ConfigError("results_dir=/proc: cannot write there")
 
@@ -526,7 +526,7 @@ def test_help_of_a_registered_task_has_its_options(mine, monkeypatch, capsys):
     assert lines[-3:] == ["options of ring/walk", "  env.size=3", "  env.name=a b"]
 
 
-def test_help_of_an_unknown_task_is_one_line(mine, monkeypatch, capsys):
+def test_help_of_an_unknown_task_gives_one_line(mine, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         command_line(monkeypatch, mine, "--help", "env=rware/tiny-4a")
     out, err = capsys.readouterr()
@@ -535,7 +535,7 @@ def test_help_of_an_unknown_task_is_one_line(mine, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [[], ["--cfg", "job"], ["--multirun"]])
-def test_leaves_nothing_behind_but_the_record_of_a_sweep(mine, flags, monkeypatch, tmp_path):
+def test_only_a_sweep_leaves_a_record_behind(mine, flags, monkeypatch, tmp_path):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -564,7 +564,7 @@ def test_multirun_sweeps_over_lists_of_varied_values(mine, monkeypatch, tmp_path
     assert found == [((1, 2), (0,)), ((1, 2), (1,)), ((3,), (0,)), ((3,), (1,))]
 
 
-def test_home_is_no_folder_of_that_name(mine, monkeypatch, tmp_path):
+def test_a_tilde_in_results_dir_is_home(mine, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     (run,) = command_line(monkeypatch, mine, "-m", TINY, "results_dir='~/results'", "keep=3")
@@ -614,7 +614,7 @@ def test_bad_input_with_flags(mine, arguments, expected, monkeypatch, capsys, tm
         command_line(monkeypatch, mine, *arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2
-    assert out == ""  # the first, good job of a sweep has not started
+    assert out == ""  # not even the first job of a sweep, which is valid, has started
     assert err.count("\n") == 1
     assert expected in err
 
@@ -656,7 +656,7 @@ if __name__ == "__main__":
         (["-m", TINY, "system.b=1"], 2, "", "error: unknown key 'system.b'"),
     ],
 )
-def test_own_system_as_a_script(arguments, code, out, err, tmp_path):
+def test_a_users_system_as_a_script(arguments, code, out, err, tmp_path):
     (tmp_path / "own.py").write_text(SCRIPT.format(fields="a: values.PositiveInt"))
     system = "rollout_length: 128\n" + "system: {a: 3}\nnetwork: {a: 5}\n"
     (tmp_path / "own.yaml").write_text(system)

@@ -1,4 +1,4 @@
-"""The configuration of a run that is resumed: read from its folder, changed by name only."""
+"""The configuration of a resumed run: read from its folder, with checked changes."""
 
 import random
 import re
@@ -21,19 +21,19 @@ def read(file):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A run's folder with nothing but its config."""
+    """Make a run's folder that holds nothing but its config."""
     run = config.load("magpo", [*SMALL, "seeds=[3,1]", "budget=quick", "tuned=false"])
     text = yaml.safe_dump(config.dump(run))
     (tmp_path / "config.yaml").write_text(text)
     return tmp_path, run
 
 
-def test_what_is_dumped_is_read_back(saved):
+def test_a_dumped_config_is_read_back(saved):
     folder, run = saved
     assert read(folder / "config.yaml") == run
 
 
-def test_resume_takes_the_configuration_of_the_run(saved):
+def test_resume_uses_the_configuration_of_the_run(saved):
     folder, run = saved
     assert config.load("magpo", [f"resume={folder}"]) == replace(run, resume=str(folder))
     changed = config.load(
@@ -54,7 +54,7 @@ def test_resume_below_home(saved, monkeypatch):
     assert loaded == replace(run, resume=str(folder))
 
 
-def test_resume_may_log_elsewhere(saved):
+def test_resume_may_change_logging(saved):
     folder, run = saved
     kept = "keep=5", "checkpoint_share=0.5"
     changed = config.load("magpo", [f"resume={folder}", "logger=tensorboard", *kept])
@@ -79,18 +79,18 @@ def test_resume_may_log_elsewhere(saved):
         ("+system.new=1", "unknown key 'system.new'"),
     ],
 )
-def test_resume_checks_what_is_changed(saved, override, message):
+def test_resume_checks_changes(saved, override, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         config.load("magpo", [f"resume={saved[0]}", override])
 
 
-def test_resume_of_no_run_is_refused(tmp_path):
+def test_resume_from_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no run there"):
         config.load("magpo", [f"resume={tmp_path}"])
 
 
-def test_mutated_configs_are_refused_or_mean_what_they_say(saved):
-    """200 of them: values swapped for odd ones, lines lost and garbled; never a traceback."""
+def test_mutated_configs_are_refused_or_read_as_written(saved):
+    """Read 200 files with odd values, lost lines or garbled lines, without a traceback."""
     folder, run = saved
     file, rng = folder / "config.yaml", random.Random(0)
     text, before = file.read_text(), config.dump(run)

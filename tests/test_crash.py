@@ -1,4 +1,4 @@
-"""The crash test, at a small count."""
+"""The crash test, with few kills."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ SHORT = [
 ]
 
 
-def test_a_run_killed_twice_ends_as_if_it_had_not_been(tmp_path):
+def test_a_run_killed_twice_equals_an_uninterrupted_one(tmp_path):
     script = str(ROOT / "scripts" / "crash_test.py")
     command = [sys.executable, script, "kills=2", "mappo", *SHORT, f"results_dir={tmp_path}"]
     out = subprocess.run(command, capture_output=True, text=True, check=False)

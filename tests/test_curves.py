@@ -1,4 +1,4 @@
-"""scripts/curves.py on what the library writes, and on damage."""
+"""scripts/curves.py, on files of the library and on damaged ones."""
 
 import csv
 import importlib.util
@@ -47,7 +47,7 @@ def test_null_values_and_a_half_written_line_are_skipped(tmp_path):
     ],
     ids=lambda text: text and text[:90],
 )
-def test_a_run_that_cannot_be_collected_is_one_line(text, tmp_path, refused):
+def test_a_run_that_cannot_be_collected_gives_one_line(text, tmp_path, refused):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     assert "metrics.jsonl" in refused(curves, tmp_path / "a.csv", f"run='{tmp_path}'")
@@ -66,7 +66,7 @@ def test_a_run_that_cannot_be_collected_is_one_line(text, tmp_path, refused):
         "\xff\n",
     ],
 )
-def test_a_table_that_cannot_be_drawn_is_one_line(rows, tmp_path, refused):
+def test_a_table_that_cannot_be_drawn_gives_one_line(rows, tmp_path, refused):
     table = tmp_path / "a.csv"
     if rows is not None:
         table.write_text(f"seed,env_steps,{curves.RETURN}\n{rows}", encoding="latin-1")
@@ -76,6 +76,6 @@ def test_a_table_that_cannot_be_drawn_is_one_line(rows, tmp_path, refused):
     assert not (tmp_path / "a.png").exists()
 
 
-def test_what_is_neither_collected_nor_drawn_is_one_line(refused):
+def test_unclear_requests_give_one_line(refused):
     assert "run=<folder>, or tables" in refused(curves, "a.csv")
     assert "run=<folder>, or tables" in refused(curves, "a.csv", "run=here", "metric=loss/policy")

@@ -1,4 +1,4 @@
-"""The README and the examples against the code: metrics, commands, systems, code."""
+"""The README and the examples, checked against the code: metrics, commands, systems."""
 
 import re
 import shlex
@@ -24,13 +24,13 @@ SMALL = [
 
 
 def title(name):
-    """The heading of a system: its name, in whatever case and with hyphens."""
+    """Return the heading of a system: its name in any case, with hyphens."""
     (found,) = re.findall(rf"^### {name.replace('_', '-')}$", README, re.M | re.I)
     return found
 
 
 def section(title):
-    """The text below a heading, to the next one of its level or above."""
+    """Return the text below a heading, up to the next one of its level or above."""
     hashes, _, _ = title.partition(" ")
     after = README.split(f"\n{title}\n")[1]
     return re.split(rf"\n#{{1,{len(hashes)}}} ", after)[0]
@@ -39,7 +39,7 @@ def section(title):
 @pytest.mark.parametrize("name", plugins.systems())
 def test_the_readme_explains_every_metric(name):
     module = import_module(f"magpo.systems.{name}")
-    settings = config.load(name, ["env=smax/3m"])  # where agents can stop
+    settings = config.load(name, ["env=smax/3m"])  # its agents can stop
     env = experiment.make_env(settings)
     setup = experiment.make_setup(module, env, settings)
     state = jax.eval_shape(lambda key: module.init(setup, env, key), jax.random.key(0))
@@ -55,7 +55,7 @@ def test_the_readme_explains_every_metric(name):
     assert networks and all(f"`{network}`" in shared for network in networks)
 
 
-def test_the_readmes_table_of_systems_is_the_codes(capsys):
+def test_the_readmes_table_of_systems_matches_the_code(capsys):
     systems_table.main(markdown=True)
     assert capsys.readouterr().out in README
 
@@ -65,13 +65,13 @@ def test_the_readmes_table_of_systems_is_the_codes(capsys):
 )
 def test_the_readmes_commands_are_accepted(command):
     module, *overrides = shlex.split(command, comments=True)
-    if "--multirun" in overrides:  # its jobs: each value of the sweep by itself
+    if "--multirun" in overrides:  # check the first job of the sweep
         overrides = [text.partition(",")[0] for text in overrides if not re.match("--|hydra", text)]
     config.load(module.rpartition(".")[2], overrides)
 
 
 def execute(block, names):
-    """Run a block of Python of a page, on a task that compiles fast and for a moment."""
+    """Run a page's block of Python briefly, on a task that compiles fast."""
     block = block.replace(TASK, "coordsum/3x10-30")
     exec(block.replace('"budget=quick"', ", ".join(map(repr, SMALL))), names)
     return names

@@ -1,4 +1,4 @@
-"""The evaluator against a slow Python loop."""
+"""The evaluator, checked against a slow Python loop."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ N, LIMIT, B = 3, 7, 5
 
 
 class RandomEnds:
-    """Episodes of 2 .. LIMIT steps. What follows an end is poison: NaN rewards, no end any more."""
+    """Episodes of 2 to LIMIT steps; after an end, rewards are NaN and no other end follows."""
 
     name, num_agents, action_dim, action_kind = "test/ends", N, 4, "discrete"
     time_limit, truncates, headline = LIMIT, False, "win_rate"
@@ -51,7 +51,7 @@ class RandomEnds:
 
 
 def _act(setup, params, carry, observation, key, greedy):
-    """Depends on parameters, carry, observation, key and `greedy`."""
+    """Choose actions from parameters, carry, observation, key and `greedy`."""
     noise = jnp.zeros_like(carry) if greedy else jax.random.randint(key, carry.shape, 0, 3)
     seen = observation.agents_view[:, :, 0].astype(jnp.int32)
     return params + carry + noise + 2 * seen, carry + 1
@@ -63,7 +63,7 @@ SYSTEM = SimpleNamespace(
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_equals_a_python_loop(greedy):
+def test_evaluation_equals_a_python_loop(greedy):
     env, params, key = RandomEnds(), jnp.int32(2), jax.random.key(3)
     metrics = evaluate(SYSTEM, None, env, params, key, B, greedy)
 
@@ -84,7 +84,7 @@ def test_equals_a_python_loop(greedy):
         assert metrics["episode_length"][b] == length
         assert metrics["win_rate"][b] == float(timestep.metrics["win_rate"])
         lengths.append(length)
-    assert len(set(lengths)) > 2  # else the test would not see where an episode ends
+    assert len(set(lengths)) > 2  # otherwise wrong ends could go unnoticed
     assert all(value.shape == (B,) and value.dtype == jnp.float32 for value in metrics.values())
 
 
@@ -98,7 +98,7 @@ def test_stops_at_the_time_limit_of_an_endless_environment():
     np.testing.assert_array_equal(metrics["episode_length"], LIMIT)
 
 
-def test_keys_decide():
+def test_keys_determine_the_returns():
     returns = [
         evaluate(SYSTEM, None, RandomEnds(), jnp.int32(1), jax.random.key(k), B)["episode_return"]
         for k in (0, 0, 1)
@@ -109,7 +109,7 @@ def test_keys_decide():
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Policies of three members, two of which are played."""
+    """Make policies of three members, two of which are played."""
     config = SimpleNamespace(
         system="own",
         members=(Member(3, {}), Member(7, {}), Member(2, {})),
@@ -129,7 +129,7 @@ def trained(monkeypatch):
     return run
 
 
-def test_every_metric_is_shown_and_written(trained, monkeypatch, capsys, tmp_path):
+def test_every_metric_is_printed_and_written(trained, monkeypatch, capsys, tmp_path):
     file = tmp_path / "new" / "scores.json"
     monkeypatch.setattr(evaluation, "BATCH", 8)  # 11 episodes: 8 and 3
     arguments = ["run=here", "episodes=11", "seed=4", f"json={file}"]
@@ -160,7 +160,7 @@ def test_every_metric_is_shown_and_written(trained, monkeypatch, capsys, tmp_pat
     assert f"{wins.mean():.2f} ± {wins.std():.2f}" in mean  # over seeds
 
 
-def test_an_unwritable_place_is_found_before_playing(trained, monkeypatch, capsys, tmp_path):
+def test_an_unwritable_file_is_found_before_playing(trained, monkeypatch, capsys, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setattr(evaluation, "evaluate", None)
     monkeypatch.setattr(sys, "argv", ["evaluate", "run=here", f"json={tmp_path}/file/scores.json"])
@@ -182,7 +182,7 @@ def test_an_unwritable_place_is_found_before_playing(trained, monkeypatch, capsy
         ("greedy=1", "greedy must be a valid boolean, not 1"),
     ],
 )
-def test_bad_requests_are_one_line(argument, message, monkeypatch, capsys):
+def test_bad_requests_give_one_line(argument, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", "run=nowhere", argument])
     with pytest.raises(SystemExit) as stop:
         commands.run(usage, main)

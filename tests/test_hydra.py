@@ -1,4 +1,4 @@
-"""`config.load` neither needs nor disturbs a Hydra application of the user's own."""
+"""Independence of `config.load` and a user's own Hydra application from each other."""
 
 import os
 import subprocess
@@ -59,8 +59,8 @@ def test_inside_a_users_application(tmp_path):
     assert done.stdout == f"1.25 {tmp_path}\n"
 
 
-def test_where_there_is_no_file(tmp_path):
-    """As in a notebook."""
+def test_without_a_main_file(tmp_path):
+    """Run from standard input, where there is no file, as in a notebook."""
     done = subprocess.run(
         [sys.executable, "-"], cwd=tmp_path, input=SESSION, capture_output=True, text=True,
         check=False,

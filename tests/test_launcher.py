@@ -1,4 +1,4 @@
-"""Clusters: a sweep through Hydra's submitit launcher."""
+"""Sweeps on clusters, through Hydra's submitit launcher."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def test_a_sweep_whose_jobs_change_folder_writes_where_it_was_started(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["sweep.subdir", "sweep.dir"])
-def test_an_unknown_interpolation_is_one_line(tmp_path, key):
+def test_an_unknown_interpolation_gives_one_line(tmp_path, key):
     command = [*MODULE, "--multirun", *SHORT, f"hydra.{key}='${{nope}}'"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -71,7 +71,7 @@ def test_the_slurm_launchers_config_composes(monkeypatch, capsys):
     assert launcher["_target_"].endswith("SlurmLauncher")
 
 
-def test_flags_that_exclude_each_other_are_one_line(monkeypatch, capsys):
+def test_flags_that_exclude_each_other_give_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         printed(monkeypatch, capsys, "--multirun", "--cfg", "job", *SHORT)
     assert stop.value.code == 2

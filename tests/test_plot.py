@@ -243,7 +243,10 @@ def test_the_last_evaluation_replaces_an_absolute_metric_that_some_seed_lacks(tm
     colours = draw.colours_of(pooled)
     words = text_of(draw.aggregates(aggregate.aggregates(scores, 5), pooled, colours))
     assert "MAPPO* " in words and "MAGPO " in words
-    assert "absolute metric (320 episodes per seed); * no absolute metric on some task" in words
+    assert (
+        "absolute metric (320 episodes per seed); * no absolute metric: the last evaluation"
+        in words
+    )
     only = [line for line in pooled if line.label == "MAPPO"]
     words = text_of(draw.profiles(aggregate.profiles({"MAPPO": scores["MAPPO"]}, 5), only, colours))
     assert "last evaluation, because no run has an absolute metric" in words and "*" not in words

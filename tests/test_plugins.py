@@ -48,7 +48,7 @@ def no_plugins(monkeypatch):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A folder with the README's environment and a fork of MAPPO, where commands are given."""
+    """Work in a folder with the README's environment and a fork of MAPPO."""
     _, _, section = (ROOT / "README.md").read_text().partition("### Your own environment")
     (tmp_path / "rendezvous.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
     shutil.copy(Path(magpo.__file__).parent / "systems/mappo.py", tmp_path / "mine.py")
@@ -68,7 +68,7 @@ def forget():
     registry.registered.clear()
 
 
-def test_every_command_takes_a_users_environment_and_system(home, monkeypatch, capsys):
+def test_every_command_accepts_a_users_environment_and_system(home, monkeypatch, capsys):
     run = config.load("mine", [*IMPORTS, "env=ring/rendezvous", *SMALL])
     assert list(run.imports) == ["mine.py", "rendezvous.py"]
     folder = experiment.run(plugins.system("mine"), run).folder
@@ -101,7 +101,7 @@ def test_every_command_takes_a_users_environment_and_system(home, monkeypatch, c
     assert stopped.resume.endswith(" import=rendezvous.py")
 
 
-def test_a_file_that_has_changed(home, monkeypatch, capsys):
+def test_a_changed_file_is_reported(home, monkeypatch, capsys):
     run = config.load("mappo", ["import=rendezvous.py", "env=ring/rendezvous", *SMALL])
     folder = experiment.run(plugins.system("mappo"), run).folder
     forget()
@@ -109,9 +109,9 @@ def test_a_file_that_has_changed(home, monkeypatch, capsys):
     with (home / "rendezvous.py").open("a") as file:
         file.write("\n")
     command(monkeypatch, evaluate, f"run={folder}", "episodes=2", "import=rendezvous.py")
-    assert "warning: rendezvous.py is not what it was" in capsys.readouterr().err
+    assert "warning: rendezvous.py has changed" in capsys.readouterr().err
     again = ["import=rendezvous.py", f"resume={folder}"]
-    with pytest.raises(ConfigError, match=r"not as it was: run\.imports\.rendezvous\.py: "):
+    with pytest.raises(ConfigError, match=r"changed settings: run\.imports\.rendezvous\.py: "):
         experiment.run(plugins.system("mappo"), config.load("mappo", again))
     allowed = [*again, "allow_changes=[run.imports.rendezvous.py]"]
     experiment.run(plugins.system("mappo"), config.load("mappo", allowed))
@@ -156,12 +156,12 @@ def test_jobs_of_a_sweep_import_too(home):
         ("", ["a.py"], r"^import=a\.py: registers no task .*; a\.py is not a system: it lacks "),
         ("", ["b.py"], r"^import=b\.py: no such file$"),
         ("", ["nowhere.at_all"], r"^import=nowhere\.at_all: ModuleNotFoundError: No module named"),
-        (REGISTERS.format(task="lbf/mine"), ["a.py"], "'lbf/mine': name it <a suite of your own>"),
+        (REGISTERS.format(task="lbf/mine"), ["a.py"], "'lbf/mine': must be <a suite of your own>"),
         (REGISTERS.format(task="own/a") + "1 / 0", ["a.py"], "ZeroDivisionError"),
         (REGISTERS.format(task="own/a"), ["a.py", "c.py"], r"c\.py: .*a\.py has registered own/a"),
     ],
 )
-def test_an_import_that_cannot_be_used(tmp_path, monkeypatch, text, imports, message):
+def test_an_unusable_import_is_refused(tmp_path, monkeypatch, text, imports, message):
     monkeypatch.chdir(tmp_path)
     for name in ("a.py", "c.py"):
         (tmp_path / name).write_text(text)
@@ -170,7 +170,7 @@ def test_an_import_that_cannot_be_used(tmp_path, monkeypatch, text, imports, mes
     assert [task for p in plugins._plugins for task in p.tasks] == list(registry.registered)
 
 
-def test_two_systems_of_one_name(home):
+def test_two_systems_of_one_name_are_refused(home):
     (home / "other").mkdir()
     shutil.copy(home / "mine.py", home / "other")
     with pytest.raises(ConfigError, match=r"mine\.py is a system of that name already"):
@@ -178,7 +178,7 @@ def test_two_systems_of_one_name(home):
 
 
 @pytest.mark.parametrize("value", ["3", "[3]", "[[a.py]]"])
-def test_an_import_is_a_name(value):
+def test_an_import_must_be_a_name(value):
     with pytest.raises(ConfigError, match="import="):
         config.load("mappo", [f"import={value}", "env=coordsum/3x10-30"])
 

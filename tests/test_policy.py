@@ -1,4 +1,4 @@
-"""Trained policies: loaded, played and exported, here and in processes that lack something."""
+"""Trained policies: loaded, played and exported, also where libraries are missing."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ N, O, A, B = 3, 5, 10, 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run of two seeds, long enough to have a best policy that is not the first."""
+    """Train two seeds, long enough that the best policy is not the first."""
     overrides = [f"env={TASK}", "tuned=false", "seeds=[7,2]", "num_envs=4", "rollout_length=16"]
     overrides += ["total_steps=128", "num_evaluations=2", "eval_episodes=2", "env.time_limit=9"]
     overrides += ["network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"]
@@ -42,7 +42,7 @@ def observation():
     return Observation(jnp.asarray(views), jnp.asarray(mask), jnp.zeros(B, jnp.int32))
 
 
-def test_what_was_trained_is_in_the_checkpoint_not_in_config_yaml(folder, tmp_path):
+def test_the_trained_config_comes_from_the_checkpoint_not_config_yaml(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     text = (copy / "config.yaml").read_text()
     edited = text.replace("hidden_dim: 8", "hidden_dim: 16").replace("- 7\n", "- 5\n- 7\n")
@@ -52,7 +52,7 @@ def test_what_was_trained_is_in_the_checkpoint_not_in_config_yaml(folder, tmp_pa
 
 
 def falsify(path, change):
-    """Make an intact checkpoint of another run of a checkpoint."""
+    """Change a checkpoint into an intact one of another run."""
     meta = json.loads((path / "meta.json").read_text())
     record = checkpoint.load_named(path, meta, "record")
     change(meta, record)
@@ -67,7 +67,7 @@ def falsify(path, change):
 
 
 def of_params(convert):
-    """Change the first of the best parameters; None removes it."""
+    """Return a function that converts the first best parameter; None removes it."""
 
     def change(meta, record):
         name = next(name for name in record if name.startswith("best.params."))
@@ -123,7 +123,7 @@ def run_python(code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_loaded_policy_is_the_systems_with_the_best_parameters(folder, observation):
+def test_a_loaded_policy_acts_as_the_system_with_the_best_parameters(folder, observation):
     loaded = magpo.load_policy(folder, seed=2)
     trained = policy.read(folder)
     params = jax.tree.map(lambda x: x[1], trained.params)
@@ -140,7 +140,7 @@ def test_a_loaded_policy_is_the_systems_with_the_best_parameters(folder, observa
     jax.tree.map(np.testing.assert_array_equal, best, jax.tree.map(lambda x: x[at], trained.params))
 
 
-def test_one_agent_acts_as_it_does_among_all(folder, observation):
+def test_one_agent_alone_acts_as_among_all(folder, observation):
     together, key = magpo.load_policy(folder), jax.random.key(0)
     actions, carry = together.act(together.initial_carry((B,)), observation, key, greedy=True)
     for agent in range(N):
@@ -248,7 +248,7 @@ def test_evaluate_plays_every_seed(folder, monkeypatch, capsys):
     assert " 9.000" in out
     arguments = [f"run={folder}", "episodes=3", f"env={TASK}", "env.time_limit=5"]
     assert " 5.000" in call(monkeypatch, capsys, evaluate, *arguments)[1]
-    monkeypatch.setattr(evaluate, "BATCH", 2)  # 2 episodes, and 1
+    monkeypatch.setattr(evaluate, "BATCH", 2)  # 2 episodes, then 1
     code, out, _ = call(monkeypatch, capsys, evaluate, f"run={folder}", "episodes=3")
     assert code == 0 and " 9.000" in out
 
@@ -264,13 +264,13 @@ def test_evaluate_plays_every_seed(folder, monkeypatch, capsys):
         (["episode=3"], "unknown key 'episode': did you mean 'episodes'"),
     ],
 )
-def test_bad_input_to_evaluate_is_one_line(folder, monkeypatch, capsys, arguments, message):
+def test_bad_input_to_evaluate_gives_one_line(folder, monkeypatch, capsys, arguments, message):
     code, _, err = call(monkeypatch, capsys, evaluate, f"run={folder}", *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("module", [evaluate, export])
-def test_bad_folders_are_one_line(module, monkeypatch, capsys, tmp_path):
+def test_bad_folders_give_one_line(module, monkeypatch, capsys, tmp_path):
     code, _, err = call(monkeypatch, capsys, module, f"run={tmp_path}")
     assert code == 2 and "no run there" in err and err.count("\n") == 1
     assert "usage" in call(monkeypatch, capsys, module, "--help")[1]
@@ -279,10 +279,10 @@ def test_bad_folders_are_one_line(module, monkeypatch, capsys, tmp_path):
     assert code == 2 and "unknown system 'os'" in err
 
 
-def test_choices_that_the_run_has_not(folder):
+def test_unknown_seeds_and_agents_are_refused(folder):
     with pytest.raises(ConfigError, match=r"seed=1: the run has \[7, 2\]"):
         magpo.load_policy(folder, seed=1)
-    with pytest.raises(ConfigError, match="agent=3: there are 3"):
+    with pytest.raises(ConfigError, match=r"agent=3: must be 0 \.\. 2"):
         magpo.load_policy(folder, agent=3)
 
 

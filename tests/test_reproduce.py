@@ -48,7 +48,7 @@ IN_THIS_TABLE = (
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A table of tiny rows in place of the published one, and an empty folder to work in."""
+    """Replace the published table with one of tiny rows; work in an empty folder."""
     file = tmp_path / "published.csv"
     columns = ("paper", "table", "suite", "task", "system", "mean", "std", "command", "budget")
     with file.open("w", newline="") as stream:
@@ -63,7 +63,7 @@ def table(tmp_path, monkeypatch):
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """Call `python -m magpo.reproduce`, with its CSVs in the folder `out`; what it printed."""
+    """Return a function that calls `magpo.reproduce` with `out=out` and returns its output."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["reproduce", "out=out", *arguments])
@@ -80,7 +80,7 @@ def lines(file):
 
 
 def values(file, kind):
-    """The values in a CSV of evaluations, or of absolute metrics, by seed."""
+    """Return a CSV's evaluations or absolute metrics, as `kind` says, by seed."""
     found = {}
     for line in lines(file):
         if line["name"].startswith(f"{kind}/"):
@@ -94,12 +94,12 @@ def state(listing, system):
 
 
 def interrupt(process, folder):
-    """Send SIGTERM once the first chunk was trained and saved."""
+    """Send SIGTERM once the first chunk is trained and saved."""
     deadline = time.monotonic() + 120
     while not list(folder.glob("*/checkpoints/0*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGTERM)  # not the run's process, which has a group of its own
+    os.kill(process.pid, signal.SIGTERM)  # not to the run's process, which has its own group
 
 
 def test_a_row_is_interrupted_resumed_and_not_run_again(table, call):
@@ -161,7 +161,7 @@ def test_only_missing_seeds_are_trained_and_tables_share_a_run(table, call, monk
         [last, "-", "4", "128", "9", "-"],
     ]
 
-    with folders.working(folders_[1]):  # as if it were still trained
+    with folders.working(folders_[1]):  # as if it were still training
         assert f"another process trains it: {folders_[1]}" in call(TASK, "off", "seeds=[7]", *QUIET)
 
     monkeypatch.setattr(sys, "executable", "false")  # a run that fails
@@ -181,7 +181,7 @@ def test_only_missing_seeds_are_trained_and_tables_share_a_run(table, call, monk
     [
         ({"seeds": [5], "seeds_per_batch": 1, "logger": {}, "keep": 9}, True),
         ({"system.of_another_version": 1}, True),
-        ({"system.gae_lambda": None}, True),  # None: another version had none
+        ({"system.gae_lambda": None}, True),  # None: another version lacked it
         ({"system.gamma": None}, False),  # but the command sets it
         ({"system.gae_lambda": 0.5}, False),
         ({"vary": {"system.gae_lambda": [0.5, 0.9]}}, False),
@@ -214,7 +214,7 @@ def seed(*values, absolute=None, **facts):
     return Seed(FACTS | facts, records)
 
 
-def test_a_csv_keeps_the_seed_that_came_farthest():
+def test_a_csv_keeps_the_longest_run_of_each_seed():
     old = {0: seed(1.0, 2.0, absolute=3.0), 1: seed(1.0), 2: seed(1.0, hours="1"), 3: seed(1.0)}
     new = {0: seed(4.0, 5.0), 1: seed(4.0, 5.0), 2: seed(1.0, hours="2"), 4: seed(6.0)}
     assert results.merged(old, new) == {0: old[0], 1: new[1], 2: old[2], 3: old[3], 4: new[4]}
@@ -229,7 +229,7 @@ def test_a_csv_is_read_as_it_was_written(tmp_path):
 
 
 def check_report(text, out):
-    """Compare every printed row with the CSVs, computed anew."""
+    """Compare every printed row with values computed from the CSVs; return their number."""
     number = 0
     for line in re.findall(r"^\| \w+/.*\|$", text, re.M):
         task, system, ours, _, num_seeds, steps, *_, verdict = line.strip("| ").split(" | ")
@@ -253,7 +253,7 @@ def check_report(text, out):
     return number
 
 
-def test_the_committed_report_is_that_of_the_committed_csvs():
+def test_the_committed_report_matches_the_committed_csvs():
     out = ROOT / "scripts" / "results" / "published"
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert text == report.markdown(out)
@@ -329,7 +329,7 @@ def test_five_seeds_have_an_interval(table, call):
     ],
     ids=str,
 )
-def test_bad_arguments_are_one_line(table, refused, arguments, line):
+def test_bad_arguments_give_one_line(table, refused, arguments, line):
     assert line in refused(reproduce, *arguments)
 
 
@@ -353,7 +353,7 @@ WHOLE = HEAD + "".join(f"0,,{name},\n" for name in results.FACTS) + "0,0,eval/ep
         ("findings.csv", "paper,task,finding\nmagpo,a/b,because\n"),
     ],
 )
-def test_results_of_another_version_are_one_line(table, refused, file, text):
+def test_malformed_results_give_one_line(table, refused, file, text):
     path = Path("out", file)
     path.parent.mkdir(parents=True)
     path.write_text(text)
@@ -362,17 +362,17 @@ def test_results_of_another_version_are_one_line(table, refused, file, text):
         assert str(path) in refused(reproduce, "out=out", TASK, "mappo")  # before it trains
 
 
-def test_a_damaged_log_is_one_line(table, refused):
+def test_a_damaged_log_gives_one_line(table, refused):
     row = results.rows()["magpo", TASK, "mappo"]
     folder = Path("results/reproduce/mappo", TASK, "1")
     folder.mkdir(parents=True)
     values = config.dump(config.load(row.command[0], row.command[1:]))
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     (folder / "metrics.jsonl").write_text('{"name": "eval/episode_return", "env_steps": 3}\n')
-    assert "metrics.jsonl: line 1 is no record" in refused(reproduce, "out=out", "--collect")
+    assert "metrics.jsonl: line 1 is not a record" in refused(reproduce, "out=out", "--collect")
 
 
-def test_the_headline_metrics_are_the_environments(table):
+def test_the_headline_metrics_match_the_environments(table):
     for suite, name in registry.SUITES.items():
         if suite != "mabrax":  # needs brax
             module = import_module(f"magpo.envs.{suite}")

@@ -1,4 +1,4 @@
-"""The house style's limits: what CONTRIBUTING.md says and no linter does."""
+"""Limits of the house style that CONTRIBUTING.md sets and no linter checks."""
 
 import ast
 from pathlib import Path
@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "magpo").rglob("*.py"))
 SYSTEMS = [f for f in FILES if f.parent.name == "systems" and not f.stem.startswith("_")]
 SEVEN = {"make", "init", "train_chunk", "policy_params", "initial_carry", "act", "main"}
-# Modules and packages of magpo, the lowest layer first: each imports from those before it, and a
-# package's own modules from one another.
+# Modules and packages of magpo, the lowest layer first: each imports only from earlier ones; the
+# modules of a package may import one another.
 LAYERS = [
     *("errors", "types", "values", "files", "tables", "metrics", "optimiser", "published"),
     *("envs", "networks", "contract", "plugins"),
@@ -18,7 +18,7 @@ LAYERS = [
     *("evaluate", "experiment", "export", "plot", "render", "reproduce", "sweep", "systems"),
     "__main__",
 ]
-# What a system, which people copy, may use.
+# What a system may import: people copy its file.
 FOR_SYSTEMS = {
     *("commands", "contract", "envs", "errors", "experiment", "metrics", "networks", "optimiser"),
     *("plugins", "tables", "types", "values"),
@@ -36,7 +36,7 @@ def nesting(node, depth=0):
 
 
 def code_lines(node, source):
-    """Lines of a function or module, docstrings and blank lines not counted."""
+    """Count the lines of a function or module, without docstrings and blank lines."""
     body = set(range(node.lineno, node.end_lineno + 1) if hasattr(node, "lineno") else [])
     body = body or set(range(1, source.count("\n") + 1))
     for owner in ast.walk(node):
@@ -71,7 +71,7 @@ def test_a_system_is_one_readable_file(file):
 
 
 def imported(file):
-    """The magpo modules that a file imports when it is imported itself."""
+    """Yield the magpo modules that a file imports when it is itself imported."""
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.module == "magpo":
             yield from (alias.name for alias in node.names)
@@ -81,7 +81,7 @@ def imported(file):
 
 @pytest.mark.parametrize(
     "file",
-    [file for file in FILES if file.stem != "__main__"],  # which no module imports
+    [file for file in FILES if file.stem != "__main__"],  # no module imports it
     ids=lambda f: f.relative_to(ROOT).as_posix(),
 )
 def test_dependencies_point_one_way(file):

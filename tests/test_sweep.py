@@ -37,7 +37,7 @@ KEYS = ("number", "state", "value", "params")
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """A folder with the counting system, of which nothing is imported yet."""
+    """Work in a folder with the counting system, of which nothing is imported yet."""
     monkeypatch.setattr(plugins, "_plugins", [])
     monkeypatch.setattr(plugins, "_modules", {})
     monkeypatch.setattr(registry, "registered", {})
@@ -55,7 +55,7 @@ def call(monkeypatch, *arguments):
 
 
 def search(monkeypatch, *arguments, tiny=TINY):
-    """Call `python -m magpo.sweep` in the folder `study`; the trials."""
+    """Call `python -m magpo.sweep` with the folder `study`; return its trials."""
     call(monkeypatch, "counting", *tiny, "study=study", *arguments)
     return trials("study")
 
@@ -66,7 +66,7 @@ def trials(folder, storage=None):
 
 
 def last_values(folder):
-    """The last evaluation's mean return over seeds, by shift."""
+    """Return the last evaluation's mean return over seeds, by shift."""
     found = {}
     for line in Path(folder, "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -109,7 +109,7 @@ def test_a_grid_is_covered_once_by_one_run_for_each_structure(monkeypatch, capsy
         assert Path("study", name).stat().st_size > 0
 
 
-def test_trials_side_by_side_are_the_trials_alone(monkeypatch):
+def test_trials_side_by_side_equal_each_trial_alone(monkeypatch):
     several = search(monkeypatch, "trials=3", "parallel=3", "space.system.shift=0..5", "seeds=[3]")
     assert len({t["params"]["system.shift"] for t in several}) == 3
     for trial in several:
@@ -134,14 +134,14 @@ def test_a_trial_that_diverges_or_is_refused_fails_and_the_others_continue(monke
     assert len(list(Path("study/counting/test/count").iterdir())) == 1
 
 
-def test_a_batch_that_diverges_as_a_whole_is_no_failure_of_the_sweep(monkeypatch):
+def test_a_batch_that_diverges_as_a_whole_does_not_fail_the_sweep(monkeypatch):
     nan = ("system.nan=parameters", "seeds=[3]", "space.system.shift=[0]", "sampler=grid")
     (trial,) = search(monkeypatch, *nan)
     assert trial["state"] is TrialState.FAIL
 
 
 def kill(arguments, until):
-    """Start a sweep; kill it, and the run that it started, once `until` is true."""
+    """Start a sweep; kill it and the run that it started once `until` returns true."""
     code = "from magpo import commands; from magpo.sweep import __main__ as main; "
     code += "commands.run(main.__doc__, main.main)"
     with subprocess.Popen([sys.executable, "-c", code, *arguments]) as process:
@@ -156,11 +156,11 @@ def kill(arguments, until):
 
 
 def rows(table, where="1"):
-    """The number of rows in the killed study's database."""
+    """Return the number of rows in the killed study's database."""
     try:
         with sqlite3.connect("killed/study.db") as connection:
             return connection.execute(f"select count(*) from {table} where {where}").fetchone()[0]
-    except sqlite3.OperationalError:  # there is none yet
+    except sqlite3.OperationalError:  # no database yet
         return 0
 
 
@@ -192,7 +192,7 @@ def test_workers_share_a_journal(monkeypatch):
 
 
 def prepared(*overrides):
-    """A search, and a study in memory with five finished trials whose evaluations were all 0."""
+    """Return a search, and a study in memory: five finished trials, all 0, and two running."""
     plugins.load(["counting.py"])
     given = config.load("counting", [*TINY, "seeds=[3]", *overrides])
     made = sweep.make_search("counting", [*TINY, "seeds=[3]", *overrides], given, "study")
@@ -229,7 +229,7 @@ def test_trials_below_the_median_are_pruned(prune):
 
 
 class Keep(Callback):
-    """What each of Hydra's jobs returned: what its sweepers get."""
+    """A callback that keeps what Hydra's jobs return, which its sweepers receive."""
 
     returned: ClassVar[list[float]] = []
 
@@ -237,7 +237,7 @@ class Keep(Callback):
         self.returned.append(job_return.return_value)
 
 
-def test_a_sweeper_of_hydra_gets_the_objective(monkeypatch):
+def test_a_hydra_sweeper_receives_the_objective(monkeypatch):
     plugins.load(["counting.py"])
     keep = f"+hydra.callbacks.keep._target_={__name__}.Keep"
     arguments = (keep, "system.shift=9,0.5", "absolute_metric=false", "seeds=[3,11]")
@@ -260,7 +260,7 @@ BAD = {
     "backwards": (("space.system.shift=3..1",), "the first number must be the smaller"),
     "log_of_0": (("space.system.shift=log:0..1",), "must be above 0"),
     "no_range": (("space.system.shift=3",), "a range low..high"),
-    "range_of_words": (("space.system.nan=1..2",), "is no number"),
+    "range_of_words": (("space.system.nan=1..2",), "is not a number"),
     "half_a_count": (("space.system.repeats=0.5..2",), "must be whole numbers"),
     "out_of_range": (("space.system.shift=-1..1",), "space.system.shift: system.shift must be"),
     "wrong_choice": (("space.system.nan=[often]",), "space.system.nan: system.nan must be"),
@@ -273,7 +273,7 @@ BAD = {
         "storage=postgresql://nowhere/x: cannot be used",
     ),
     "no_storage": (("space.system.shift=0..1", "storage=what://x"), "cannot be used"),
-    "own_key": (("space.system.shift=0..1", "resume=auto"), "resume: a sweep sets it itself"),
+    "own_key": (("space.system.shift=0..1", "resume=auto"), "resume: the sweep sets this key"),
     "no_study": (("--report", "nowhere"), "nowhere: no study there"),
 }
 
@@ -318,7 +318,7 @@ def test_a_run_that_must_fit_is_refused_before_it_trains(monkeypatch):
 
 
 @pytest.mark.parametrize("name", plugins.of_package())
-def test_the_space_of_each_system_is_one_that_it_accepts(name):
+def test_each_system_accepts_its_search_space(name):
     overrides = ["env=coordsum/3x10-30", "tuned=false"]
     found, others = sweep.read_space(name, overrides)
     distributions = space.distributions(found, config.load(name, others))

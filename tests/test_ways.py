@@ -1,4 +1,4 @@
-"""Every common way to start a program works, or says in one line what to do."""
+"""Common ways to start a program: each works, or says in one line what to do."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ def test_a_fork_as_a_module_or_with_flags(tmp_path):
 
 
 def test_with_sanitisers(tmp_path):
-    """NaNs end a computation, and 64 bits are asked for."""
+    """Train and evaluate with NaN checks and 64 bits turned on."""
     modes = {"JAX_DEBUG_NANS": "1", "JAX_ENABLE_X64": "1"}
     done = started("-m", "magpo.systems.mappo", *SMALL, cwd=tmp_path, **modes)
     assert done.returncode == 0, done.stderr
@@ -68,8 +68,8 @@ def test_with_sanitisers(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["magpo", "magpo.systems", "magpo.evaluate"])
-def test_output_that_nobody_reads(tmp_path, command):
-    """As with `| head`."""
+def test_unread_or_unwritable_output(tmp_path, command):
+    """Close the output, as `| head` does, or send it to a full device."""
     unread, pipe = os.pipe()
     os.close(unread)
     for stdout, code, error in ((pipe, 1, ""), (os.open("/dev/full", os.O_WRONLY), 1, "error: ")):

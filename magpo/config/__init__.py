@@ -1,4 +1,4 @@
-"""A run's configuration: `load` composes and checks it."""
+"""A run's configuration, composed and checked by `load`."""
 
 from magpo.config.compose import from_values, load
 from magpo.config.schema import (

@@ -1,4 +1,4 @@
-"""A system's command line: overrides, and a few of Hydra's flags."""
+"""A system's command line: overrides and a few of Hydra's flags."""
 
 import argparse
 import os
@@ -26,14 +26,14 @@ Run = Callable[[ModuleType, RunConfig], object]
 
 
 def main(system: str | ModuleType, run: Run, config_dir: Path | None = None) -> None:
-    """Run the command line of a system: its arguments are overrides and a few of Hydra's flags.
+    """Run a system's command line, whose arguments are overrides and a few of Hydra's flags.
 
-    Without flags this is `run(module, config.load(system, arguments))`: no Hydra application, no
-    outputs/ folder, no change of folder or of logging. --help and --cfg job are ours; --multirun
-    and shell completion are Hydra's. All jobs of a --multirun are checked before the first
-    starts; its record and a launcher's files go to <results_dir>/sweeps/. What `run` returns is the
-    job's return value, which a sweeper may optimise. A ConfigError, also one
-    that `run` raises, ends the process with its line on stderr and exit code 2.
+    Without flags, this is `run(module, config.load(system, arguments))`: no Hydra application, no
+    outputs/ folder, no change of folder or logging. magpo implements --help and --cfg job, Hydra
+    implements --multirun and shell completion. All jobs of a --multirun are checked before the
+    first one starts; the sweep's record and a launcher's files go to <results_dir>/sweeps/. A
+    sweeper may optimise the return value of `run`. A ConfigError, including one that `run` raises,
+    ends the process with one line on stderr and exit code 2.
     """
     arguments = sys.argv[1:]
     with files.exit_on_config_error():
@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 def _with_flags(
     arguments: Sequence[str], module: ModuleType, run: Run, config_dir: Path | None
 ) -> None:
-    """Print the configuration, or hand the arguments to Hydra, all its jobs checked."""
+    """Print the configuration, or check all jobs and hand the arguments to Hydra."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     modes = parser.add_mutually_exclusive_group()
@@ -68,7 +68,7 @@ def _with_flags(
     if not flags.shell_completion:
         jobs = [compose.load(module, job, config_dir) for job in _jobs(flags.overrides)]
     if any(job.resume not in (None, "auto") for job in jobs):
-        raise ConfigError("resume=<folder> goes without flags; a sweep has resume=auto")
+        raise ConfigError("resume=<folder> takes no flags; in a sweep, use resume=auto")
     if flags.cfg == "job":
         print(yaml.safe_dump(dump(jobs[0]), sort_keys=False), end="")
     else:
@@ -76,7 +76,7 @@ def _with_flags(
 
 
 def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Yield each job's overrides as far as they are known: none if another sweeper chooses them."""
+    """Yield the overrides of each job; none if a sweeper other than Hydra's own chooses them."""
     choices = []
     for text in overrides:
         override = compose.parsed(text)
@@ -91,11 +91,10 @@ def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
-    """Hand the command line to Hydra, which sweeps, launches and completes; `compose.load` makes
-    each job's configuration.
+    """Let Hydra sweep, launch or complete; `compose.load` makes each job's configuration.
 
-    For Hydra, the primary configuration has every key with its default, those below `vary`, and
-    the options of all tasks: a sweep over tasks is checked before any of them is chosen.
+    Hydra's primary configuration has every key with its default, the keys below `vary` and the
+    options of all tasks, because Hydra checks a sweep over tasks before it chooses one.
     """
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -112,7 +111,7 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
         with files.exit_on_config_error():
             module = plugins.module_of(file)  # a launcher's jobs may be other processes
             config = compose.load(module, list(hydra_config.overrides.task), config_dir)
-            if hydra_config.job.chdir:  # results_dir is relative to where the command was given
+            if hydra_config.job.chdir:  # results_dir is relative to the command's folder
                 where = Path(hydra_config.runtime.cwd, config.results_dir)
                 config = replace(config, results_dir=str(where))
             return run(module, config)
@@ -130,13 +129,13 @@ def _hydra_app(module: ModuleType, run: Run, config_dir: Path | None) -> None:
 
 
 def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the configuration from which Hydra knows the keys, the groups and its own settings."""
+    """Return the configuration that tells Hydra the keys, the groups and Hydra's own settings."""
     defaults = compose.defaults(name, folders)
     values = nested(defaults | compose.read_option(folders, "budget", defaults["budget"]))
     chosen = [{group: values.pop(group)} for group in compose.GROUPS]
     known = {option for task in registry.tasks() for option in registry.options(task)}
     values["import"] = []
-    values["env"] = dict.fromkeys(sorted(known), "???")  # a task's file has only some of its own
+    values["env"] = dict.fromkeys(sorted(known), "???")  # a task's file has only some of them
     values["vary"] = {"system": dict.fromkeys(float_names(get_type_hints(module.Config)["hyper"]))}
     sweeps = "${expanduser:${results_dir}}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
     return values | {
@@ -151,7 +150,7 @@ def _primary(module: ModuleType, name: str, folders: Sequence[Path]) -> dict[str
 
 
 def _help(name: str, folders: Sequence[Path], task: str | None = None) -> str:
-    """Return the help text: the YAML files with their comments, and a task's options."""
+    """Return the help text: the YAML files with their comments, and the options of `task`."""
     package = "magpo.systems." if name in plugins.of_package() else ""
     text = [f"usage: python -m {package}{name} env=<suite>/<task> [key=value ...] [flags]"]
     text += ["", "tasks:"]
@@ -160,7 +159,7 @@ def _help(name: str, folders: Sequence[Path], task: str | None = None) -> str:
     for group in compose.GROUPS:
         text.append(f"{group}: " + " | ".join(compose.option_names(folders, group)))
     text += ["flags: --cfg job (print the configuration), --multirun (a=1,2 sweeps)"]
-    text += ["       --help; with env=<suite>/<task> it ends with the options of that task"]
+    text += ["       --help (with env=<suite>/<task>, also lists the options of that task)"]
     budgets = [f"budget/{option}" for option in compose.option_names(folders, "budget")]
     for file in ("experiment", *budgets, "logger/default", name):
         path = compose.find(folders, file)
@@ -172,7 +171,7 @@ def _help(name: str, folders: Sequence[Path], task: str | None = None) -> str:
 
 
 def _options(task: str) -> Iterator[str]:
-    """Yield a line for each option of a task: its value, and the comment in the suite's YAML.
+    """Yield a line per option of a task, with its value and its comment in the suite's YAML.
 
     Raises ConfigError.
     """

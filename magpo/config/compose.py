@@ -1,9 +1,17 @@
-"""Compose a run's configuration: YAML files and overrides in, a RunConfig out.
+"""Composition of a run's configuration from YAML files and overrides.
 
-`load("magpo", ["env=rware/tiny-4ag", "system.clip_eps=0.1"])` merges, later over earlier,
-configs/experiment.yaml, configs/<system>.yaml, the task, the published game, the budget, the
-logger, the task's tuned values and the overrides, key=value in Hydra's grammar. Values live there
-and nowhere else; here they have dotted names.
+`load("magpo", ["env=rware/tiny-4ag", "system.clip_eps=0.1"])` merges the following; later values
+replace earlier ones:
+
+1. configs/experiment.yaml and configs/<system>.yaml
+2. the task
+3. the published game
+4. the logger
+5. the budget
+6. the task's tuned values
+7. the overrides, key=value in Hydra's grammar
+
+All values are in these files; the code refers to them by dotted names.
 """
 
 import os
@@ -25,8 +33,8 @@ from magpo.errors import ConfigError, nearest
 from magpo.values import unknown_key
 
 Values = dict[str, Any]
-GROUPS = ("budget", "logger")  # folders of files to choose from, by budget=quick
-SWITCHES = ("tuned", "published")  # whether those files are used
+GROUPS = ("budget", "logger")  # folders with files to choose from, as by budget=quick
+SWITCHES = ("tuned", "published")  # whether these files are used
 
 
 def load(
@@ -34,9 +42,9 @@ def load(
 ) -> RunConfig:
     """Compose and check a run's configuration.
 
-    `system` is a name of `magpo.plugins.systems()`, or the module of a system of your own, whose
-    YAML has the module's name and lies beside it, or in `config_dir`. That folder may hold budget/,
-    logger/ and tuned_values/ files too. Raises ConfigError.
+    `system` is a name in `magpo.plugins.systems()` or the module of a system of your own. Such a
+    module's YAML has the same name and lies beside the module or in `config_dir`, a folder that may
+    also have budget/, logger/ and tuned_values/. Raises ConfigError.
     """
     load_imports(overrides)
     module = plugins.system(system) if isinstance(system, str) else system
@@ -62,20 +70,22 @@ def load(
 
 
 def load_imports(arguments: Sequence[str]) -> None:
-    """Import installed plugins, and what arguments name by `import=`, which may be given several
-    times. Raises ConfigError."""
+    """Import installed plugins and those that arguments name by `import=`, given once or more.
+
+    Raises ConfigError.
+    """
     values = [parse(text)[1] for text in arguments if text.startswith("import=")]
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     plugins.load(map(str, names))
 
 
 def defaults(name: str, folders: Sequence[Path]) -> Values:
-    """Return the values of experiment.yaml and of the system's own file over them."""
+    """Return the values of experiment.yaml, updated with those of the system's own file."""
     return read_option(folders, "experiment") | read_option(folders, name)
 
 
 def _new(name: str, folders: Sequence[Path], chosen: Values) -> tuple[Values, Values]:
-    """Return what is said of a new run, and its values before its other overrides."""
+    """Return the facts about a new run (its `run` group), and its values before other overrides."""
     values = defaults(name, folders)
     if "env" not in chosen:
         suites = ", ".join(registry.suites())
@@ -98,26 +108,26 @@ def _new(name: str, folders: Sequence[Path], chosen: Values) -> tuple[Values, Va
 
 
 def _published(task: str) -> Values:
-    """Return the options of the game that the papers' results on a task were made in."""
+    """Return the options of the game in which the papers' results on a task were made."""
     if not published.has(task):
         known = list(dict.fromkeys(row.task for row in published.rows()))
         near = nearest(task, known)
         raise ConfigError(
             f"published=true: no paper has results on {task}: {near}python -m magpo.reproduce "
-            "lists those that have"
+            "lists the tasks with results"
         )
     options = OmegaConf.load(files.configs() / "published.yaml")
     return flat(cast(Values, OmegaConf.to_container(options))[task.partition("/")[0]], "env.")
 
 
 def _resumed(module: ModuleType, folders: Sequence[Path], chosen: Values) -> tuple[Values, Values]:
-    """Return what is said of the run in the folder `resume`, and its values."""
+    """Return the facts about the run in the folder `resume`, and its values."""
     resume = chosen["resume"]
     if not isinstance(resume, str):
         raise ConfigError(f"resume must be a run's folder or auto, not {resume!r}")
     file = Path(resume).expanduser() / "config.yaml"
     if not os.path.isfile(file):  # False for any text, unlike Path.is_file
-        raise ConfigError(f"resume={resume}: no run there (it has no config.yaml); or resume=auto")
+        raise ConfigError(f"resume={resume}: no run there (no config.yaml); or use resume=auto")
     values = dump(from_values(module, plain_values(file), file))
     said = {key: chosen[key] for key in ("budget", *SWITCHES) if key in chosen}
     about = values.pop("run") | said
@@ -128,13 +138,13 @@ def _resumed(module: ModuleType, folders: Sequence[Path], chosen: Values) -> tup
 
 
 def _logger(folders: Sequence[Path], option: Any) -> Values:
-    """Return the default logger's values and those that the chosen one changes."""
+    """Return the default logger's values, updated with those of the chosen logger."""
     values = read_option(folders, "logger", "default") | read_option(folders, "logger", option)
     return flat(values, "logger.")
 
 
 def _unknown(key: str, name: str, known: Values, folders: Sequence[Path]) -> ConfigError:
-    """The error for a key that is not the system's: which other systems of the package have it."""
+    """Return the error for an unknown key; it names other systems of the package with this key."""
     systems = [other for other in plugins.of_package() if find(folders, other)]
     if owners := [other for other in systems if key in read_option(folders, other)]:
         return ConfigError(f"{key!r} is a key of {', '.join(owners)}, not of {name}")
@@ -142,7 +152,7 @@ def _unknown(key: str, name: str, known: Values, folders: Sequence[Path]) -> Con
 
 
 def parsed(text: str) -> Override:
-    """Parse one argument in Hydra's grammar, which may be a sweep. Raises ConfigError."""
+    """Parse one argument, possibly a sweep, in Hydra's grammar. Raises ConfigError."""
     try:
         return OverridesParser.create().parse_override(text)
     except (HydraException, ValueError) as error:
@@ -153,7 +163,7 @@ def parsed(text: str) -> Override:
 
 
 def parse(text: str) -> tuple[str, Any]:
-    """Return the key and the value of one argument, key=value. Raises ConfigError."""
+    """Return the key and the value of an argument, key=value. Raises ConfigError."""
     override = parsed(text)
     key, value = override.key_or_group, override.value()
     if override.is_sweep_override():
@@ -166,7 +176,7 @@ def parse(text: str) -> tuple[str, Any]:
 
 
 def locate(module: ModuleType, config_dir: Path | None) -> tuple[str, list[Path]]:
-    """Return the system's name and the folders with YAML files, first the one with its own."""
+    """Return the system's name and the folders of YAML files, first the one with its own file."""
     name, beside = plugins.system_name(module), Path(str(module.__file__)).parent
     folders = [folder.resolve() for folder in (config_dir or beside, files.configs())]
     folders.sort(key=lambda folder: not find([folder], name))
@@ -176,12 +186,12 @@ def locate(module: ModuleType, config_dir: Path | None) -> tuple[str, list[Path]
 
 
 def option_names(folders: Sequence[Path], group: str) -> list[str]:
-    """Return the names that `group=` can take: its YAML files."""
+    """Return the names of a group's YAML files, which `group=` can take."""
     return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
 
 
 def from_values(module: ModuleType, values: Any, source: Path) -> RunConfig:
-    """Make a run's configuration of the plain values of `dump`. Raises ConfigError."""
+    """Make a run's configuration from the plain values of `dump`. Raises ConfigError."""
     name = plugins.system_name(module)
     try:
         if values["run"]["system"] != name:
@@ -195,13 +205,13 @@ def from_values(module: ModuleType, values: Any, source: Path) -> RunConfig:
 
 
 def find(folders: Sequence[Path], name: str) -> Path | None:
-    """Return the file `name`.yaml of the first folder that has it."""
+    """Return `name`.yaml of the first folder that has it, or None."""
     paths = (folder / f"{name}.yaml" for folder in folders)
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
 def read_option(folders: Sequence[Path], *path: Any) -> Values:
-    """Read the YAML file of this name, "experiment", or group and option, ("budget", "quick").
+    """Read a YAML file by name, "experiment", or by group and option, ("budget", "quick").
 
     Raises ConfigError.
     """
@@ -214,5 +224,5 @@ def read_option(folders: Sequence[Path], *path: Any) -> Values:
     except files.UNREADABLE as error:
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
     if not isinstance(values, DictConfig) or "defaults" in values:
-        raise ConfigError(f"{file}: must be keys and values, without a list of defaults")
+        raise ConfigError(f"{file}: must be keys and values, without a defaults list")
     return flat(cast(Values, OmegaConf.to_container(values)))

@@ -1,4 +1,4 @@
-"""A run's configuration as frozen dataclasses, and how plain values are checked."""
+"""A run's configuration as frozen dataclasses, and the checks of plain values."""
 
 import json
 import re
@@ -30,15 +30,15 @@ from magpo.values import (
     validate,
 )
 
-# In C: faster, but deep nesting, which takes a long text, overflows its stack.
+# Written in C: faster, but deep nesting, possible only in a long text, overflows its stack.
 FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# The keys that are no part of a run, and so not in its config.yaml.
+# The keys that concern this process, not the run, and so are not in config.yaml.
 OF_THIS_PROCESS: dict[str, Any] = {
     "resume": None,
     "allow_changes": [],
     "distributed": {"coordinator": None, "num_processes": None, "process_id": None},
 }
-# The keys that change nothing in what a run trains and measures.
+# The keys that do not change what a run trains and measures.
 WITHOUT_EFFECT = ("logger", "results_dir", "keep", "checkpoint_share")
 
 
@@ -60,7 +60,7 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """This process among several; all None where SLURM says it, or there is but one."""
+    """This process among several; all None under SLURM or for a single process."""
 
     coordinator: str | None  # host:port of process 0
     num_processes: PositiveInt | None
@@ -78,17 +78,17 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All of one run. Steps count the environment steps of one member."""
+    """The configuration of one run. All steps are environment steps of one member."""
 
     system: str
     env: EnvConfig
-    # The system's own `Config`, of which this file knows no more; `vary` is not applied to it.
+    # The system's own `Config`, opaque to this file; `vary` is not applied to it.
     algorithm: Annotated[AlgorithmConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
     seeds: tuple[Seed, ...]
     vary: dict[str, tuple[float | None, ...]]  # by dotted key: {"system.delta": (1.1, 1.2)}
-    vary_in_step: bool  # the first values of all keys, then the second ones; False: their product
+    vary_in_step: bool  # the first value of every key, then the second; False: all combinations
     seeds_per_batch: PositiveInt | None  # members trained at once on a device, or on the CPU
-    total_steps: Annotated[Integer, Field(gt=0, lt=10**15)]  # as asked for
+    total_steps: Annotated[Integer, Field(gt=0, lt=10**15)]  # as requested
     num_envs: PositiveInt
     rollout_length: PositiveInt
     num_evaluations: PositiveInt
@@ -96,8 +96,8 @@ class RunConfig:
     absolute_metric: bool
     budget: str
     tuned: bool  # whether tuned values were used
-    published: bool  # whether the game is the one that the papers' results were made in
-    imports: dict[str, str]  # the user's files that system and task come from, with their hashes
+    published: bool  # whether the game is the one of the papers' results
+    imports: dict[str, str]  # hashes of the user's files that system and task come from
     precision: Literal["float32", "bfloat16"]
     platform: Literal["auto", "cpu", "gpu", "tpu"]
     logger: LoggerConfig
@@ -105,7 +105,7 @@ class RunConfig:
     keep: NonNegativeInt  # checkpoints; 0: none are written
     checkpoint_share: Annotated[PositiveFloat, Field(le=1)]  # of the run's time
     resume: UserPath | None  # a run's folder, or "auto"
-    allow_changes: tuple[str, ...]  # keys that may differ from those of the run that is resumed
+    allow_changes: tuple[str, ...]  # keys whose values may differ from the resumed run's
     distributed: DistributedConfig
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class RunConfig:
             hint = f" or num_evaluations at most {most}" if most else ""
             raise ValueError(
                 f"total_steps must be at least {self.num_evaluations * steps}{hint}, not "
-                f"{self.total_steps}: an update, of num_envs * rollout_length = {steps} steps, "
+                f"{self.total_steps}: one update of num_envs * rollout_length = {steps} steps "
                 f"before each of num_evaluations = {self.num_evaluations}"
             )
         if self.num_updates >= 2**31:
@@ -133,7 +133,7 @@ class RunConfig:
         if self.vary_in_step:
             sizes = {key: len(values) for key, values in self.vary.items()}
             if len({*sizes.values()}) > 1 or 0 in sizes.values():
-                raise ValueError(f"vary_in_step: all keys must have as many values, not {sizes}")
+                raise ValueError(f"vary_in_step: keys must have equally many values, not {sizes}")
             found = [tuple(map(as_float32, setting.values())) for setting in self.settings]
             if len({*found}) < len(found):
                 raise ValueError("vary_in_step: two settings are the same")
@@ -151,7 +151,7 @@ class RunConfig:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """The members to train: every setting with every seed, seeds changing fastest."""
+        """The members to train: every setting with every seed; the seeds change fastest."""
         return members.members(self.seeds, self.settings)
 
     def algorithm_of(self, setting: Setting) -> AlgorithmConfig:
@@ -161,7 +161,7 @@ class RunConfig:
         return cast(AlgorithmConfig, replace(cast(Any, self.algorithm), hyper=hyper))
 
     def member_hyper(self) -> Any:
-        """Return the hyperparameters of all members, (M,) float32 each."""
+        """Return the hyperparameters of all members; each float is (M,) float32."""
         data = [contract.as_data(self.algorithm_of(m.setting).hyper) for m in self.members]
         return jax.tree.map(lambda *values: np.stack(values), *data)
 
@@ -171,7 +171,7 @@ class RunConfig:
 
     @property
     def updates_per_chunk(self) -> int:
-        """Updates between two evaluations."""
+        """The number of updates between two evaluations."""
         return self.total_steps // self.steps_per_update // self.num_evaluations
 
     @property
@@ -184,17 +184,17 @@ class RunConfig:
 
     @property
     def trained_steps(self) -> int:
-        """`total_steps`, rounded down to whole chunks."""
+        """The environment steps trained: `total_steps`, rounded down to whole chunks."""
         return self.num_updates * self.steps_per_update
 
 
 def as_float32(value: float | None) -> float | None:
-    """Return the number that a program computes with."""
+    """Return a value rounded to float32, as the compiled programs use it."""
     return None if value is None else float(np.float32(value))
 
 
 def dump(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as plain values under the names of the command line."""
+    """Return the configuration as plain values under the command line's names."""
     values = asdict(config)
     algorithm = values.pop("algorithm")
     about = ("system", "budget", "tuned", "published", "imports")
@@ -212,7 +212,7 @@ def dump(config: RunConfig) -> dict[str, Any]:
 
 
 def dump_setting(config: RunConfig, setting: Setting) -> dict[str, Any]:
-    """Return the configuration as `dump` does, as if nothing but this setting had been trained."""
+    """Return what `dump` would return if the run trained this setting alone."""
     algorithm = config.algorithm_of(setting)
     return dump(replace(config, vary={}, vary_in_step=False, algorithm=algorithm))
 
@@ -220,7 +220,7 @@ def dump_setting(config: RunConfig, setting: Setting) -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Return the differences between two dumps, by key, as "old value, now new value".
 
-    Where results go and how they are shown makes no difference.
+    Keys that are WITHOUT_EFFECT are not compared.
     """
     flat_old, flat_new = flat(old), flat(new)
     return {
@@ -231,7 +231,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested dictionaries whose leaves have these dotted names."""
+    """Return nested dictionaries from values with dotted names."""
     root: dict[str, Any] = {}
     for name, value in values.items():
         *parents, last = name.split(".")
@@ -243,7 +243,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries by their dotted names; an empty one is a leaf."""
+    """Return the leaves of nested dictionaries by dotted name; an empty dictionary is a leaf."""
     leaves: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -253,7 +253,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check(module: ModuleType, values: Mapping[str, Any]) -> RunConfig:
-    """Make dataclasses of values under the names of `dump`. Raises ConfigError."""
+    """Make a RunConfig from plain values under the names of `dump`. Raises ConfigError."""
     values = {"vary": {}, "vary_in_step": False, **OF_THIS_PROCESS, **values, "algorithm": None}
     schema = contract.algorithm(module).Config
     floats = contract.float_names(get_type_hints(schema)["hyper"])
@@ -285,7 +285,7 @@ def check(module: ModuleType, values: Mapping[str, Any]) -> RunConfig:
 
 
 def plain_values(file: Path) -> dict[str, Any]:
-    """Read the values in a run's config.yaml without checking them. Raises ConfigError."""
+    """Read the values of a run's config.yaml without checking them. Raises ConfigError."""
     try:
         text = file.read_text(encoding="utf-8")
         values = yaml.load(text, FAST_LOADER if len(text) < 2**12 else yaml.SafeLoader)

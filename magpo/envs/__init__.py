@@ -1,4 +1,4 @@
-"""The environments: `make("rware/tiny-4ag")`, `tasks()`; `check` tests your own."""
+"""The environments: `make("rware/tiny-4ag")` and `tasks()`; `check` tests your own."""
 
 from magpo.envs.check import check
 from magpo.envs.registry import make, options, register, tasks

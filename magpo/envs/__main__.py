@@ -1,4 +1,4 @@
-"""`python -m magpo.envs`: all tasks in a table; --markdown: as the README has it."""
+"""`python -m magpo.envs` prints a table of all tasks; --markdown, as in the README."""
 
 import sys
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ COLUMNS = ("task", "agents", "view", "actions", "steps", "terminates", "at the l
 
 
 def row(task: str) -> list[str]:
-    """A task's cells; `view` is the length of an agent's, its one-hot id included."""
+    """Return a task's row; `view` is the length of an agent's view, with its one-hot id."""
     env = envs.make(task)
     kind = "" if env.action_kind == "discrete" else " continuous"
     return [
@@ -26,7 +26,7 @@ def row(task: str) -> list[str]:
 
 
 def rows() -> Iterator[list[str]]:
-    """Yield the tasks' rows; say on stderr which suites' simulators are not installed."""
+    """Yield the tasks' rows; name on stderr the suites whose simulators are not installed."""
     missing = {}
     for task in envs.tasks():
         try:

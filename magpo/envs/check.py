@@ -1,4 +1,4 @@
-"""Check an environment of your own: `magpo.envs.check(env)`."""
+"""The check of an environment of your own: `magpo.envs.check(env)`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,9 +18,11 @@ EPISODES = 8  # played side by side
 
 
 def check(env: Environment) -> None:
-    """Play a few episodes under random legal actions and raise ValueError with a line for each
-    way in which the environment differs from `magpo.types`."""
-    for stage in (_attributes, _shapes, _episodes):  # each relies on those before it
+    """Play a few episodes with random legal actions and compare the environment with `magpo.types`.
+
+    Raises ValueError with a line for each difference.
+    """
+    for stage in (_attributes, _shapes, _episodes):  # each relies on the stages before it
         if problems := list(stage(env)):
             raise ValueError("\n".join(f"{type(env).__name__}: {line}" for line in problems))
 
@@ -61,7 +63,7 @@ def _is_pair(returned: Any) -> bool:
 
 
 def _wanted(env: Environment, first: TimeStep) -> TimeStep:
-    """Return a timestep's shapes and dtypes as they must be; the sizes of what is seen are reset's.
+    """Return the shapes and dtypes that a timestep must have, with the sizes that `reset` returns.
 
     `magpo.types` leaves the metrics' dtypes open.
     """
@@ -82,7 +84,7 @@ def _wanted(env: Environment, first: TimeStep) -> TimeStep:
 
 
 def _differences(what: str, wanted: Any, found: Any, why: str) -> Iterator[str]:
-    """Yield a line for each leaf whose shape or dtype is another than it must be."""
+    """Yield a line for each leaf with a wrong shape or dtype."""
     must, has = (
         {
             jax.tree_util.keystr(path).removeprefix("."): f"{leaf.dtype}{list(leaf.shape)}"
@@ -97,7 +99,7 @@ def _differences(what: str, wanted: Any, found: Any, why: str) -> Iterator[str]:
 
 
 def _episodes(env: Environment) -> Iterator[str]:
-    """Play EPISODES episodes to their time limit."""
+    """Play EPISODES episodes to their time limit and yield a line for each problem."""
     played: Any = jax.device_get(jax.jit(lambda key: _play(env, key))(jax.random.key(0)))
     step_types, legal, counts = played  # (T + 1, B) each
     if (step_types[0] != StepType.FIRST).any():

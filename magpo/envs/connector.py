@@ -1,8 +1,8 @@
 """Connector: agents draw paths to their targets that must not cross (jumanji's Connector, v3).
 
-An agent is worth 1 when it connects and costs 0.03 for each step until then; the agents' rewards
-are summed and given to each. All connected or stuck terminates; the time limit truncates. Boards
-come from jumanji's legacy generator, the paper's.
+An agent earns 1 when it connects and loses 0.03 for each step until then; every agent gets the sum
+of the agents' rewards. An episode terminates once all agents are connected or stuck; the time limit
+truncates it. Boards come from jumanji's legacy generator, as in the paper.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class Connector:
 
     def __post_init__(self) -> None:
         at_least(self, grid_size=3, num_agents=1, time_limit=1)
-        room = self.grid_size**2 // 7  # with more agents some find no way to begin
+        room = self.grid_size**2 // 7  # with more agents, some find no place to begin
         at_most(self, f"where grid_size is {self.grid_size}", num_agents=room)
         one_of(self, ends=wrappers.ENDS)
         self.truncates = self.ends == "bootstrapped"
@@ -59,7 +59,7 @@ class Connector:
         return state, TimeStep(
             step_type=raw.step_type,
             reward=jnp.full(self.num_agents, raw.reward.sum()),
-            # jumanji's is each agent's, and 1 at the limit only for those that could go on.
+            # jumanji's discount is per agent: 1 at the limit only for agents that could still move.
             discount=wrappers.discount(raw.last(), raw.discount.max() > 0, self.ends),
             observation=self._observe(state),
             metrics=self._metrics(raw),
@@ -70,16 +70,19 @@ class Connector:
         return {"win_rate": won.astype(jnp.float32), **raw.extras}
 
     def _observe(self, state: State) -> Observation:
-        """54 features an agent, as in the released code: its own and its target's row and column
-        (0, 0 once connected) over the number of cells; then of the cells around it what blocks (1 a
-        head or beyond the board, -1 a path), and the targets (1 its own or beyond, -1 another's).
+        """Return the observation of 54 features per agent, as in the released code.
+
+        - the agent's and its target's row and column, over the number of cells; the target's are 0
+          once connected
+        - obstacles in the cells around the agent: 1 for a head or beyond the board, -1 for a path
+        - targets in these cells: 1 for the agent's own or beyond the board, -1 for another agent's
         """
         own, size = state.agents, self.grid_size
         target_at = jnp.where(own.connected[:, None], 0, own.target)  # (N, 2)
         places = jnp.concatenate([own.position, target_at], axis=1) / size**2
 
-        # Every cell's features first, of which each view then takes its own: half the time of
-        # taking cells first, since XLA fuses a gather into all that uses it.
+        # Compute every cell's features first, then gather each view's. The reverse order would take
+        # twice as long, because XLA fuses a gather into everything that uses its result.
         board = jnp.pad(state.grid, FOV, constant_values=-1).reshape(-1)  # (C,)
         outside, kind = board < 0, board % TARGET
         blocked = jnp.where(outside | (kind == POSITION), 1.0, jnp.where(kind == PATH, -1.0, 0.0))

@@ -1,8 +1,8 @@
 """CoordSum: agents pick numbers that sum to a target, unpredictably (MAGPO, Appendix B).
 
 All agents see a target; their actions should sum to it. An opponent guesses the first agent's
-action: the one it took most often for that target so far in the episode, the smallest of equals,
-0 where there is none. A right sum is worth 2, or 1 where the guess was right too.
+action: the one that this agent took most often for the target so far in the episode, the smallest
+of equals, or 0 if there is none. A right sum earns 2, or 1 if the guess was right too.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from magpo.types import Array, Observation, StepType, TimeStep, restart
 
 
 class State(NamedTuple):
-    key: Array  # () of the episode; the target of step t comes from fold_in(key, t)
+    key: Array  # () the episode's; the target of step t comes from fold_in(key, t)
     step_count: Array  # () int32
     target: Array  # () int32
     history: Array  # (rows, A) int32, how often the first agent took each action
@@ -62,7 +62,7 @@ class CoordSum:
         return state, restart(self.num_agents, self._observe(state), {})
 
     def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
-        # The released code let targets beyond its num_actions rows fall into the last one.
+        # In the released code, targets beyond its num_actions rows share the last row.
         row = jnp.minimum(state.target, state.history.shape[0] - 1)
         guess = jnp.argmax(state.history[row])
         worth = jnp.where(guess == action[0], jnp.float32(1.0), 2.0)

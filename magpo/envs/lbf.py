@@ -1,7 +1,8 @@
 """LBF: agents of different levels gather food together (jumanji's LevelBasedForaging).
 
-A food is eaten when the levels of the agents that load it add up to its own. The agents' rewards
-are summed and given to each. Eating everything terminates; the time limit truncates.
+A food is eaten when the levels of the agents that load it add up to at least its own level. Every
+agent gets the sum of the agents' rewards. An episode terminates once all food is eaten; the time
+limit truncates it.
 """
 
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class Lbf:
         at_least(self, penalty=0, time_limit=1)
         one_of(self, ends=wrappers.ENDS)
         self.truncates = self.ends == "bootstrapped"
-        # Only the first and the last row are sure to be open to the agents (jumanji's generator).
+        # jumanji's generator guarantees only the first and the last row to be free for agents.
         inside = (self.grid_size - 2) ** 2
         size = f"where grid_size is {self.grid_size}"
         room = min(2 * self.grid_size, inside - 6)
@@ -73,7 +74,7 @@ class Lbf:
         return state, restart(self.num_agents, observation, raw.extras)
 
     def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
-        # What jumanji works out from the ids every step XLA works out once, if they are constant.
+        # With constant ids, XLA computes once what jumanji derives from the ids at every step.
         ids = jnp.arange(self.num_agents, dtype=state.agents.id.dtype)
         state = state.replace(agents=state.agents.replace(id=ids))
         state, raw = self.simulator.step(state, action)

@@ -1,8 +1,8 @@
 """MABrax: each agent moves some joints of one body (jaxmarl's MABrax, on brax).
 
-All agents get the body's reward. A fall terminates, where brax says so; the time limit truncates.
-Each agent sees the joints near its own. Views and actions that are shorter than the longest are
-padded; padded action dimensions are masked.
+All agents get the body's reward. A fall terminates the episode if brax says so; the time limit
+truncates it. Each agent sees the joints near its own. Views and actions are padded to the longest;
+padded action dimensions are masked.
 """
 
 import warnings
@@ -21,12 +21,12 @@ from magpo.envs.registry import at_least, one_of
 from magpo.types import Array, Observation, StepType, TimeStep, restart
 
 mabrax = simulators.load("mabrax.mabrax_env", needs="mabrax")
-mujoco = import_module("mujoco")  # brax has it
+mujoco = import_module("mujoco")  # installed with brax
 Indices = dict[str, np.ndarray]  # by agent
 
-# brax's ant: 0-4 torso, then 5 + 2l hip and 6 + 2l ankle of leg l, 13-18 the torso's velocities,
-# 19 + 2l and 20 + 2l the joints'. What an agent sees follows jaxmarl's ant_4x2: the torso, all
-# hips, and its own leg's ankle.
+# brax's ant: 0-4 are the torso, 5 + 2l and 6 + 2l the hip and ankle of leg l, 13-18 the torso's
+# velocities, 19 + 2l and 20 + 2l the joints' velocities. An agent's view follows jaxmarl's ant_4x2:
+# the torso, all hips, and its own leg's ankle.
 ROOT, HIPS, ROOT_VELOCITIES = [0, 1, 2, 3, 4], [5, 7, 9, 11], [13, 14, 15, 16, 17, 18]
 ANT_8X1 = [
     sorted(
@@ -44,16 +44,18 @@ WALKER2D_6X1 = [
     [0, 5, 6, 7, 8, 9, 15],
     [0, 6, 7, 8, 9, 16],
 ]
-OWN = {"ant_8x1": ANT_8X1, "walker2d_6x1": WALKER2D_6X1}  # an agent moves the joint of its number
+OWN = {"ant_8x1": ANT_8X1, "walker2d_6x1": WALKER2D_6X1}  # agent i moves joint i
 BACKENDS = ("positional", "spring", "generalized", "mjx")
 
 
 def _humanoid() -> dict[int, int]:
-    """Return where brax has each value of MuJoCo's humanoid, for which jaxmarl's mapping was made:
-    22 positions, 23 velocities, inertia (10) and velocity (6) of each of 14 bodies, 23 forces, and
-    contact forces. brax has 11 bodies, no world and no feet apart from the shins, and no contacts.
+    """Return brax's indices by those of MuJoCo's humanoid, for which jaxmarl's mapping was made.
+
+    MuJoCo has 22 positions, 23 velocities, inertia (10) and velocity (6) of each of 14 bodies, 23
+    forces, and contact forces. brax has 11 bodies, without the world and with the feet as parts of
+    the shins, and no contact forces.
     """
-    bodies = [1, 2, 3, 4, 5, 7, 8, 10, 11, 12, 13]  # of MuJoCo's, those that brax has, in its order
+    bodies = [1, 2, 3, 4, 5, 7, 8, 10, 11, 12, 13]  # MuJoCo's bodies that brax has, in its order
     kept = [*range(45)]
     kept += [45 + 10 * body + place for body in bodies for place in range(10)]
     kept += [185 + 6 * body + place for body in bodies for place in range(6)]
@@ -63,8 +65,10 @@ def _humanoid() -> dict[int, int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings that brax and MABrax are no longer developed, and without MuJoCo's on
-    old models, which it would write to a file in the current folder."""
+    """Suppress MuJoCo's warnings, and those that brax and MABrax are no longer developed.
+
+    MuJoCo would write warnings about old models to a file in the current folder.
+    """
     handler = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda text: None)
     with warnings.catch_warnings():
@@ -76,7 +80,7 @@ def _quiet() -> Iterator[None]:
 
 
 def splits() -> dict[str, tuple[Indices, Indices]]:
-    """Return what each agent sees and moves of each body: jaxmarl's splits and two of our own."""
+    """Return what the agents of each split see and move: jaxmarl's splits and two of our own."""
     seen, moved = mabrax._agent_observation_mapping, mabrax._agent_action_mapping
     found = {name: jax.tree.map(np.asarray, (seen[name], moved[name])) for name in seen}
     for name, views in OWN.items():
@@ -88,11 +92,11 @@ def splits() -> dict[str, tuple[Indices, Indices]]:
 
 
 def corrected(split: str, seen: Indices, moved: Indices) -> tuple[Indices, Indices]:
-    """The split mended: jaxmarl's were made for other observations and another order of joints."""
+    """Fix a split of jaxmarl, made for other observations and another order of joints."""
     body = split.partition("_")[0]
     if body == "ant":  # brax moves leg 4 first
         moved = {agent: (indices + 2) % 8 for agent, indices in moved.items()}
-    if body == "halfcheetah":  # counted with x, which brax leaves out
+    if body == "halfcheetah":  # jaxmarl counts x, which brax leaves out
         seen = {agent: indices - 1 for agent, indices in seen.items()}
     if body == "humanoid":
         place = _humanoid()
@@ -170,7 +174,7 @@ class Mabrax:
 
     def _observe(self, state: Any) -> Observation:
         step_count = state.info["steps"].astype(jnp.int32)
-        if self.mapping == "jaxmarl":  # its views begin with the id, and overlap with it
+        if self.mapping == "jaxmarl":  # its views begin with the id, and overlap it
             views = self.simulator.map_global_obs_to_agents(state.obs)
             return Observation(
                 agents_view=jnp.stack([views[agent] for agent in self.simulator.agents]),

@@ -1,8 +1,8 @@
 """MPE simple_spread: particles cover landmarks without bumping into each other (jaxmarl's MPE).
 
-Each agent is paid, halves each by default, for the landmarks' distances to their nearest agents and
-for its own collisions: rewards differ between agents and stay so. Every episode is cut off at the
-time limit.
+By default, half of each agent's reward is the team's, for the landmarks' distances to their nearest
+agents, and half is for the agent's own collisions. So rewards differ between agents; they are not
+averaged. Every episode is cut off at the time limit.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class Mpe:
             num_landmarks=self.num_agents,
             local_ratio=self.local_ratio,
             action_type="Continuous",
-            max_steps=self.time_limit - 1,  # it looks before it counts
+            max_steps=self.time_limit - 1,  # checked before the simulator counts the step
         )
 
     def reset(self, key: Array) -> tuple[Any, TimeStep]:
@@ -53,7 +53,7 @@ class Mpe:
         return state, restart(self.num_agents, self._observe(views, state), {})
 
     def step(self, state: Any, action: Array) -> tuple[Any, TimeStep]:
-        if self.action_range == "box":  # the simulator's, 0 to 1
+        if self.action_range == "box":  # the simulator takes 0 .. 1
             action = (action + 1.0) / 2.0
         actions = dict(zip(self.simulator.agents, action, strict=True))
         unused = jax.random.key(0)  # its noise is zero

@@ -1,7 +1,7 @@
-"""One picture of a state, for each suite. Imports matplotlib: import it late.
+"""Pictures of a state, for each suite. Imports matplotlib, so import this module late.
 
-Agents are coloured discs with their numbers; what they are after is square; the agent that does
-something has a ring around it.
+Agents are coloured discs with their numbers, their goals are squares, and an agent that acts has a
+ring around it.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ INK, PALE, GOAL, WARN = "#1f2933", "#e4e7eb", "#2f9e44", "#d9480f"
 
 
 def colour(agent: int) -> Any:
-    """An agent's own."""
+    """Return an agent's colour."""
     return colormaps["tab20"](agent % 20)
 
 
@@ -43,7 +43,7 @@ def _agent(
 
 
 def coordsum(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
-    """The target, the numbers the agents picked, and the opponent's guess of the first."""
+    """Draw the target, the numbers that the agents picked, and the opponent's guess."""
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=[])
     row = min(int(state.target), state.history.shape[0] - 1)
     guess = int(np.argmax(state.history[row]))
@@ -63,7 +63,7 @@ def coordsum(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> Non
 
 
 def lbf(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
-    """Food as squares, with their levels; agents with theirs, a ring around those that load."""
+    """Draw food as squares and agents, both with levels; agents that load have a ring."""
     _board(axes, env.grid_size, env.grid_size)
     food, agents = state.food_items, state.agents
     for (row, column), level, eaten in zip(food.position, food.level, food.eaten, strict=True):
@@ -76,7 +76,7 @@ def lbf(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
 
 
 def connector(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
-    """Paths in their agents' colours, targets as squares."""
+    """Draw paths in their agents' colours and targets as squares; connected agents have a ring."""
     from jumanji.environments.routing.connector.constants import PATH, TARGET
 
     _board(axes, env.grid_size, env.grid_size)
@@ -92,7 +92,7 @@ def connector(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> No
 
 
 def rware(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
-    """Shelves grey, the requested ones green; goals orange; a line shows where an agent heads."""
+    """Draw shelves grey, requested ones green, goals orange; a line shows an agent's heading."""
     rows, columns = state.grid.shape[1:]
     _board(axes, rows, columns)
     for column, row in np.asarray(env.simulator.goals):
@@ -109,7 +109,7 @@ def rware(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
 
 
 def mpe(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
-    """Landmarks as squares; discs as large as the agents are."""
+    """Draw landmarks as squares and agents as discs of their own size."""
     span = 1.5
     axes.set(xlim=(-span, span), ylim=(-span, span), aspect="equal")
     for x, y in state.p_pos[env.num_agents :]:
@@ -120,7 +120,7 @@ def mpe(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
 
 
 def smax(axes: Axes, env: Any, state: Any, action: np.ndarray | None) -> None:
-    """Enemies as red squares; size is health, a line a shot."""
+    """Draw enemies as red squares; size shows health, and a line a shot."""
     units = state.battle.state
     axes.set(xlim=(0, 32), ylim=(0, 32), aspect="equal")
     whole = np.asarray(env.simulator.unit_type_health)[units.unit_types]

@@ -1,7 +1,7 @@
-"""Tasks by name: `make("rware/tiny-4ag")` builds what configs/env/rware/tiny-4ag.yaml describes.
+"""The tasks by name: `make("rware/tiny-4ag")` builds the task of configs/env/rware/tiny-4ag.yaml.
 
-The suite's options, with their comments, are in configs/env/rware.yaml. A new task is a new YAML
-file; a new suite is one too, a module beside this one and a line in SUITES.
+The suite's options, with comments, are in configs/env/rware.yaml. A new task needs a YAML file; a
+new suite needs a YAML file, a module beside this one and a line in SUITES.
 """
 
 import math
@@ -17,7 +17,7 @@ from magpo.envs import simulators
 from magpo.errors import ConfigError, nearest
 from magpo.types import Environment
 
-# The class in each suite's module, imported when first asked for: simulators are slow to import.
+# The class in each suite's module, imported on first use because simulators are slow to import.
 SUITES = {
     "coordsum": "CoordSum",
     "lbf": "Lbf",
@@ -29,25 +29,25 @@ SUITES = {
 }
 
 
-# Tasks of the user's own: what builds each, and its options.
+# The user's own tasks: the function that builds each, and its options.
 registered: dict[str, tuple[Callable[..., Environment], dict[str, Any]]] = {}
 
 
 def register(task: str, build: Callable[..., Environment], **options: Any) -> None:
-    """Add a task of your own, "suite/task", to those that `make` and `env=` know.
+    """Register a task of your own, "suite/task", for `make` and `env=`.
 
-    It is built as build(name=task, global_state=..., **options), with overrides of the options.
-    Another task of that name of yours is replaced. Raises ValueError where it is not "suite/task",
-    or the suite is one of magpo's.
+    The task is built by build(name=task, global_state=..., **options), after overrides of the
+    options. Re-registering a name replaces the earlier task. Raises ValueError if the name is not
+    "suite/task" or the suite is one of magpo's.
     """
     suite, _, name = task.partition("/")
     if suite in SUITES or not re.fullmatch(r"[\w.-]+", suite) or not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"{task!r}: name it <a suite of your own>/<task>, of letters and digits")
+        raise ValueError(f"{task!r}: must be <a suite of your own>/<task>, of letters and digits")
     registered[task] = build, options
 
 
 def tasks() -> list[str]:
-    """Every task's name, "suite/task"."""
+    """Return the names of all tasks, "suite/task"."""
     root = files.configs() / "env"
     published = [
         f"{suite}/{task}"
@@ -58,19 +58,19 @@ def tasks() -> list[str]:
 
 
 def _in_order(task: str) -> list[str | int]:
-    """Numbers by their value: 5x5 before 10x10."""
+    """Return a sort key that orders numbers by value: 5x5 before 10x10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", task)]
 
 
 def suites() -> list[str]:
-    """Return the suites of all tasks, "suite/..."."""
+    """Return the suites of all tasks, as "suite/..."."""
     return list(dict.fromkeys(task.partition("/")[0] + "/..." for task in tasks()))
 
 
 def options(task: str) -> dict[str, Any]:
-    """Return the suite's options with the task's values over them.
+    """Return the suite's options, updated with the task's values.
 
-    Raises ConfigError for a task that is not in `tasks()` or leaves out a value.
+    Raises ConfigError for a task that is not in `tasks()` or lacks a value.
     """
     known, suite = tasks(), task.partition("/")[0]
     if task not in known:
@@ -89,9 +89,9 @@ def options(task: str) -> dict[str, Any]:
 def make(task: str, /, *, global_state: bool = False, **overrides: Any) -> Environment:
     """Build one environment, agent ids included.
 
-    `global_state` asks for `Observation.global_state`; the other keywords replace the task's
-    options. Raises ConfigError for an unknown task or option, for a value of the wrong type or out
-    of range, and where the simulator is not installed.
+    `global_state` adds `Observation.global_state`; the other keywords replace the task's options.
+    Raises ConfigError for an unknown task or option, for a value of the wrong type or out of range,
+    and if the simulator is not installed.
     """
     values = options(task)
     for option, value in overrides.items():
@@ -122,7 +122,7 @@ def make(task: str, /, *, global_state: bool = False, **overrides: Any) -> Envir
 def unknown(
     what: str, name: str, known: Sequence[str], allowed: Sequence[str] | None = None
 ) -> ConfigError:
-    """The error for a name that is none of `known`; `allowed` shortens the list it shows."""
+    """Return the error for a name not in `known`; it lists `allowed`, if given, instead."""
     listed = ", ".join(allowed or known)
     return ConfigError(f"unknown {what} {name!r}: {nearest(name, known)}allowed: {listed}")
 
@@ -145,7 +145,7 @@ def at_most(env: Any, why: str = "", /, **highest: float) -> None:
 
 
 def one_of(env: Any, **choices: Sequence[str]) -> None:
-    """Raise a one-line ValueError if an option of `env` is none of the words given for it."""
+    """Raise a one-line ValueError if an option of `env` is not one of the words given for it."""
     for option, allowed in choices.items():
         if getattr(env, option) not in allowed:
             raise unknown(f"{option} of {env.name}", getattr(env, option), allowed)

@@ -1,7 +1,7 @@
 """RWARE: robots bring the requested shelves to the goals (jumanji's RobotWarehouse).
 
-Every delivery is worth 1 to the whole team. A collision and the time limit both terminate, as
-jumanji defines them.
+Every delivery earns the whole team 1. A collision and the time limit both terminate the episode, as
+in jumanji.
 """
 
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ class Rware:
             sensor_range=self.sensor_range,
             request_queue_size=self.request_queue_size,
         )
-        # jumanji would draw agents or requests that do not fit without a word.
+        # jumanji silently accepts more agents or requests than fit.
         at_most(self, num_agents=generator.highways.size)
         at_most(self, request_queue_size=len(generator.shelf_ids) - 1)
         self.simulator = RobotWarehouse(generator, time_limit=self.time_limit)

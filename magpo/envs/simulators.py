@@ -1,6 +1,6 @@
 """Simulators imported without the side effects of their libraries.
 
-Importing jaxmarl prints, and puts `sys.stdout` and `sys.stderr` back to the process's first ones.
+Importing jaxmarl prints, and resets `sys.stdout` and `sys.stderr` to the process's first streams.
 In a notebook, importing jumanji switches plots to ipympl, and fails if that is not installed.
 """
 
@@ -26,9 +26,9 @@ def notebook_hidden() -> Iterator[None]:
 
 
 def load(module: str, needs: str = "") -> Any:
-    """Return a module of jaxmarl's environments, "mpe".
+    """Import a module of jaxmarl's environments, such as "mpe".
 
-    Raises a one-line ValueError, naming the extra `needs` of magpo, where a library is missing.
+    Raises a one-line ValueError, which names magpo's extra `needs`, if a library is missing.
     """
     process: Any = sys
     streams = process.stdout, process.stderr, process.__stdout__

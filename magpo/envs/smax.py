@@ -1,8 +1,8 @@
 """SMAX: micromanaged battles against a scripted enemy (jaxmarl's HeuristicEnemySMAX).
 
-The team is paid the enemies' loss of health, 1 for all of it, and 1 for winning. A dead team
-terminates the episode, the time limit truncates it. This is jaxmarl 0.2's game: since the papers'
-figures were made its cooldowns are scaled and its dead no longer move.
+The team earns the share of health that the enemies lose, 1 in all, and 1 for winning. A dead team
+terminates the episode; the time limit truncates it. This is jaxmarl 0.2's game: unlike in the
+papers' versions, cooldowns are scaled and dead units do not move.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ SCENARIOS = {
 
 
 class State(NamedTuple):
-    key: Array  # () of the episode; step t draws from fold_in(key, t)
+    key: Array  # () the episode's; step t draws from fold_in(key, t)
     battle: Any  # the simulator's
 
 
@@ -43,7 +43,7 @@ class Smax:
     ends: str
     simulator: Any = field(init=False, repr=False, compare=False)
     num_agents: int = field(init=False)
-    action_dim: int = field(init=False)  # four directions, stop, and each enemy to shoot at
+    action_dim: int = field(init=False)  # four directions, stop, and a shot at each enemy
     action_kind: Literal["discrete", "continuous"] = field(default="discrete", init=False)
     truncates: bool = field(init=False)
     headline: str = field(default="win_rate", init=False)
@@ -64,7 +64,7 @@ class Smax:
             scenario=SCENARIOS[self.scenario],
             see_enemy_actions=self.see_enemy_actions,
             walls_cause_death=self.walls_cause_death,
-            max_steps=self.time_limit - 1,  # it looks before it counts
+            max_steps=self.time_limit - 1,  # checked before the simulator counts the step
         )
         self.num_agents = self.simulator.num_allies
         self.action_dim = self.simulator.num_ally_actions

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from magpo.types import Array, Environment, Observation, TimeStep
 
-ENDS = ("bootstrapped", "released")  # how an episode that a limit cuts off counts
+ENDS = ("bootstrapped", "released")  # truncation or termination at a limit
 
 
 def discount(last: Array, truncated: Array, ends: str) -> Array:
-    """() float32: 0 where an episode terminated; with `ends` released also where it was cut off."""
+    """Return () float32, 0 where an episode terminated or, if `ends` is released, was cut off."""
     terminated = last & ~truncated if ends == "bootstrapped" else last
     return 1.0 - terminated.astype(jnp.float32)
 
@@ -25,10 +25,10 @@ def observe(
     global_state: bool,
     own_state: Array | None = None,
 ) -> Observation:
-    """An observation from what each agent sees, (N, F), and may do, (N, A).
+    """Return an observation from the agents' `views` (N, F) and action mask (N, A).
 
-    The one-hot agent id becomes the first N features of the agents' views. The global state, where
-    asked for, is the simulator's own, (G,), or else all agents' features without the id, (N * F,).
+    The one-hot agent id becomes the first N features of each view. The global state, if requested,
+    is the simulator's own, (G,), or else all agents' features without ids, (N * F,).
     """
     views = views.astype(jnp.float32)
     whole = views.reshape(-1) if own_state is None else own_state
@@ -41,34 +41,34 @@ def observe(
 
 
 def random_action(env: Environment, mask: Array, key: Array) -> Array:
-    """Random legal actions, for a mask of (..., N, A)."""
+    """Return random legal actions for a mask (..., N, A)."""
     if env.action_kind == "continuous":
         return jax.random.uniform(key, mask.shape, minval=-1.0)
     return jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf))
 
 
 def strong(tree: Any) -> Any:
-    """The same values, none weakly typed: what a scan carries must come out as it went in."""
+    """Return the same values without weak types, since a scan's carry must keep its types."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
 
 
 class AutoResetState(NamedTuple):
-    """E environments, and the starts of episodes to come, drawn E at a time.
+    """The state of E environments, with spare starts of coming episodes, drawn E at a time.
 
-    Episodes are numbered in the order they begin: number j starts at env.reset(fold_in(key, j)).
+    Episodes are numbered in the order in which they begin: number j is env.reset(fold_in(key, j)).
     """
 
     env: Any  # (E, ...) states
     episode_return: Array  # (E,) float32, so far
     episode_length: Array  # (E,) int32, so far
     key: Array  # ()
-    begun: Array  # () int32, episodes begun: the number of the next one
+    begun: Array  # () int32, episodes begun, which is the next episode's number
     spares: tuple[Any, Observation]  # (E, ...) states and first observations
-    first_spare: Array  # () int32, the number of the first of them, at most `begun`
+    first_spare: Array  # () int32, the number of the first spare, at most `begun`
 
 
 class _Restarts(NamedTuple):
-    """Running episodes and spare starts, before and after ended episodes are restarted."""
+    """Running episodes and spare starts, before and after ended episodes restart."""
 
     due: Array  # () bool
     running: tuple[Any, Observation]  # (E, ...)
@@ -80,20 +80,20 @@ class _Restarts(NamedTuple):
 class AutoReset:
     """A batch of E environments stepped together, each restarted when its episode ends.
 
-    The step that ends an episode has its reward, discount, metrics and LAST, but already the next
-    episode's first observation. Where `env.truncates`, `terminal_observation` is the observation
-    before any restart, else None. The metrics gain "episode_return", the sum so far of the reward's
-    mean over agents, and "episode_length".
+    A step that ends an episode returns that episode's reward, discount, metrics and LAST, but the
+    next episode's first observation. If `env.truncates`, `terminal_observation` is the observation
+    before any restart, otherwise None. The metrics gain "episode_return", the sum so far of the
+    reward's mean over agents, and "episode_length".
 
-    A reset can cost many times a step, so none is computed on most steps: environments that end
-    take spare starts, and only when these run out are E new ones drawn, all at once.
+    A reset can cost many times a step, so most steps compute none: ended environments take spare
+    starts, and E new spares are drawn at once when these run out.
     """
 
     env: Environment
     num_envs: int
 
     def reset(self, key: Array) -> tuple[AutoResetState, TimeStep]:
-        """Begin E episodes. The timestep has the structure of those that `step` returns."""
+        """Begin E episodes; the timestep has the same structure as one of `step`."""
         num_envs = self.num_envs
         starts = self._starts(key, jnp.arange(2 * num_envs))
         env_state, timestep = jax.tree.map(lambda leaf: leaf[:num_envs], starts)
@@ -125,11 +125,11 @@ class AutoReset:
 
         begun = state.begun + ended.sum()
 
-        # A loop of at most one turn: most steps end no episode, and vmapped over seeds `lax.cond`
-        # would run on every step.
+        # A loop of at most one iteration: most steps end no episode, but a `lax.cond` vmapped over
+        # seeds would run its branch on every step.
         def restart_ended(restarts: _Restarts) -> _Restarts:
             spares, first_spare = self._refill(state, begun, restarts)
-            number = state.begun + jnp.cumsum(ended) - 1  # of the next episode, where one ended
+            number = state.begun + jnp.cumsum(ended) - 1  # the next episode's, where one ended
             taken = number - first_spare
             running = jax.tree.map(
                 lambda spare, old: _where(ended, spare.at[taken].get(mode="clip"), old),
@@ -168,10 +168,10 @@ class AutoReset:
     def _refill(
         self, state: AutoResetState, begun: Array, restarts: "_Restarts"
     ) -> tuple[tuple[Any, Observation], Array]:
-        """The spares and the number of the first, enough for the episodes up to number `begun`."""
+        """Return enough spares for the episodes before number `begun`, and the first's number."""
         used = state.begun - restarts.first_spare
 
-        # Again at most one turn. What is drawn hangs on the carry, or XLA would move the drawing
+        # Again at most one iteration. The draw depends on the carry; otherwise XLA would move it
         # out of the loop.
         def draw(carry: tuple[Any, Array]) -> tuple[Any, Array]:
             first = carry[1] + used
@@ -179,7 +179,7 @@ class AutoReset:
             return (spare_state, spare.observation), first
 
         return jax.lax.while_loop(
-            lambda carry: begun - carry[1] > self.num_envs,  # right where the numbers overflow too
+            lambda carry: begun - carry[1] > self.num_envs,  # also right if the numbers overflow
             draw,
             (restarts.spares, restarts.first_spare),
         )
@@ -197,15 +197,15 @@ def _with_statistics(metrics: dict[str, Array], state: AutoResetState) -> dict[s
 
 
 def _where(rows: Array, new: Array, old: Array) -> Array:
-    """`new` in the rows (E,) that are set, else `old`; both (E, ...)."""
+    """Return `new` in the `rows` (E,) that are true, otherwise `old`; both are (E, ...)."""
     return jnp.where(rows.reshape(rows.shape + (1,) * (old.ndim - 1)), new, old)
 
 
 def terminal_value(timestep: TimeStep, value: Callable[[Observation], Array]) -> Array | None:
     """Return the values (E, N) of truncated episodes' last observations, 0 elsewhere.
 
-    `value` computes them from the observations before any restart, only at steps that truncate an
-    episode. None on suites that never truncate.
+    `value` computes them from the observations before any restart, and only at steps that truncate
+    an episode. On suites that never truncate, returns None.
     """
     terminal, truncated = timestep.terminal_observation, timestep.truncated()
     if terminal is None:

@@ -1,5 +1,7 @@
-"""One experiment: train, evaluate, log and save a run's members. `run` is for Python, `main` for a
-system's command line."""
+"""The experiment that trains, evaluates, logs and saves a run's members.
+
+`run` is for Python, `main` for a system's command line.
+"""
 
 from magpo.experiment.loop import Result, main, run
 from magpo.experiment.programs import (

@@ -1,4 +1,4 @@
-"""Check the shapes that a system returns, before anything is compiled."""
+"""Checks of the values that a system returns, before anything is compiled."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from magpo.types import Environment, action_spec, spec
 
 
 def check_state(algorithm: Algorithm, state: Any) -> None:
-    """Raise ConfigError unless a TrainState has the fields that the loop and CARD name."""
+    """Raise ConfigError unless a TrainState has the fields that the loop and CARD need."""
     names = getattr(state, "_fields", ())
     for name in ("params", "hyper", *algorithm.CARD.per_environment):
         needed = f"init must return a NamedTuple with {name}; it has {list(names)}"
@@ -20,9 +20,11 @@ def check_state(algorithm: Algorithm, state: Any) -> None:
 
 
 def check_act(algorithm: Algorithm, setup: Any, env: Environment, params: Any) -> None:
-    """Raise ConfigError unless the policy's parameters are arrays in nested dictionaries, and `act`
-    returns an action for each agent, and a carry like the one it takes. `params` are all members',
-    (M, ...)."""
+    """Raise ConfigError unless `act` fits the policy's parameters and the environment.
+
+    The parameters of all members, `params` (M, ...), must be arrays in nested dictionaries. `act`
+    must return an action for each agent, and a carry like the one that it takes.
+    """
     needed = f"policy_params must return nested dictionaries, not {_types(params)}"
     _require(algorithm, isinstance(params, Mapping), needed)
     num_envs, wanted = 2, action_spec(spec(env))
@@ -47,8 +49,10 @@ def check_act(algorithm: Algorithm, setup: Any, env: Environment, params: Any) -
 
 
 def check_chunk(algorithm: Algorithm, returned: Any, state: Any, num_updates: int) -> None:
-    """Raise ConfigError unless `train_chunk` returned a state like the one it took, and a value of
-    each metric for each update."""
+    """Raise ConfigError unless `train_chunk` returned a state like its argument, and its metrics.
+
+    Each metric must have one value per update.
+    """
     is_pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)
     needed = "train_chunk must return the state and a dictionary of metrics"
     _require(algorithm, is_pair, needed)
@@ -65,7 +69,7 @@ def check_chunk(algorithm: Algorithm, returned: Any, state: Any, num_updates: in
 
 
 def _require(algorithm: Any, condition: bool, needed: str) -> None:
-    """Raise ConfigError, which names the system's file, unless the condition holds."""
+    """Raise ConfigError, naming the system's file, unless the condition holds."""
     if not condition:
         raise ConfigError(f"{Path(algorithm.__file__).name}: {needed}")
 

@@ -5,21 +5,21 @@ import os
 import signal
 import sys
 import time
-from _thread import start_new_thread  # in a signal handler, threading's locks could be taken
+from _thread import start_new_thread  # a signal handler might find threading's locks taken
 from types import FrameType
 
-PATIENCE_S = 60.0  # for a process that runs no Python any more: far more than any step of its end
-received: list[int] = []  # those that asked this process to stop
+PATIENCE_S = 60.0  # for a process that runs no Python any more: its end takes far less
+received: list[int] = []  # the signals that asked this process to stop
 _deadline = math.inf
 
 
 def stop(signum: int, frame: FrameType | None) -> None:
-    """Handle a signal: raise KeyboardInterrupt, and again where it was lost.
+    """Handle a signal: raise KeyboardInterrupt, and raise it again if it was lost.
 
-    Python drops what is raised inside a garbage collection, and libraries may catch it.
+    Python drops exceptions raised during garbage collection, and libraries may catch them.
     """
     global _deadline
-    signal.signal(signum, signal.SIG_DFL)  # a second one kills
+    signal.signal(signum, signal.SIG_DFL)  # a second signal kills
     received.append(signum)
     sys.unraisablehook = lambda lost: None
     if hasattr(signal, "setitimer"):  # not on Windows
@@ -31,7 +31,7 @@ def stop(signum: int, frame: FrameType | None) -> None:
 
 
 def answered() -> None:
-    """Stop raising KeyboardInterrupt: the run has ended."""
+    """Stop raising KeyboardInterrupt, because the run has ended."""
     global _deadline
     if _deadline < math.inf:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -39,7 +39,7 @@ def answered() -> None:
 
 
 def _again(signum: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt unless one is on its way, and files are being completed."""
+    """Raise KeyboardInterrupt unless one is being handled; then allow more time for the files."""
     global _deadline
     error = sys.exc_info()[1]
     while error is not None and not isinstance(error, KeyboardInterrupt):

@@ -31,19 +31,21 @@ class Best(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Jitted functions, and the shapes of the arguments of each, in the order of compilation, the
-    longest first. All arrays have a leading axis of members."""
+    """The jitted functions, or the shapes of their arguments, in the order of compilation.
+
+    The one that compiles longest is first. All arrays have a leading axis of members.
+    """
 
     train_chunk: Any  # state, donated -> state, metrics (M, U)
     evaluate: Any  # policy parameters, keys, index (M,) -> metrics (M, eval_episodes)
     init: Any  # keys, hyperparameters -> state
-    snapshot: Any  # state -> a copy of the policy's parameters, whether all parameters are finite
+    snapshot: Any  # state -> a copy of the policy's parameters; whether all parameters are finite
     copy: Any  # state -> a copy, for a checkpoint
     keep_best: Any  # best, policy parameters, episode returns (M, eval_episodes), index -> best
 
 
 class Inputs(NamedTuple):
-    """The members' values that enter the programs, (M,) each."""
+    """The programs' inputs per member, (M,) each."""
 
     train_keys: Array
     evaluation_keys: Array
@@ -51,21 +53,26 @@ class Inputs(NamedTuple):
 
 
 def make_env(config: RunConfig) -> Environment:
-    """Make the run's environment, with a global state if the system needs it. Raises
-    ConfigError."""
+    """Make the run's environment, with a global state if the system needs one.
+
+    Raises ConfigError.
+    """
     needed = config.algorithm.needs_global_state
     return envs.make(config.env.name, global_state=needed, **config.env.options)
 
 
 def make_setup(algorithm: Algorithm, env: Environment, config: RunConfig) -> Any:
-    """Make the setup that all members share; the system checks every setting for the task first.
-    Raises ConfigError."""
+    """Make the setup that all members share, after the system has checked every setting.
+
+    Raises ConfigError.
+    """
     configs = map(config.algorithm_of, config.settings)
     setup, *_ = [algorithm.make(of_setting, spec(env)) for of_setting in configs]
     own = getattr(setup, "config", setup)
     if not hasattr(own, "hyper"):
         return setup
-    # A system that read floats here, not in the state, would train all members with one setting's.
+    # A system that reads floats here instead of in the state would train all members with the same
+    # values: NaN makes this error visible.
     unset = dict.fromkeys(contract.float_names(type(own.hyper)), float("nan"))
     own = replace(own, hyper=replace(own.hyper, **unset))
     return replace(setup, config=own) if hasattr(setup, "config") else own
@@ -74,10 +81,10 @@ def make_setup(algorithm: Algorithm, env: Environment, config: RunConfig) -> Any
 def build_programs(
     algorithm: Algorithm, setup: Any, env: Environment, config: RunConfig
 ) -> tuple[Programs, Programs]:
-    """Build the run's programs, for all members at once, not yet compiled.
+    """Build the run's programs, for all members at once, without compiling them.
 
-    Returns them and, in their places, the shapes, dtypes and shardings of their arguments. Raises
-    ConfigError if the system's state is not what the loop needs.
+    Returns the programs and a second tuple with the shapes, dtypes and shardings of their
+    arguments. Raises ConfigError if the system returns something that the loop cannot use.
     """
 
     def init(key: Array, hyper: Any) -> Any:
@@ -92,7 +99,7 @@ def build_programs(
 
     def snapshot(state: Any) -> tuple[Any, Array]:
         finite = jnp.isfinite(ravel_pytree(state.params)[0]).all()
-        # A copy: the state's own buffers are overwritten by the next chunk.
+        # A copy, because the next chunk overwrites the state's own buffers.
         return jax.tree.map(jnp.copy, algorithm.policy_params(state)), finite
 
     def evaluate_member(params: Any, key: Array, index: Array) -> dict[str, Array]:
@@ -134,8 +141,7 @@ def build_programs(
 
 
 def _keep_best(best: Best, params: Any, returns: Array, index: Array) -> Best:
-    """Return the better of one member's best policy and the one just evaluated, if that has not
-    diverged."""
+    """Return the better of a member's best policy and the new one, unless the new one diverged."""
     new = Best(returns.mean(), index, params)
     better = (new.score >= best.score) & jnp.isfinite(ravel_pytree(params)[0]).all()
     return Best(*jax.tree.map(partial(jnp.where, better), new, best))
@@ -144,23 +150,23 @@ def _keep_best(best: Best, params: Any, returns: Array, index: Array) -> Best:
 def compile_programs(programs: Programs, arguments: Programs) -> Programs:
     """Compile all programs, for arguments of these shapes.
 
-    While one compiles, the next is traced. Compiling side by side as well would save no time,
-    because XLA uses all cores by itself, but take half as much memory again.
+    While one program compiles, the next is traced. Compiling them side by side would take half as
+    much memory again and save no time, because XLA uses all cores anyway.
     """
     options: dict[str, Any] = {}
     if jax.default_backend() == "cpu":  # half the compiler's memory, and a tenth faster to run
-        if jax.__version_info__ < (0, 11):  # later ones have no other emitters
+        if jax.__version_info__ < (0, 11):  # later versions have no other emitters
             options["xla_cpu_use_fusion_emitters"] = False
         options["xla_cpu_experimental_ynn_fusion_type"] = ""
         if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
             options["xla_backend_optimization_level"] = 2  # compiles faster, runs as fast
-    # `init` runs once and is not worth optimising, which takes most of its compilation.
+    # `init` runs once, so the optimisations that take most of its compile time do not pay off.
     once = options | {"xla_backend_optimization_level": 0}
 
     def compiled(lowered: Any, options: dict[str, Any]) -> Any:
         program = lowered.compile(options)
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # the compiler's memory, hundreds of MB, back to the system
+            libc.malloc_trim(0)  # return the compiler's memory, hundreds of MB, to the system
         return program
 
     pool, futures = ThreadPoolExecutor(1), []
@@ -174,7 +180,7 @@ def compile_programs(programs: Programs, arguments: Programs) -> Programs:
 def member_inputs(config: RunConfig) -> Inputs:
     """Return each member's random keys and hyperparameters.
 
-    The keys come from its seed alone, so that a member trains as the run of its setting alone does.
+    A member's keys depend on its seed alone, so the member trains as in a run of its own.
     """
 
     def make(seeds: Array, hyper: Any) -> Inputs:
@@ -188,6 +194,6 @@ def member_inputs(config: RunConfig) -> Inputs:
 
 
 def no_best(config: RunConfig, params: Any) -> Best:
-    """Return what is best before the first evaluation."""
+    """Return the `Best` before the first evaluation, with scores of -inf."""
     number = len(config.members)
     return Best(np.full(number, -np.inf, np.float32), np.zeros(number, np.int32), params)

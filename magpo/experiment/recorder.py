@@ -1,4 +1,4 @@
-"""Metrics from the device to the host."""
+"""The transfer of metrics from the device to the host."""
 
 import time
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from magpo.types import Array
 
 
 class DivergenceError(RuntimeError):
-    """A loss or a parameter is no longer a number; the message says which, when and where."""
+    """A loss or parameter is no longer a number; the message names it, its update and member."""
 
 
 class Recorder:
-    """Reads metrics off the device, hands them on, and stops the run when it has diverged.
+    """The reader that fetches metrics, passes them on, and stops a run that has diverged.
 
-    A member has diverged once one of its losses or parameters is NaN: its evaluations are NaN from
-    then on. The run stops when each of its settings has such a member.
+    A member has diverged once one of its losses is NaN or a parameter is not finite; its
+    evaluations are NaN from then on. The run stops when every setting has such a member.
     """
 
     def __init__(
@@ -45,14 +45,16 @@ class Recorder:
     def record(
         self, index: int, finite: Array, evaluation: dict[str, Array], training: dict[str, Array]
     ) -> None:
-        """Wait for a chunk and the evaluation after it. Raises DivergenceError once all settings
-        have diverged."""
+        """Wait for a chunk and the evaluation after it, and record both.
+
+        Raises DivergenceError once all settings have diverged.
+        """
         metrics = _get(training)
         trained = time.perf_counter()
         scores = _get(evaluation)
         now = time.perf_counter()
         timing = {}
-        if index > 0:  # the first evaluation shares its time with what starts up
+        if index > 0:  # the first evaluation's time includes the start-up
             timing["training_s"] = trained - self.last
             timing["evaluation_s"] = now - trained
             timing["steps_per_s"] = self.config.steps_per_chunk / timing["training_s"]
@@ -72,7 +74,7 @@ class Recorder:
         self.console.warn(f"{what}; the other settings continue")
 
     def record_absolute(self, best: Best, parts: list[dict[str, Array]]) -> Measurement:
-        """Wait for the evaluations that make up the absolute metric."""
+        """Wait for the evaluations that make up the absolute metric, and record it."""
         scores = _get(parts)
         joined = {name: np.concatenate([part[name] for part in scores], 1) for name in scores[0]}
         joined = self._masked(joined)
@@ -85,7 +87,7 @@ class Recorder:
     def _diverged(
         self, index: int, finite: np.ndarray, metrics: dict[str, np.ndarray]
     ) -> str | None:
-        """Mark members that have diverged; return what the first of those not yet marked met."""
+        """Mark diverged members; return a message about the first newly diverged one, or None."""
         config, before = self.config, self.diverged
         found = sorted(
             (update, place, name)
@@ -110,7 +112,7 @@ class Recorder:
         )
 
     def _masked(self, evaluation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return an evaluation, (M, K) each, that is NaN for members that have diverged."""
+        """Return an evaluation, (M, K) per metric, with NaN for diverged members."""
         if not self.diverged.any():
             return evaluation
         lost = self.diverged[:, None]
@@ -118,7 +120,7 @@ class Recorder:
 
 
 def _get(tree: Any) -> Any:
-    """Return the arrays' values once they are computed, and let signals through meanwhile."""
+    """Return the arrays' values once they are computed; handle signals in the meantime."""
     while not all(array.is_ready() for array in jax.tree.leaves(tree)):
         time.sleep(0.002)
     return jax.device_get(tree)

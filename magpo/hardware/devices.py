@@ -1,11 +1,14 @@
 """The layout of a run's members and environments on devices.
 
-The mesh has two axes. *member*: each device trains members of its own and none talks to another, so
-as many devices as divide the members go there. *env*: the rest share the environments of a member;
-XLA places the communication. The traced programs are the same on one device and on many.
+The mesh has two axes:
 
-On a CPU, XLA runs most of a program's operations in a single thread. So there each member in
-training has a device, and with it a thread, of its own, and members are not batched.
+- `member`: devices train different members, without communication. Its size is the greatest common
+  divisor of the numbers of devices and members.
+- `env`: devices share the environments of their members; XLA inserts the communication.
+
+The traced programs are the same on one device and on many. On a CPU, XLA runs most of a program's
+operations in a single thread. So each member in training gets a CPU device, and with it a thread,
+of its own, and members are not batched.
 """
 
 import contextlib
@@ -32,15 +35,15 @@ class Layout:
     """A run's mesh of devices."""
 
     mesh: Mesh
-    members_at_once: int | None  # of those on one device; None: all
+    members_at_once: int | None  # members that train at once on one device; None: all
 
     def each_member(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Map `function` of one member over the arguments' leading axis."""
+        """Map a `function` of one member over the arguments' leading axis."""
 
         def over_members(*arguments: Any) -> Any:
             if self.members_at_once is None:
                 return jax.vmap(function)(*arguments)
-            # Vmapped, a `lax.cond` would run both of its branches, for a batch of one too.
+            # A vmapped `lax.cond` runs both branches, even for a batch of one.
             batch_size = self.members_at_once if self.members_at_once > 1 else None
             return jax.lax.map(lambda one: function(*one), arguments, batch_size=batch_size)
 
@@ -50,8 +53,10 @@ class Layout:
         return jax.shard_map(over_members, mesh=self.mesh, check_vma=False, **specs)
 
     def of_state(self, state: Any, per_environment: Sequence[str]) -> Any:
-        """Return the sharding of each leaf of a TrainState, (M, ...): the second axis of the fields
-        `per_environment`, one environment a row, lies along `env`."""
+        """Return the sharding of each leaf (M, ...) of a TrainState.
+
+        In the fields `per_environment`, the second axis, of environments, lies along `env`.
+        """
 
         def sharding(path: Any, leaf: Any) -> NamedSharding:
             field = jax.tree_util.keystr(path[:1], simple=True)
@@ -62,32 +67,34 @@ class Layout:
         return jax.tree.map_with_path(sharding, state)
 
     def of_members(self) -> NamedSharding:
-        """Return the sharding of anything with a leading axis of members."""
+        """Return the sharding of arrays with a leading axis of members."""
         return NamedSharding(self.mesh, EACH_MEMBER)
 
     def of_metrics(self) -> NamedSharding:
-        """Return the sharding of what the host reads: each of several processes has all of it."""
+        """Return the sharding of arrays that the host reads, of which each process has all."""
         return NamedSharding(self.mesh, EACH_MEMBER if jax.process_count() == 1 else ALL)
 
 
 def laid(tree: Any, sharding: Any) -> Any:
-    """Return the shapes and dtypes of `tree`, with shardings: one for all, or a tree of them."""
+    """Return the shapes and dtypes of `tree` with its sharding, one for all leaves or a tree."""
     shaped: Any = jax.ShapeDtypeStruct
     shardings = jax.tree.broadcast(sharding, tree)
     return jax.tree.map(lambda x, s: shaped(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def gathered(tree: Any) -> Any:
-    """Return arrays on one device if the CPU's threads hold them, so that they can be combined with
-    any others; those of other devices as they are."""
+    """Move arrays to one device if they are spread over a CPU's threads.
+
+    There, they can be combined with any other arrays. Other arrays stay where they are.
+    """
     first, *_ = jax.devices()
     return jax.device_put(tree, first) if first.platform == "cpu" and not _cpu_is_split() else tree
 
 
 def layout(config: RunConfig) -> Layout:
-    """Lay a run out on all devices there are, or on as many of a CPU's as members train at once.
+    """Lay a run out on all devices or, on a CPU, on as many as members train at once.
 
-    Raises ConfigError if its sizes do not divide.
+    Raises ConfigError if the run's sizes do not divide.
     """
     devices, num_members = jax.devices(), len(config.members)
     in_threads = devices[0].platform == "cpu" and not _cpu_is_split()
@@ -118,21 +125,23 @@ def layout(config: RunConfig) -> Layout:
 
 
 def _cpu_is_split() -> bool:
-    """Return whether the user, or a launcher, gave each process its CPU devices."""
+    """Return whether the user or a launcher has chosen the CPU devices of each process."""
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     return forced or jax.distributed.is_initialized()
 
 
 def _together(config: RunConfig) -> int:
-    """Return how many members train at once on a CPU: by default enough to keep its cores busy."""
+    """Return how many members train at once on a CPU, by default enough to keep its cores busy."""
     number, cores = len(config.members), os.cpu_count() or 1
     fits = (n for n in range(min(number, cores), number + 1) if number % n == 0)
     return config.seeds_per_batch or next(fits)
 
 
 def memory_needed(train_chunk: Any) -> int:
-    """Return the bytes that the compiled chunk, its state and a saved copy take on each device; 0
-    where XLA does not say."""
+    """Return the bytes that the compiled chunk, its state and a saved copy take on each device.
+
+    Returns 0 if XLA does not say.
+    """
     sizes = train_chunk.memory_analysis()
     if sizes is None:
         return 0
@@ -140,7 +149,7 @@ def memory_needed(train_chunk: Any) -> int:
 
 
 def memory_available(config: RunConfig) -> int:
-    """Return the bytes that each of the run's devices has."""
+    """Return the bytes of memory of each of the run's devices."""
     stats = jax.local_devices()[0].memory_stats() or {}
     of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(stats.get("bytes_limit", of_machine // len(layout(config).mesh.local_devices)))
@@ -149,24 +158,24 @@ def memory_available(config: RunConfig) -> int:
 def set_up_jax(config: RunConfig) -> None:
     """Set platform, precision and compilation cache, and join other processes, before JAX computes.
 
-    JAX takes a TPU or a GPU by itself if there is one: only the CPU has to be asked for. Raises
-    ConfigError for a platform that this machine, or this process, does not have.
+    JAX chooses a TPU or GPU by itself, so only the CPU has to be requested. Raises ConfigError for
+    a platform that this machine, or this process, does not have.
     """
-    # XLA's CPU backend calls LAPACK from threads of its own (the Cholesky solves of brax's
-    # `generalized` backend). On a busy machine, OpenBLAS's own threads would slow those down.
+    # XLA's CPU backend calls LAPACK from its own threads (for the Cholesky solves of brax's
+    # `generalized` backend). On a busy machine, OpenBLAS's threads would slow them down.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     settings: Any = jax.config
-    settings.update("jax_enable_x64", False)  # the simulators and the networks are of 32 bits
+    settings.update("jax_enable_x64", False)  # simulators and networks use 32 bits
     if config.platform == "cpu":
         settings.update("jax_platforms", "cpu")
     settings.update("jax_default_matmul_precision", config.precision)
-    if settings.jax_compilation_cache_dir is None:  # else JAX_COMPILATION_CACHE_DIR was set
+    if settings.jax_compilation_cache_dir is None:  # otherwise JAX_COMPILATION_CACHE_DIR is set
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magpo" / "xla"
         settings.update("jax_compilation_cache_dir", str(cache))
         settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     processes.join(config.distributed)
     if not _cpu_is_split():
-        with contextlib.suppress(RuntimeError):  # an earlier run set it, or its caller used JAX
+        with contextlib.suppress(RuntimeError):  # an earlier run set it, or the caller used JAX
             settings.update("jax_num_cpu_devices", max(os.cpu_count() or 1, _together(config)))
     try:
         present = jax.default_backend()
@@ -175,5 +184,5 @@ def set_up_jax(config: RunConfig) -> None:
         raise ConfigError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {reason}") from error
     if config.platform not in ("auto", present):
         raise ConfigError(
-            f"platform={config.platform}: JAX finds none here; allowed: auto, {present}"
+            f"platform={config.platform}: JAX finds no such device here; allowed: auto, {present}"
         )

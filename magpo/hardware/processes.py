@@ -1,7 +1,7 @@
 """Several processes that train one run together, on one machine or on many.
 
-Each has devices of its own and runs the same programs. The first one alone shows, logs and decides
-what depends on files or clocks; the others are told.
+Each has its own devices and runs the same programs. Only the first process shows, logs and makes
+decisions that depend on files or clocks, which it tells the others.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def join(config: DistributedConfig) -> None:
     in_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
     if jax.distributed.is_initialized() or not (config.coordinator or in_slurm):
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    jax.config.update("jax_enable_preemption_service", False)  # it would take over SIGTERM
     where = config.coordinator or "the first task of this SLURM step"
     complain(f"waiting, at most 5 minutes, for all processes: {where}")
     try:
@@ -43,7 +43,7 @@ def join(config: DistributedConfig) -> None:
 
 @contextlib.contextmanager
 def _killable() -> Iterator[None]:
-    """Let signals end the process: Python could not answer them while JAX waits."""
+    """Let signals end the process, because Python cannot handle them while JAX waits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -61,15 +61,15 @@ def is_first() -> bool:
 
 
 def everyone() -> set[int]:
-    """Return the numbers of all processes."""
+    """Return the indices of all processes."""
     return set(range(jax.process_count()))
 
 
 def agreed(decide: Callable[[], Any]) -> Any:
-    """Return what `decide` returns on the first process, or raise the ConfigError it raises there.
+    """Return the first process's result of `decide`, or raise its ConfigError, on all processes.
 
-    All processes have to call this from the thread that starts their computations. The value goes
-    through JSON: a path arrives as a string.
+    All processes must call this function in the thread that starts their computations. The result
+    is sent as JSON, so a path arrives as a string.
     """
     if jax.process_count() == 1:
         return decide()
@@ -89,7 +89,7 @@ def agreed(decide: Callable[[], Any]) -> Any:
 
 
 def meet(where: str, timeout_s: int) -> bool:
-    """Wait until all processes reach the point of this name; return whether they came in time."""
+    """Wait until all processes reach the point `where`; return whether they did so in time."""
     if not jax.distributed.is_initialized():
         return True
     from orbax.checkpoint.multihost import sync_global_processes

@@ -17,10 +17,10 @@ from magpo.types import Array
 
 
 class Weights(NamedTuple):
-    """An attention layer's weights, as they are applied.
+    """An attention layer's weights in the form in which they are applied.
 
-    With one head the keys' projection is multiplied into the queries', the values' into the
-    output's; keys and values are then the layer's inputs themselves, two matmuls fewer.
+    With one head, the keys' projection is folded into the queries' and the values' into the
+    output's. Keys and values are then the layer's inputs themselves, which saves two matmuls.
     """
 
     query: Array  # (F, H * D)
@@ -30,7 +30,7 @@ class Weights(NamedTuple):
     output_bias: Array  # (F,)
 
     def project(self, x_query: Array, x_key: Array) -> tuple[Array, tuple[Array, ...]]:
-        """Return queries (..., F), and keys and values or, if they are the same, one of them."""
+        """Return queries (..., F), and keys and values; one array if both are the same."""
         query = affine(x_query, self.query, self.query_bias)
         if self.key_value is None:
             return query, (x_key,)
@@ -39,10 +39,10 @@ class Weights(NamedTuple):
     def decode_step(
         self, x_query: Array, x_key: Array, cache: tuple[Array, ...], agent: Array
     ) -> tuple[Array, tuple[Array, ...]]:
-        """Attend from agent `agent`'s token, (B, F), to its own and those of the agents before it.
+        """Attend from the token (B, F) of agent `agent` to itself and the earlier agents' tokens.
 
-        Returns the output, (B, F), and the cache with the agent's entry: keys and values, each
-        (B, H, N, D), or, where they are the same, one of them.
+        Returns the output (B, F), and the cache with the agent's entry: keys and values, each
+        (B, H, N, D), or one array if both are the same.
         """
         batch, n_head, num_agents, width = cache[0].shape
         query, entry = self.project(x_query, x_key)
@@ -74,14 +74,14 @@ class Attention(nn.Module):
     def __call__(self, x_query: Array, x_key: Array, causal: bool) -> Array:
         """Attend from all agents' tokens at once, (..., N, F) to (..., N, F).
 
-        `causal`: an agent sees itself and the agents before it, else all.
+        If `causal`, an agent sees itself and the agents before it, otherwise all.
         """
         if self.is_initializing():
             for layer in (self.query, self.key_value, self.output):
                 layer(x_query)
         weights, num_agents = self.weights(), x_key.shape[-2]
         query, entry = weights.project(x_query, x_key)
-        # Products of a few agents' tokens are too small for a CPU: several timesteps share one.
+        # A CPU is slow at products of a few agents' tokens, so several timesteps share one product.
         at_once = 2 ** max(0, (32 // num_agents).bit_length() - 1)
         at_once = math.gcd(math.prod(x_key.shape[:-2]), at_once)
         grouped = (-1, at_once * num_agents, self.n_head, self.embed_dim // self.n_head)
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         return affine(attended.reshape(x_query.shape), weights.output, weights.output_bias)
 
     def weights(self) -> Weights:
-        """Return the weights, as they are applied."""
+        """Return the weights in the form in which they are applied."""
         scale = (self.embed_dim // self.n_head) ** -0.5
         query, key_value, output = (
             layer.variables["params"] for layer in (self.query, self.key_value, self.output)
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         if self.n_head > 1:
             return weights
         to_key, to_value = jnp.split(key_value["kernel"], 2, axis=1)
-        _, value_bias = jnp.split(key_value["bias"], 2)  # the keys' adds the same to all scores
+        _, value_bias = jnp.split(key_value["bias"], 2)  # a key bias moves all scores alike
         return Weights(
             query=weights.query @ to_key.T,
             query_bias=weights.query_bias @ to_key.T,

@@ -1,4 +1,4 @@
-"""Joint policies that act one agent after the other: their inputs, initialisation and acting loop.
+"""Parts of joint policies that act one agent after the other: inputs, initialisation, acting loop.
 
 Axis letters beyond `magpo.types`: B environments, F embedding features.
 """
@@ -15,7 +15,7 @@ from magpo.types import Array, Environment, EnvSpec, Observation, action_spec
 
 
 class JointAction(NamedTuple):
-    """All agents' actions at one timestep, and the values of the observation acted on."""
+    """All agents' actions at one timestep, and the values of the observation they answer."""
 
     carry: Any  # after the timestep
     action: Array  # (B, N[, A]), raw: see `magpo.networks.heads`
@@ -50,7 +50,7 @@ def init_joint(
     observation: Observation,
     spec: Environment | EnvSpec,
 ) -> Any:
-    """Return a network's parameters, from one timestep's observation, (B, ...)."""
+    """Initialise a network on one timestep's observation (B, ...); return its parameters."""
     sequence = jax.tree.map(lambda x: x[:, None], observation)  # (B, T=1, ...)
     reset_before = jnp.zeros(sequence.step_count.shape, bool)
     action = action_spec(spec)
@@ -61,8 +61,8 @@ def init_joint(
 class AgentInputs(NamedTuple):
     """One agent's inputs when it acts."""
 
-    agent: Array  # () its number
-    encoded: Any  # (B, ...) what the encoder made for it
+    agent: Array  # () the agent's number
+    encoded: Any  # (B, ...) the agent's encoding
     action_mask: Array  # (B, A)
 
 
@@ -81,7 +81,7 @@ def decode(
     """Return the caches after all agents, their raw actions (B, N[, A]) and log-probs (B, N).
 
     `decode_agent(caches, previous action (B, A + 1), agent's inputs)` returns the caches after an
-    agent, and its distribution. `encoded` has leaves (B, N, ...).
+    agent and the agent's distribution. `encoded` has leaves (B, N, ...).
     """
     batch, num_agents, action_dim = action_mask.shape
 

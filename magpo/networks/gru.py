@@ -1,4 +1,4 @@
-"""The recurrence of a GRU over time (Cho et al., 2014, in cuDNN's form), and its reverse pass.
+"""The recurrence of a GRU over time (Cho et al., 2014, in cuDNN's form) and its reverse pass.
 
 Axis letters beyond `magpo.types`: B sequences, H features of a hidden state.
 """
@@ -24,7 +24,7 @@ class Gates(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of the inputs of the three gates' activations, each (B, H)."""
+    """The gradients with respect to the three gates' pre-activations, each (B, H)."""
 
     reset: Array
     update: Array
@@ -70,16 +70,17 @@ def gru_reference(
         inputs: (T, B, 3H), the projected inputs of the reset, update and candidate gates.
         reset_before: (T, B) bool, where the hidden state is zeroed before the step.
         kernel: (H, 3H) recurrent weights.
-        bias: (H,) of the candidate's recurrent part.
+        bias: (H,), of the candidate's recurrent part.
     """
     return scan(hidden, inputs, reset_before, kernel, bias)[0]
 
 
 @jax.custom_vjp
 def gru(hidden: Array, inputs: Array, reset_before: Array, kernel: Array, bias: Array) -> Array:
-    """Compute `gru_reference` with a reverse pass that sums no weight gradient step by step.
+    """Compute `gru_reference` with a faster reverse pass.
 
-    It keeps the gates' gradients of all steps; the weight gradient is one matmul at the end.
+    It keeps the gates' gradients of all steps, so the weight gradient is one matmul at the end
+    instead of a sum over steps.
     """
     return _forward(hidden, inputs, reset_before, kernel, bias)[0]
 
@@ -117,7 +118,7 @@ def reverse_scan(
 
 
 def _fastest(function: Callable[..., Any], steps: int, width: int) -> Callable[..., Any]:
-    """Return `scan` or `reverse_scan`, or on a GPU its namesake in `gru_gpu` if the sizes suit."""
+    """Return `function`, or on a GPU its namesake in `gru_gpu` if that supports the sizes."""
     device, *_ = jax.devices()
     capability = str(getattr(device, "compute_capability", "")).partition(".")[0]
     triton = capability.isdigit() and int(capability) >= 8
@@ -125,7 +126,7 @@ def _fastest(function: Callable[..., Any], steps: int, width: int) -> Callable[.
         return function
     try:
         from magpo.networks import gru_gpu
-    except ImportError:  # a later JAX: 0.11 announces that Pallas will lose Triton
+    except ImportError:  # a later JAX: 0.11 announces the end of Triton in Pallas
         return function
     kernel = getattr(gru_gpu, function.__name__)
     return partial(jax.lax.platform_dependent, cuda=kernel, default=function)

@@ -1,7 +1,7 @@
-"""`gru.scan` and `gru.reverse_scan`, each as one kernel of an NVIDIA GPU.
+"""`gru.scan` and `gru.reverse_scan`, each as a single kernel on an NVIDIA GPU.
 
-XLA launches seven or eight kernels for each step of a pass, and each waits for the one before. Here
-a thread block computes one sequence, with the recurrent weights in its registers, 192 a thread.
+XLA launches seven or eight kernels per step of a pass, each of which waits for the one before. Here
+a thread block computes one sequence and holds the recurrent weights in registers, 192 per thread.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton
 from magpo.networks import gru
 from magpo.types import Array
 
-Ref = Any  # to an array in the GPU's memory
+Ref = Any  # a reference to an array in the GPU's memory
 
 
 def scan(
@@ -26,7 +26,7 @@ def scan(
     bias: Array,
     interpret: bool = False,
 ) -> tuple[Array, gru.Gates]:
-    """Compute `gru.scan`."""
+    """Compute `gru.scan` in one kernel."""
     like_hiddens = jax.ShapeDtypeStruct((*reset_before.shape, *bias.shape), hidden.dtype)
     hiddens, *gates = _each_sequence(
         _scan,
@@ -66,7 +66,7 @@ def reverse_scan(
     kernel: Array,
     interpret: bool = False,
 ) -> tuple[Array, gru.Gradients]:
-    """Compute `gru.reverse_scan`."""
+    """Compute `gru.reverse_scan` in one kernel."""
     like_hiddens = jax.ShapeDtypeStruct(before.shape, before.dtype)
     d_hidden, *d_gates = _each_sequence(
         _reverse_scan,
@@ -99,7 +99,7 @@ def _reverse_scan(d_hiddens: Ref, before: Ref, *references: Ref) -> None:
 
 
 def _thirds(hidden: Ref) -> list[Any]:
-    """Return the slices of the reset, update and candidate gates in an axis 3H."""
+    """Return the slices of the reset, update and candidate gates along an axis of 3H."""
     (width,) = hidden.shape
     return [pl.ds(gate * width, width) for gate in range(3)]
 
@@ -112,7 +112,7 @@ def _each_sequence(
     result_axes: Sequence[int],
     interpret: bool,
 ) -> list[Array]:
-    """Run a kernel on each sequence's part of arrays: `axes` say where B is, None: all read it."""
+    """Run a kernel on each sequence; `axes` are the axes of B, None where all share an array."""
 
     def spec(x: Any, axis: int | None) -> pl.BlockSpec:
         block = tuple(None if i == axis else size for i, size in enumerate(x.shape))

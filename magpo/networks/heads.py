@@ -1,7 +1,7 @@
-"""Policy heads: features to a distribution over one agent's action.
+"""Policy heads, from features to a distribution over one agent's action.
 
-`sample`, `mode` and `log_prob` speak of *raw* actions: a squashed Gaussian's raw action is the one
-before tanh, so that its log-prob is exact also where tanh saturates.
+`sample`, `mode` and `log_prob` work on *raw* actions. A squashed Gaussian's raw action is the one
+before tanh, so that its log-prob stays exact where tanh saturates.
 """
 
 from typing import Any, Literal, NamedTuple, Protocol
@@ -60,8 +60,10 @@ class Categorical(NamedTuple):
 
 
 class TanhNormal(NamedTuple):
-    """Continuous actions in (-1, 1). Masked (padded) dimensions are 0 and do not enter log-prob,
-    entropy and KL."""
+    """Continuous actions in (-1, 1).
+
+    Masked (padded) dimensions are 0 and add nothing to log-prob, entropy and KL.
+    """
 
     mean: Array  # (..., A), before tanh
     std: Array  # (..., A)
@@ -69,7 +71,7 @@ class TanhNormal(NamedTuple):
 
     @property
     def _normal(self) -> Any:
-        import distrax  # late: half a second, for continuous actions only
+        import distrax  # imported late: takes half a second, for continuous actions only
 
         return distrax.Normal(self.mean, self.std)
 
@@ -97,14 +99,14 @@ class TanhNormal(NamedTuple):
         return -self._sum(log_prob - self._log_slope(action))
 
     def kl(self, other: "TanhNormal") -> Array:
-        """Return KL(self || other), which is that of the Gaussians: tanh is a bijection."""
+        """Return KL(self || other): the KL of the Gaussians, because tanh is a bijection."""
         variance_ratio = (self.std / other.std) ** 2
         shift = ((self.mean - other.mean) / other.std) ** 2
         return self._sum(0.5 * (variance_ratio + shift - 1.0 - jnp.log(variance_ratio)))
 
 
 def executed_action(action: Array, action_kind: ActionKind) -> Array:
-    """Return the action for the environment, and for an autoregressive decoder, of a raw one."""
+    """Return the action that environments and autoregressive decoders get for a raw action."""
     return action if action_kind == "discrete" else jnp.tanh(action)
 
 

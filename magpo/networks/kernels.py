@@ -1,4 +1,4 @@
-"""Functions written for speed, each below the plain reference that `test_kernels.py` compares.
+"""Functions written for speed, each below its plain reference; `test_kernels.py` compares both.
 
 Axis letters beyond `magpo.types`: B sequences, H hidden or head features, F embedding features.
 """
@@ -25,7 +25,7 @@ def look_up_reference(table: Array, action: Array) -> Array:
 def look_up(table: Array, action: Array) -> Array:
     """Compute `look_up_reference` with one matmul as its reverse pass.
 
-    Autodiff's scatter adds in any order on a GPU, and its result differs from run to run.
+    On a GPU, autodiff's scatter adds in any order, so its result would differ from run to run.
     """
     return look_up_reference(table, action)
 
@@ -46,7 +46,7 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 def sum_of_others_reference(x: Array) -> Array:
     """Return for each agent the sum (..., N, H) of the other agents' rows of x (..., N, H).
 
-    An agent's own row has no influence at all: it is multiplied by 0, not subtracted.
+    An agent's own row is multiplied by 0, not subtracted, so it has no influence at all.
     """
     others = 1.0 - jnp.eye(x.shape[-2])
     return (others[..., None] * x[..., None, :, :]).sum(axis=-2)
@@ -56,7 +56,7 @@ def sum_of_others_reference(x: Array) -> Array:
 def sum_of_others(x: Array) -> Array:
     """Compute `sum_of_others_reference` with a reverse pass linear in the number of agents.
 
-    It subtracts the own row from the sum of all, which is exact enough for a gradient.
+    It subtracts each row from the sum of all rows, which is exact enough for a gradient.
     """
     return sum_of_others_reference(x)
 
@@ -81,7 +81,7 @@ def write_in_place(cache: Any, entry: Any, agent: Array, result: Array) -> Any:
     """Compute `write_reference` without a copy of the cache.
 
     `result` (B, H, D) was computed from the cache. Adding `0 * result` to the entry tells XLA that
-    the cache has been read by then; else XLA writes into a copy.
+    the cache has already been read; otherwise XLA writes to a copy.
     """
 
     def write(cache: Array, entry: Array) -> Array:
@@ -100,7 +100,7 @@ def add_bias_reference(x: Array, bias: Array) -> Array:
 def add_bias(x: Array, bias: Array) -> Array:
     """Compute `add_bias_reference` with a matmul as its reverse pass.
 
-    XLA's CPU backend takes several times longer to sum over rows; see `normalise`, too.
+    XLA's CPU backend takes several times longer to sum over rows; `normalise` avoids it, too.
     """
     return add_bias_reference(x, bias)
 
@@ -123,10 +123,10 @@ def _sum_of_rows(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def normalise_reference(x: Array, scale: Array, bias: Array | None = None) -> Array:
-    """Divide the rows (..., D) of x by their root mean square, and scale them.
+    """Divide the rows (..., D) of x by their root mean square and scale them.
 
-    `scale` and `bias` are (D,), or (H, D) for H heads, whose rows x (..., H, D) has. With a bias
-    the rows are centred first: layer normalisation, else RMS normalisation.
+    `scale` and `bias` are (D,), or (H, D) for x (..., H, D) with H heads. With a bias, the rows are
+    centred first and the bias is added: layer normalisation instead of RMS normalisation.
     """
     if bias is not None:
         x = x - x.mean(axis=-1, keepdims=True)
@@ -136,7 +136,7 @@ def normalise_reference(x: Array, scale: Array, bias: Array | None = None) -> Ar
 
 @jax.custom_vjp
 def normalise(x: Array, scale: Array, bias: Array | None = None) -> Array:
-    """Compute `normalise_reference` with matmuls for its sums, and a short reverse pass."""
+    """Compute `normalise_reference` with matmuls for its sums and a short reverse pass."""
     return _normalise_forward(x, scale, bias)[0]
 
 
@@ -172,7 +172,7 @@ def _normalise_backward(residuals: tuple[Any, ...], d_y: Array) -> tuple[Any, ..
 normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-Block = Callable[[Any, Array, Any], Array]  # of a block's parameters, its input and its state
+Block = Callable[[Any, Array, Any], Array]  # from a block's parameters, input and state
 
 
 def apply_blocks_reference(
@@ -185,10 +185,10 @@ def apply_blocks_reference(
 
 
 def apply_blocks(block: Block, x: Array, params: Sequence[Any], states: Sequence[Any]) -> Array:
-    """Compute `apply_blocks_reference`, keeping only the products of matrices for the reverse pass.
+    """Compute `apply_blocks_reference`, storing only matrix products for the reverse pass.
 
-    What lies between them is computed again, which is cheap and saves its memory. The blocks are
-    scanned because outside of a loop XLA's CPU backend merges a recomputation with the original.
+    The reverse pass recomputes everything else, which is cheap and saves memory. The blocks are
+    scanned because XLA's CPU backend merges a recomputation outside a loop with the original.
     """
 
     @partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
@@ -201,10 +201,9 @@ def apply_blocks(block: Block, x: Array, params: Sequence[Any], states: Sequence
 
 
 def spread(apply: Callable[..., Any], params: Any, *batch: Any) -> Any:
-    """Return apply(params, *batch), with arrays (B, ...) in and out.
+    """Return `apply(params, *batch)`, whose inputs and outputs are arrays (B, ...).
 
-    Devices that share a member divide the rows among them. The parameters' gradients are summed
-    over all devices.
+    Devices that share a member divide the rows among themselves and sum the parameters' gradients.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = dict(mesh.shape).get("env", 1)

@@ -1,8 +1,8 @@
-"""MAT: an autoregressive joint policy and its values by attention (Wen et al., 2022).
+"""MAT: an autoregressive joint policy and its values, by attention (Wen et al., 2022).
 
-An encoder reads the observations of all agents at one timestep and gives each agent's value; a
-decoder gives each agent's policy from the encoding and the actions of the agents before it. The
-methods are those of `magpo.networks.sable.Sable`, but nothing is remembered. Axis letters beyond
+An encoder reads all agents' observations of one timestep and returns each agent's value; a decoder
+returns each agent's policy from the encoding and the actions of the agents before it. The methods
+are those of `magpo.networks.sable.Sable`, but there is no memory. Axis letters beyond
 `magpo.types`: B environments or sequences, F embedding features.
 """
 
@@ -22,7 +22,7 @@ def _dense(width: int, gain: float = 2**0.5, use_bias: bool = True) -> nn.Module
 
 
 _Cache = tuple[Array, ...]  # of one attention layer
-_Caches = list[tuple[_Cache, _Cache]]  # self- and cross-attention's, of each block
+_Caches = list[tuple[_Cache, _Cache]]  # of self- and cross-attention, for each block
 
 
 class _EncoderBlock(nn.Module):
@@ -75,7 +75,7 @@ class _DecoderBlock(nn.Module):
 
 
 class MAT(nn.Module):
-    """Joint policy and values of all agents."""
+    """The joint policy and the values of all agents."""
 
     action_dim: int
     action_kind: ActionKind
@@ -132,7 +132,7 @@ class MAT(nn.Module):
         key: Array,
         greedy: bool = False,
     ) -> JointAction:
-        """Act for one timestep, one agent after the other; observation has a leading axis B."""
+        """Act for one timestep, one agent after the other; `observation` has a leading axis B."""
         del reset_before
         chex.assert_rank(observation.agents_view, 3)
         encoded, value = self._encode(observation)
@@ -149,7 +149,7 @@ class MAT(nn.Module):
                 new_caches.append(cache)
             return new_caches, self.policy_head(self.policy_torso(x), agent.action_mask)
 
-        cache = (empty,) if self.n_head == 1 else (empty, empty)  # of keys and values
+        cache = (empty,) if self.n_head == 1 else (empty, empty)  # keys and values
         caches = [(cache, cache) for _ in self.decoder]
         _, action, log_prob = decode(
             decode_agent, caches, encoded, observation.action_mask, key, self.action_kind, greedy

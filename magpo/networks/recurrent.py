@@ -22,7 +22,7 @@ from magpo.types import Array, EnvSpec, Observation, action_spec
 
 
 class GRU(nn.Module):
-    """(C, B, D) inputs to (C, B, H) hidden states; as Cho et al. (2014), in cuDNN's form.
+    """A GRU from (C, B, D) inputs to (C, B, H) hidden states (Cho et al., 2014, in cuDNN's form).
 
     The input projections are one matmul over all steps; only the recurrence is scanned.
     """
@@ -50,7 +50,10 @@ class RecurrentActor(nn.Module):
     def __call__(
         self, hidden: Array, agents_view: Array, action_mask: Array, reset_before: Array
     ) -> tuple[Array, Distribution]:
-        """hidden (B, H), agents_view (C, B, O), action_mask (C, B, A), reset_before (C, B)."""
+        """Return the last hidden state (B, H) and the distributions (C, B).
+
+        hidden (B, H), agents_view (C, B, O), action_mask (C, B, A), reset_before (C, B).
+        """
         init = orthogonal(2**0.5)
         embedded = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="embed")(agents_view))
         hiddens = GRU(self.hidden_dim, name="gru")(hidden, embedded, reset_before)
@@ -60,7 +63,7 @@ class RecurrentActor(nn.Module):
 
 
 class FeedForwardActor(nn.Module):
-    """A `RecurrentActor` without recurrence: two tanh layers, for continuous control."""
+    """One agent's policy without memory: two tanh layers and a head, for continuous control."""
 
     action_dim: int
     action_kind: ActionKind
@@ -70,7 +73,10 @@ class FeedForwardActor(nn.Module):
     def __call__(
         self, hidden: tuple[()], agents_view: Array, action_mask: Array, reset_before: Array
     ) -> tuple[tuple[()], Distribution]:
-        """agents_view (C, B, O), action_mask (C, B, A); `hidden` is empty and nothing is reset."""
+        """Return the empty `hidden` and the distributions (C, B); `reset_before` is ignored.
+
+        agents_view (C, B, O), action_mask (C, B, A).
+        """
         del reset_before
         x = agents_view
         for _ in range(2):
@@ -86,7 +92,10 @@ class RecurrentCritic(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Array, inputs: Array, reset_before: Array) -> tuple[Array, Array]:
-        """hidden (B, H), inputs (C, B, D), reset_before (C, B) to hidden and values (C, B, V)."""
+        """Return the last hidden state (B, H) and the values (C, B, V).
+
+        hidden (B, H), inputs (C, B, D), reset_before (C, B).
+        """
         init = orthogonal(2**0.5)
         embedded = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="embed")(inputs))
         hiddens = GRU(self.hidden_dim, name="gru")(hidden, embedded, reset_before)
@@ -96,9 +105,9 @@ class RecurrentCritic(nn.Module):
 
 
 def split_time(tree: Any, length: int) -> Any:
-    """(T, E, ...) to (B, C, ...): each environment's steps in contiguous sequences of C = length.
+    """Split (T, E, ...) into contiguous sequences (B, C, ...) of one environment each, C = length.
 
-    B = T / C * E; the first E sequences are all environments' first.
+    B = T / C * E; the first E sequences are the first ones of all environments.
     """
 
     def split(x: Array) -> Array:
@@ -113,8 +122,9 @@ def _unroll(
 ) -> tuple[Any, Any]:
     """Run a network along all sequences at once.
 
-    carry (B, K, H), inputs (B, C, K, ...), reset_before (B, C) to the carry after the last step and
-    outputs (B, C, K, ...). Inside, time is first and each of the B * K sequences is a row.
+    Takes `carry` (B, K, H), `inputs` (B, C, K, ...) and `reset_before` (B, C); returns the carry
+    after the last step and outputs (B, C, K, ...). The network gets time as its first axis and the
+    B * K sequences as rows.
     """
     batch, length, number = inputs[0].shape[:3]
     chex.assert_equal_shape_prefix((reset_before, *inputs), 2)
@@ -135,7 +145,7 @@ def _unroll(
 
 
 def _step(unroll: Any, params: Any, carry: Any, *inputs: Any) -> tuple[Any, Any]:
-    """Run `unroll` along one step: inputs (B, ...) to the carry and outputs (B, ...)."""
+    """Run `unroll` for one step of inputs (B, ...); return the carry and outputs (B, ...)."""
     carry, outputs = unroll(params, carry, *jax.tree.map(lambda x: x[:, None], inputs))
     return carry, jax.tree.map(lambda x: x[:, 0], outputs)
 
@@ -144,7 +154,8 @@ def _step(unroll: Any, params: Any, carry: Any, *inputs: Any) -> tuple[Any, Any]
 class Actors:
     """All agents' decentralised policies.
 
-    `shared`: one set of parameters for all agents; else each agent's own, with a leading axis N.
+    If `shared`, all agents have one set of parameters, otherwise each its own, along a leading axis
+    N.
     """
 
     spec: EnvSpec
@@ -202,23 +213,23 @@ class Actors:
     def unroll_shared(
         self, params: Any, carry: Any, observation: Observation, reset_before: Array
     ) -> tuple[Any, Distribution]:
-        """Run `unroll` with one set of parameters for all agents that `observation` has."""
+        """Run `unroll` with one set of parameters for all agents in `observation`."""
         inputs = observation.agents_view, observation.action_mask
         return _unroll(self.network, params, carry, inputs, reset_before)
 
     def step(
         self, params: Any, carry: Any, observation: Observation, reset_before: Array
     ) -> tuple[Any, Distribution]:
-        """Run the policies for one step: the carry (B, N, H) and the distributions (B, N)."""
+        """Run the policies for one step; return the carry (B, N, H) and distributions (B, N)."""
         return _step(self.unroll, params, carry, observation, reset_before)
 
     def act(
         self, params: Any, carry: Any, observation: Observation, key: Array, greedy: bool
     ) -> tuple[Array, Any]:
-        """Return actions (B, N[, A]) and the carry after them.
+        """Return actions (B, N[, A]) and the next carry.
 
-        Each agent's action is computed by a function of its own observation alone, mapped over
-        agents: no other agent's view can leak into it.
+        A function of one agent's observation alone, mapped over agents, computes each action: no
+        other agent's view can leak into it.
         """
 
         def act_alone(
@@ -239,7 +250,7 @@ class Actors:
 
 @dataclass(frozen=True)
 class Critic:
-    """A value for each agent, from the global state or from the agent's own observation."""
+    """A critic that values each agent from the global state or from the agent's observation."""
 
     spec: EnvSpec
     hidden_dim: int
@@ -248,12 +259,12 @@ class Critic:
     def __post_init__(self) -> None:
         if self.sees == "global_state" and self.spec.num_state_features is None:
             raise ValueError(
-                f"the critic reads a global state, and {self.spec.name} was made without"
+                f"the critic reads a global state, but {self.spec.name} was made without one"
             )
 
     @property
     def network(self) -> RecurrentCritic:
-        """All agents' values from the global state, or one agent's from its observation."""
+        """The network of all agents' values, or of one agent's if it sees observations."""
         num_values = self.spec.num_agents if self.sees == "global_state" else 1
         return RecurrentCritic(num_values, self.hidden_dim)
 
@@ -272,7 +283,7 @@ class Critic:
     def unroll(
         self, params: Any, carry: Array, observation: Observation, reset_before: Array
     ) -> tuple[Array, Array]:
-        """Run the critic along sequences: as `Actors.unroll`, to values (B, C, N)."""
+        """Run the critic along sequences, as `Actors.unroll` does, to values (B, C, N)."""
         inputs = observation.agents_view
         if self.sees == "global_state":
             assert observation.global_state is not None
@@ -283,16 +294,16 @@ class Critic:
     def step(
         self, params: Any, carry: Array, observation: Observation, reset_before: Array
     ) -> tuple[Array, Array]:
-        """Run the critic for one step: the carry (B, K, H) and the values (B, N)."""
+        """Run the critic for one step; return the carry (B, K, H) and the values (B, N)."""
         return _step(self.unroll, params, carry, observation, reset_before)
 
 
 class PerAgentCritic(nn.Module):
-    """EQ^i(s, a^-i): what a state is worth to agent i, given the actions of all others.
+    """EQ^i(s, a^-i): the value of a state for agent i, given the actions of all other agents.
 
-    Dense and GRU on the global state, then one layer on that, the others' actions and the agent's
-    id (Kim et al., 2026, Section 4.1). With `sees_actions: false` the value of the state alone, the
-    same for all agents.
+    A dense layer and a GRU read the global state; the next layer also reads the other agents'
+    actions and the agent's id (Kim et al., 2026, Section 4.1). Without `sees_actions`, the value
+    depends on the state alone and is the same for all agents.
     """
 
     num_agents: int
@@ -331,7 +342,7 @@ class PerAgentCritic(nn.Module):
         return hiddens, jnp.broadcast_to(value, (*hiddens.shape[:-1], self.num_agents))
 
     def _embed_actions(self, kernel: Array, action: Array) -> Array:
-        """Return each agent's action by its own rows of the kernel, (C, B, N, H)."""
+        """Return each agent's action times its own rows of the kernel, (C, B, N, H)."""
         kernel = kernel.reshape(self.num_agents, self.action_dim, self.hidden_dim)
         if self.action_kind == "discrete":
             return look_up(kernel, action)
@@ -340,7 +351,7 @@ class PerAgentCritic(nn.Module):
 
 @dataclass(frozen=True)
 class ActionCritic:
-    """`PerAgentCritic` along sequences of the global state and all agents' actions."""
+    """A `PerAgentCritic` along sequences of the global state and all agents' actions."""
 
     spec: EnvSpec
     hidden_dim: int
@@ -348,7 +359,7 @@ class ActionCritic:
 
     @property
     def network(self) -> PerAgentCritic:
-        """All agents' values."""
+        """The network of all agents' values."""
         spec = self.spec
         agents = spec.num_agents, spec.action_dim, spec.action_kind
         return PerAgentCritic(*agents, self.hidden_dim, self.sees_actions)
@@ -370,8 +381,10 @@ class ActionCritic:
     def unroll(
         self, params: Any, carry: Array, state: Array, action: Array, reset_before: Array
     ) -> tuple[Array, Array]:
-        """carry (B, H), state (B, C, G), raw action (B, C, N[, A]), reset_before (B, C) to the
-        carries (B, C, H) after every step and values (B, C, N)."""
+        """Return the carries (B, C, H) after every step and the values (B, C, N).
+
+        carry (B, H), state (B, C, G), raw action (B, C, N[, A]), reset_before (B, C).
+        """
         chex.assert_equal_shape_prefix((state, action, reset_before), 2)
         inputs = (x.swapaxes(0, 1) for x in (state, action, reset_before))
         carries, value = self.network.apply(params, carry, *inputs)
@@ -380,7 +393,7 @@ class ActionCritic:
     def step(
         self, params: Any, carry: Array, state: Array, action: Array, reset_before: Array
     ) -> tuple[Array, Array]:
-        """Run the critic for one step, of any leading axes: the carry (..., H), values (..., N)."""
+        """Run the critic for one step, with any leading axes; return (..., H) and (..., N)."""
         shape = reset_before.shape
         rows = jax.tree.map(
             lambda x: x.reshape(1, -1, *x.shape[len(shape) :]), (state, action, reset_before)

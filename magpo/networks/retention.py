@@ -1,12 +1,14 @@
 """Multi-head retention over the tokens of a multi-agent sequence (Sun et al., 2023; Sable, 2025).
 
-The same function in two forms. *Recurrent* (acting): a state (H, D, D) per environment, decayed
-once per timestep. *Chunkwise* (training): an attention-like product inside a chunk of timesteps,
-the states between chunks. Decay acts between timesteps, never between agents of one timestep, and
-nothing crosses an episode's start.
+The function has two forms:
 
-More axis letters: B sequences, K chunks, C timesteps of a chunk, H heads, D features of a head,
-F embedding features = H * D.
+- Recurrent, for acting: each environment has a state (H, D, D), which decays once per timestep.
+- Chunkwise, for training: an attention-like product inside a chunk of timesteps, and states between
+  chunks.
+
+Decay acts between timesteps, never between agents of one timestep, and nothing crosses an episode's
+start. Axis letters beyond `magpo.types`: B sequences, K chunks, C timesteps of a chunk, H heads, D
+features of a head, F embedding features = H * D.
 """
 
 from typing import NamedTuple
@@ -27,23 +29,23 @@ IntArray = npt.NDArray[np.integer]
 
 
 def decays(n_head: int, scaling_factor: float) -> FloatArray:
-    """Return kappa, (H,): how much of a head's state one timestep keeps (Sable, Section 3)."""
+    """Return kappa (H,), the share of a head's state that a timestep keeps (Sable, Section 3)."""
     slowest, fastest = np.log(1 / 512), np.log(1 / 32)
     kappa: FloatArray = (1 - np.exp(np.linspace(fastest, slowest, n_head))) * scaling_factor
     return kappa
 
 
 class AcrossChunks(NamedTuple):
-    """Decay and episode boundaries from chunk to chunk."""
+    """The weights between chunks: decay, and 0 across episode boundaries."""
 
     entering: Array  # (B, H, K, C*N, 1) the incoming state's weight at each token
     leaving: Array  # (B, H, K, C*N, 1) each token's weight in its chunk's contribution
-    between: Array  # (B, H, K, K) chunk j's contribution to the state that enters chunk i
-    initial: Array  # (B, H, K, 1, 1) the sequence's initial state in the one that enters chunk i
+    between: Array  # (B, H, K, K) chunk j's weight in the state that enters chunk i
+    initial: Array  # (B, H, K, 1, 1) the initial state's weight in the state that enters chunk i
 
 
 class ChunkWeights(NamedTuple):
-    """Decay and episode boundaries of chunkwise retention, the same for all blocks."""
+    """The weights of chunkwise retention (decay and episode boundaries), shared by all blocks."""
 
     within: Array  # (B, H, K, C*N, C*N) token j's weight at token i of the same chunk
     causal: Array  # the same, 0 where j is a later agent of i's timestep
@@ -53,7 +55,7 @@ class ChunkWeights(NamedTuple):
 def chunk_weights(
     reset_before: Array, num_agents: int, chunk_size: int, kappa: FloatArray
 ) -> ChunkWeights:
-    """Return the weights for episode starts, (B, T) bool; `chunk_size` timesteps divide T."""
+    """Return the weights for episode starts `reset_before` (B, T); `chunk_size` divides T."""
     num_chunks = reset_before.shape[1] // chunk_size
     episode = jnp.cumsum(reset_before, axis=1).reshape(-1, 1, num_chunks, chunk_size)
     first, last = episode[..., 0], episode[..., -1]  # (B, 1, K)
@@ -62,7 +64,7 @@ def chunk_weights(
         return (left[..., :, None] == right[..., None, :]).astype(jnp.float32)
 
     def powers(exponent: IntArray) -> FloatArray:
-        """Return kappa ** exponent, (H, 1, ...); 0 where the exponent is negative: the future."""
+        """Return kappa ** exponent (H, 1, ...), 0 in the future, where the exponent is negative."""
         base = kappa.reshape(-1, 1, *[1] * exponent.ndim)
         return np.where(exponent < 0, 0.0, base ** np.maximum(exponent, 0)).astype(np.float32)
 
@@ -86,7 +88,7 @@ def chunk_weights(
 
 
 def timestep_weights(num_agents: int) -> ChunkWeights:
-    """Return the weights of unconnected timesteps: (B, T, N) tokens are chunks already."""
+    """Return the weights of timesteps without memory, each of which is a chunk of N tokens."""
     within = jnp.ones((1, 1, 1, num_agents, num_agents))
     return ChunkWeights(within, jnp.tril(within), across=None)
 
@@ -118,7 +120,7 @@ class Retention(nn.Module):
         return self.heads(key), self.heads(value), gate
 
     def gate_and_mix(self, retained: Array, gate: Array) -> Array:
-        """Normalise each head of each token (..., H, D), gate, and mix the heads: (..., F)."""
+        """Normalise each head of each token (..., H, D), gate it and mix the heads to (..., F)."""
         mixed: Array = self.output(nn.swish(gate) * self.norm(retained.reshape(gate.shape)))
         return mixed
 
@@ -132,8 +134,9 @@ class Retention(nn.Module):
     ) -> Array:
         """Retain over all tokens (B, T, N, F) of a sequence that starts from `state` (B, H, D, D).
 
-        `causal`: a token sees only the agents before it in its own timestep, else all of them.
-        No state, or weights of unconnected timesteps: nothing comes from earlier timesteps.
+        If `causal`, a token sees only itself and the agents before it in its own timestep,
+        otherwise all agents. Without a state, or with `timestep_weights`, nothing comes from
+        earlier timesteps.
         """
         keys, values, gate = self.project(x_key)
         across = weights.across
@@ -154,23 +157,25 @@ class Retention(nn.Module):
         return self.gate_and_mix(jnp.moveaxis(retained, 1, 3), gate)
 
     def encode_step(self, x: Array, state: "Entering") -> tuple[Array, Array]:
-        """Return what one timestep's tokens (B, N, F) retain, each seeing all, and the state
-        after them."""
+        """Return what one timestep's tokens (B, N, F) retain, and the state after them.
+
+        Each token sees all tokens of the timestep.
+        """
         key, value, gate = self.project(x)
         after = state.plus(key.swapaxes(1, 2), value.swapaxes(1, 2))
         return self.gate_and_mix(_read(self.ask(x), after), gate), after
 
     def recall(self, x: Array, state: "Entering") -> "Recalled":
-        """Return what tokens (B, N, F) retain of earlier timesteps."""
+        """Return what tokens (B, N, F) retain from earlier timesteps."""
         query = self.ask(x)
         return Recalled(query, state.read(query))
 
     def decode_step(
         self, recalled: "Recalled", x_key: Array, cache: "Cache", agent: Array
     ) -> tuple[Array, "Cache"]:
-        """Retain for agent `agent`'s token, (B, F), from what it `recalled`, (B, H, D).
+        """Retain for the token (B, F) of agent `agent`; `recalled` is (B, H, D) each.
 
-        The state stays as it is until the timestep's last agent has acted.
+        The state changes only after the timestep's last agent has acted.
         """
         key, value, gate = self.project(x_key)
         scores = jnp.einsum("bhd,bhnd->bhn", recalled.query, cache.key)  # later agents' keys are 0
@@ -181,27 +186,27 @@ class Retention(nn.Module):
 
 
 class Recalled(NamedTuple):
-    """Tokens' queries, and what they retain of earlier timesteps, each (B, N, H, D)."""
+    """Tokens' queries, and what they retain from earlier timesteps, each (B, N, H, D)."""
 
     query: Array
     retained: Array
 
 
 class Entering(NamedTuple):
-    """The state that enters a timestep: `keep` of the one that left the timestep before.
+    """The state that enters a timestep: the state that left the one before, times `keep`.
 
-    The product is never written to memory. States are the largest arrays that acting passes over.
+    The product is never written to memory, because states are the largest arrays in acting.
     """
 
     state: Array  # (B, H, D, D)
     keep: Array  # (B, H)
 
     def read(self, query: Array) -> Array:
-        """Return what tokens with these queries retain, (B, N, H, D) both."""
+        """Return what tokens with these queries retain; both are (B, N, H, D)."""
         return _read(query * self.keep[:, None, :, None], self.state)
 
     def plus(self, key: Array, value: Array) -> Array:
-        """Return the state after tokens (B, H, N, D), in one pass over it."""
+        """Return the state after tokens (B, H, N, D), in one pass over the state."""
         kept = self.state * self.keep[..., None, None]
 
         def add(agent: int, state: Array) -> Array:

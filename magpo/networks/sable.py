@@ -1,7 +1,7 @@
-"""Sable: an autoregressive joint policy and its values by retention (Mahjoub et al., 2025).
+"""Sable: an autoregressive joint policy and its values, by retention (Mahjoub et al., 2025).
 
-An encoder reads the observations of all agents over all timesteps and gives each agent's value; a
-decoder gives each agent's policy from the encoding and the actions of the agents before it. Axis
+An encoder reads all agents' observations over all timesteps and returns each agent's value; a
+decoder returns each agent's policy from the encoding and the actions of the agents before it. Axis
 letters beyond `magpo.types`: B sequences, H heads, D features of a head, F = H * D.
 """
 
@@ -31,14 +31,14 @@ from magpo.types import Array, Observation
 
 
 class SableCarry(NamedTuple):
-    """Retention states, (B, H, D, D) for each block; none without memory."""
+    """The retention states, (B, H, D, D) for each block; empty without memory."""
 
     encoder: tuple[Any, ...]
     decoder_self: tuple[Any, ...]
     decoder_cross: tuple[Any, ...]
 
 
-_Caches = list[tuple[Cache, Cache]]  # self- and cross-retention's, of each block
+_Caches = list[tuple[Cache, Cache]]  # of self- and cross-retention, for each block
 
 
 class _Block(nn.Module):
@@ -111,7 +111,7 @@ class _DecoderBlock(_Block):
     ) -> tuple[Array, tuple[Cache, Cache]]:
         """Decode one agent's token (B, F).
 
-        `state` enters self-retention; `recalled` is what the token retains of the other's.
+        `state` enters self-retention; `recalled` is for cross-retention.
         """
         x_key = x + position
         own = Recalled(*(x[:, 0] for x in self.self_retention.recall(x_key[:, None], state)))
@@ -122,9 +122,9 @@ class _DecoderBlock(_Block):
 
 
 class Sable(nn.Module):
-    """Joint policy and values of all agents.
+    """The joint policy and the values of all agents.
 
-    `ffn: false` leaves out the feed-forward layers, `memory: false` earlier timesteps.
+    `ffn: false` leaves out the feed-forward layers, `memory: false` the earlier timesteps.
     """
 
     num_agents: int
@@ -167,7 +167,7 @@ class Sable(nn.Module):
     def __call__(
         self, carry: SableCarry, observation: Observation, action: Array, reset_before: Array
     ) -> tuple[Array, Distribution]:
-        """Return values and distributions (B, T, N) of the sequences that start from `carry`.
+        """Return the values and distributions (B, T, N) of sequences that start from `carry`.
 
         Args:
             observation: leading axes (B, T).
@@ -282,7 +282,7 @@ class Sable(nn.Module):
         return apply_blocks(block, x, block_params, states)
 
     def _entering(self, carry: SableCarry, reset_before: Array) -> SableCarry:
-        """Return the states that enter a timestep: decayed, or zero where an episode starts."""
+        """Return the states that enter a timestep, decayed, or zero where an episode starts."""
         if not self.memory:
             carry = self._zero_states(len(reset_before))
         keep = jnp.where(reset_before[:, None], 0.0, jnp.asarray(self.kappa, jnp.float32))

@@ -1,4 +1,4 @@
-"""Feed-forward pieces that several networks share, and their initialisers.
+"""Feed-forward parts that several networks share, and their initialisers.
 
 Axis letters beyond `magpo.types`: D input features, F output features.
 """
@@ -14,15 +14,15 @@ from flax.linen.initializers import lecun_normal, ones_init, zeros_init
 from magpo.networks.kernels import add_bias, normalise
 from magpo.types import Array
 
-Initializer = Callable[..., Array]  # of a key, a shape and a dtype
+Initializer = Callable[..., Array]  # from a key, a shape and a dtype
 
 
 def orthogonal(gain: float = 1.0) -> Initializer:
-    """Return an initialiser of (D, F) kernels with orthogonal rows or columns, the fewer of both.
+    """Return an initialiser of (D, F) kernels with orthogonal rows or columns, whichever are fewer.
 
     It draws what `jax.nn.initializers.orthogonal` draws, but orthogonalises by Gram-Schmidt instead
-    of LAPACK's QR: XLA's CPU backend runs batched QR calls in parallel, and on two cores those of a
-    user's `jit(vmap(init))` deadlock.
+    of LAPACK's QR: XLA's CPU backend runs batched QR calls in parallel, and the calls of a user's
+    `jit(vmap(init))` deadlock on two cores.
     """
 
     def initializer(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
@@ -34,11 +34,11 @@ def orthogonal(gain: float = 1.0) -> Initializer:
     return initializer
 
 
-@jax.jit  # layers of one shape share one function in the program, which is traced once
+@jax.jit  # traced once, and one function in the program for all layers of a shape
 def gram_schmidt(vectors: Array) -> Array:
     """Orthonormalise the rows of (K, D), K <= D, in order.
 
-    Each row is projected twice: rounding leaves it visibly non-orthogonal after one projection.
+    Each row is projected twice, because rounding leaves it visibly non-orthogonal after one.
     """
 
     def add_row(i: Array, basis: Array) -> Array:
@@ -65,17 +65,17 @@ def parts(init: Initializer, number: int) -> Initializer:
 
 
 def affine(x: Array, kernel: Array, bias: Array | None = None) -> Array:
-    """Return x (..., D) times kernel (D, F), plus a bias (F,), with all leading axes as one.
+    """Return x (..., D) times kernel (D, F), plus a bias (F,), with the leading axes merged.
 
-    XLA's CPU backend forms the weight gradient of a matmul over several leading axes from
-    transposed copies, several times slower.
+    Over several leading axes, XLA's CPU backend would form the weight gradient from transposed
+    copies, which is several times slower.
     """
     y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
     return y if bias is None else add_bias(y, bias)
 
 
 class Dense(nn.Module):
-    """`flax.linen.Dense` by `affine`."""
+    """`flax.linen.Dense`, computed by `affine`."""
 
     features: int
     use_bias: bool = True
@@ -113,15 +113,16 @@ class LayerNorm(nn.Module):
 
 
 def mask_out(x: Array, keep: Array) -> Array:
-    """Replace the entries that are not kept by the dtype's lowest value, before a softmax."""
+    """Replace entries that are not to `keep` with the dtype's lowest value, before a softmax."""
     finfo: Any = jnp.finfo  # untyped
     return jnp.where(keep, x, finfo(x.dtype).min)
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer of the embedding's own width (Shazeer, 2020).
+    """A gated feed-forward layer as wide as the embedding (Shazeer, 2020).
 
-    Its matrices start non-zero: from all zeros, as released with Sable, their gradients stay zero.
+    Its matrices start non-zero: if they all start at zero, as in Sable's released code, their
+    gradients stay zero.
     """
 
     @nn.compact
@@ -133,7 +134,7 @@ class SwiGLU(nn.Module):
 
 
 def sinusoidal_encoding(position: Array, width: int) -> Array:
-    """Encode positions (...) as (..., width): sines, then cosines, of geometric wavelengths."""
+    """Encode positions (...) as (..., width) sines, then cosines, of geometric wavelengths."""
     frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(0, width, 2) / width)
     angle = position[..., None] * frequency
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

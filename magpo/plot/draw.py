@@ -232,13 +232,14 @@ def describe(
 def basis(lines: Sequence[Line]) -> str:
     """Say which evaluation the scores are."""
     absolute = [line for line in lines if line.absolute is not None]
+    where = " on some task" if len({line.task for line in lines}) > 1 else ""
     number = " or ".join(map(str, sorted({line.episodes for line in absolute} - {0})))
     text = f"absolute metric{f' ({number} episodes per seed)' * bool(number)}"
     if not absolute:
         text = "last evaluation, because no run has an absolute metric"
     elif len(absolute) < len(lines):
-        text += f"; {NO_ABSOLUTE} no absolute metric on some task: the last evaluation there"
-    text += f"; {ENDED_EARLY} trained for fewer steps on some task" * bool(early(lines))
+        text += f"; {NO_ABSOLUTE} no absolute metric{where}: the last evaluation"
+    text += f"; {ENDED_EARLY} trained for fewer steps{where}" * bool(early(lines))
     return f"{shown(lines[0].metric)}: {text}"
 
 

@@ -53,6 +53,7 @@ class Line(NamedTuple):
     values: np.ndarray  # (K, S)
     absolute: np.ndarray | None  # (S,) None unless all seeds have the absolute metric
     episodes: int  # behind each seed's absolute metric
+    curves: dict[int, Curve]  # all evaluations, by seed
     extremes: tuple[float, float]  # over all seeds and all their evaluations
     reference: published.Row | None
 
@@ -162,14 +163,14 @@ def line_of(label: str, runs: list[Run], metric: str, reference: published.Row |
     """Pool the seeds of runs with the same settings, the oldest run first. Where several runs have
     a seed, the newest counts."""
     newest = {seed: run for run in runs for seed in run.evaluations[metric]}
-    curves = [newest[seed].evaluations[metric][seed] for seed in sorted(newest)]
-    steps = sorted(set.intersection(*map(set, curves)))
+    curves = {seed: newest[seed].evaluations[metric][seed] for seed in sorted(newest)}
+    steps = sorted(set.intersection(*map(set, curves.values())))
     system, suite, task, *_ = runs[-1]
     if not steps:
         raise ConfigError(f"{label} on {suite}/{task}: no evaluation that all seeds have")
-    absolute = [newest[seed].absolute.get(metric, {}).get(seed) for seed in sorted(newest)]
+    absolute = [newest[seed].absolute.get(metric, {}).get(seed) for seed in curves]
     complete = [value for value in absolute if value is not None]
-    everything = [*complete, *(value for curve in curves for value in curve.values())]
+    everything = [*complete, *(value for curve in curves.values() for value in curve.values())]
     return Line(
         label=label,
         system=system,
@@ -177,9 +178,10 @@ def line_of(label: str, runs: list[Run], metric: str, reference: published.Row |
         task=task,
         metric=metric,
         steps=np.array(steps),
-        values=np.array([[curve[step] for curve in curves] for step in steps]),
+        values=np.array([[curve[step] for curve in curves.values()] for step in steps]),
         absolute=np.array(complete) if len(complete) == len(absolute) else None,
         episodes=min(run.episodes for run in newest.values()),
+        curves=curves,
         extremes=(min(everything), max(everything)),
         reference=reference,
     )

@@ -1,1 +1,1 @@
-"""The rows of `magpo.published`, repeated: `python -m magpo.reproduce`."""
+"""The reproduction of the rows of `magpo.published`: `python -m magpo.reproduce`."""

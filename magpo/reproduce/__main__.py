@@ -1,23 +1,24 @@
-"""Published results: list the rows of magpo.published, train them, compare them.
+"""Published results, listed, trained and compared; magpo.published has the rows.
 
 usage: python -m magpo.reproduce                                  list all rows and their state
        python -m magpo.reproduce <suite>/<task> [system ...] [key=value ...]         train rows
-       python -m magpo.reproduce [<suite>/<task> [system ...]] --collect       write their CSVs
+       python -m magpo.reproduce [<suite>/<task> [system ...]] --collect          write the CSVs
        python -m magpo.reproduce --report                                 write docs/results.md
 
-Rows are trained one after another, by default all of a task. Ctrl-C and SIGTERM save and stop; the
-same command then continues. Seeds that have finished are not trained again. The CSV of each row is
-written when its run ends, however it ends. --collect writes it without training, by default for all
-rows.
+Rows are trained one after another, by default all rows of a task. Ctrl-C and SIGTERM save the run
+and stop; the same command then continues. Finished seeds are not trained again. A row's CSV is
+written when its run ends, however it ends. --collect writes CSVs without training, by default for
+all rows.
 
   <system>               as the paper prints it: mappo, gpae_off, ...
   paper=magpo|gpae       only this paper's rows
   seeds=[0]              each >= 0 and given once
-  results_dir=results/reproduce   a folder of runs
-  out=<folder>           of CSVs; in a checkout scripts/results/published, else results/published
+  results_dir=results/reproduce   the folder of runs
+  out=<folder>           the folder of CSVs (default: scripts/results/published in a checkout,
+                         otherwise results/published)
 
 The runs also take allow_changes, checkpoint_share, keep, logger, platform and seeds_per_batch.
-Other keys would change what is compared.
+Other keys would change the experiment.
 """
 
 import platform
@@ -47,7 +48,7 @@ COLUMNS = ("paper", "task", "system", "state", "ours", "published")
 
 
 def select(words: Sequence[str], paper: str | None) -> list[Row]:
-    """Return the rows that a task and systems name. Raises ConfigError."""
+    """Return the rows of a task, or of some of its systems. Raises ConfigError."""
     rows = [row for row in results.rows().values() if paper in (None, row.paper)]
     if not words:
         return rows
@@ -70,7 +71,7 @@ def select(words: Sequence[str], paper: str | None) -> list[Row]:
 
 
 def check(rows: Sequence[Row], overrides: Sequence[str], seeds: Sequence[int]) -> None:
-    """Raise ConfigError for an override that a published row does not take, or takes otherwise."""
+    """Raise ConfigError for an override that published rows do not take, or with a bad value."""
     for text in overrides:
         key, _ = compose.parse(text)
         if key.partition(".")[0] not in PASSED_ON:
@@ -88,7 +89,7 @@ def _list(seeds: Sequence[int]) -> str:
 
 
 def train(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:
-    """Train seeds of a row in a process of its own, and return its exit code."""
+    """Train seeds of a row in a child process and return its exit code."""
     system, *own = row.command
     quoted = results_dir.replace("'", "\\'")
     command = [sys.executable, "-m", f"magpo.systems.{system}", *own, *overrides, _list(seeds)]
@@ -96,7 +97,7 @@ def train(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir:
 
 
 def reproduce(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:
-    """Train those of a row's seeds that have not finished; return an exit code."""
+    """Train the unfinished ones of a row's seeds and return an exit code."""
     found = results.runs(row, results_dir)
     at_work = [run for run in found if run.status == "running" and {*run.seeds} & {*seeds}]
     done = {seed for run in found if run.status == "finished" for seed in run.seeds}
@@ -110,8 +111,10 @@ def reproduce(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_
 
 
 def write_csv(row: Row, results_dir: str, out: Path, facts: Mapping[str, str]) -> bool:
-    """Write a row's CSV if there are runs of it, and return whether there are. Seeds that only the
-    CSV has stay in it."""
+    """Write a row's CSV if the row has runs, and return whether it has.
+
+    Seeds that are only in the CSV stay there.
+    """
     found = results.runs(row, results_dir)
     measured = results.from_runs(row, found, facts)
     if measured:
@@ -123,14 +126,16 @@ def write_csv(row: Row, results_dir: str, out: Path, facts: Mapping[str, str]) -
 
 
 def this_process() -> dict[str, str]:
-    """Return the facts about the present process that no run records."""
+    """Return the facts about this process that no run records."""
     return {"reproduce_python": platform.python_version(), "reproduce_commit": _commit()}
 
 
 def _commit() -> str:
-    """Return the checkout's commit, with "-dirty" if the package or its values were changed; "" of
-    an installed package."""
-    if not (ROOT / ".git").exists():  # git itself would find another project's around it
+    """Return the checkout's commit, with "-dirty" after changes to the package or its configs.
+
+    For an installed package, returns "".
+    """
+    if not (ROOT / ".git").exists():  # git itself would find another project's around ours
         return ""
     git = ["git", "-C", str(ROOT)]
     try:
@@ -142,7 +147,7 @@ def _commit() -> str:
 
 
 def _state(row: Row, runs: Sequence[results.Run], seeds: Seeds) -> str:
-    """Return running, interrupted or done, with the steps reached, or not run."""
+    """Return a row's state in words, with the steps reached or the number of seeds done."""
     unfinished = [seed.steps for seed in seeds.values() if not seed.finished]
     running = any(run.status == "running" for run in runs)
     if running or unfinished:
@@ -155,7 +160,7 @@ def _state(row: Row, runs: Sequence[results.Run], seeds: Seeds) -> str:
 def listing(
     rows: Sequence[Row], results_dir: str, collected: Mapping[Key, Seeds]
 ) -> Iterator[list[str]]:
-    """Yield the table's cells: rows by task, those without any evaluation yet in one line."""
+    """Yield the table's lines, by task; rows without any evaluation yet share a line."""
     tasks: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         tasks.setdefault((row.paper, row.task), []).append(row)
@@ -176,7 +181,7 @@ def listing(
 
 
 def _published(row: Row) -> str:
-    """Return the published mean, with its standard deviation where there is one."""
+    """Return the published mean, with its standard deviation if there is one."""
     std = "" if row.std is None else f" ± {reports.printed(row, row.std)}"
     return reports.printed(row, row.mean) + std
 
@@ -190,7 +195,7 @@ def main(
     collect: bool = False,
     report: bool = False,
 ) -> None:
-    """List, train, collect or report rows."""
+    """List, train, collect or report rows of published results."""
     folder = OUT if out is None else Path(out)
     words = [text for text in arguments if "=" not in text]
     overrides = [text for text in arguments if "=" in text]
@@ -201,7 +206,7 @@ def main(
         return
     rows = select(words, paper)
     if overrides and not words:
-        raise ConfigError(f"{overrides[0]}: needs a task, <suite>/<task>, whose rows are to run")
+        raise ConfigError(f"{overrides[0]}: needs a task, <suite>/<task>, to run its rows")
     check(rows if words else [], overrides, seeds)
     collected = results.read_all(folder)  # a CSV that cannot be read is refused before training
     if collect:
@@ -222,7 +227,7 @@ def main(
 
 
 def print_report(out: Path, keep: bool) -> None:
-    """Print the report, and keep it in docs/results.md."""
+    """Print the report and, if `keep`, write it to docs/results.md."""
     text = reports.markdown(out)
     print(text, end="")
     if keep:

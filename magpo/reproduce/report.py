@@ -1,4 +1,4 @@
-"""The report: our results beside the published ones, as Markdown."""
+"""The report of our results beside the published ones, as Markdown."""
 
 import csv
 from collections import Counter
@@ -37,17 +37,17 @@ COLUMNS = (
 
 
 class Ours(NamedTuple):
-    """Our result in a row: over the finished seeds, or over all if none has finished."""
+    """Our result in a row, over the finished seeds or, if there are none, over all seeds."""
 
     mean: float
     interval: tuple[float, float] | None  # of the mean, 95 %
     num_seeds: int
-    steps: int  # that the last of these seeds has reached
+    steps: int  # the fewest of these seeds
     finished: bool
 
 
 def ours(row: Row, seeds: Seeds) -> Ours | None:
-    """Return our result in a row; None without any evaluation."""
+    """Return our result in a row, or None without any evaluation."""
     finished = [seed for seed in seeds.values() if seed.finished]
     chosen = finished or [seed for seed in seeds.values() if seed.last("eval") is not None]
     kind = "absolute" if finished and row.paper == "magpo" else "eval"
@@ -56,7 +56,7 @@ def ours(row: Row, seeds: Seeds) -> Ours | None:
         return None
     interval = None
     if len(values) >= 5:
-        from magpo.report import curve  # imports matplotlib: only where it is needed
+        from magpo.report import curve  # imported late, because it imports matplotlib
 
         low, high, _ = curve.band(np.array([values]))
         interval = float(low[0]), float(high[0])
@@ -65,13 +65,13 @@ def ours(row: Row, seeds: Seeds) -> Ours | None:
 
 
 def printed(row: Row, value: float) -> str:
-    """Return a value with as many decimals as the paper prints."""
+    """Return a value as text, with as many decimals as the paper prints."""
     decimals = 2 if row.paper == "magpo" else 3 if row.metric == "win_rate" else 0
     return f"{value:.{decimals}f}"
 
 
 def verdict(row: Row, found: Ours) -> str:
-    """Return where our result lies: inside, above or below the published mean ± 2 std."""
+    """Return whether our result is inside, above or below the published mean ± 2 std."""
     if not found.finished:
         return f"unfinished at {found.steps:,} steps"
     if row.std is None:
@@ -83,7 +83,7 @@ def verdict(row: Row, found: Ours) -> str:
 
 
 def findings(out: Path) -> dict[Key, str]:
-    """Return what was found out about rows, from findings.csv. Raises ConfigError."""
+    """Return the findings about rows in findings.csv. Raises ConfigError."""
     file = out / "findings.csv"
     if not file.exists():
         return {}
@@ -147,7 +147,7 @@ def _cells(row: Row, found: Ours) -> list[str]:
 
 
 def _note(row: Row, found: Ours, texts: Mapping[Key, str]) -> str:
-    """Return the line with a row's finding, below the first of the tables that print the row."""
+    """Return the line with a row's finding, or "" in all tables but the first with the row."""
     text = texts.get(results.key(row), "")
     if not text and verdict(row, found) in ("above", "below"):
         text = "no finding yet."

@@ -1,8 +1,11 @@
-"""Our results in the rows of `magpo.published`, one CSV each, collected from runs.
+"""Our results for the rows of `magpo.published`, collected from runs, in one CSV per row.
 
-A CSV has the columns `seed, env_steps, name, value`. For each seed it has first the FACTS, without
-steps, then every evaluation, `eval/<metric>`, and last the absolute metric, `absolute/<metric>`, at
-the steps of the best parameters. Only finished runs have an absolute metric.
+A CSV has the columns `seed, env_steps, name, value`. For each seed, it contains in this order:
+
+1. the FACTS, without steps
+2. every evaluation, `eval/<metric>`
+3. the absolute metric, `absolute/<metric>`, at the steps of the best parameters; only for finished
+   runs
 """
 
 import csv
@@ -20,15 +23,15 @@ from magpo.config.schema import RunConfig
 from magpo.errors import ConfigError
 from magpo.files import UNREADABLE, write_aside
 from magpo.published import Row
-from magpo.runs import checkpoint, folders
+from magpo.runs import folders
 
 COLUMNS = ("seed", "env_steps", "name", "value")
 FACTS = (
-    *("command", "steps", "hours"),  # steps asked for; hours of training, of all the run's seeds
-    *("devices", "magpo", "jax"),  # of the run
-    *("reproduce_python", "reproduce_commit"),  # of the `magpo.reproduce` that wrote the seed
+    *("command", "steps", "hours"),  # steps requested; hours that all of the run's seeds took
+    *("devices", "magpo", "jax"),  # the run's
+    *("reproduce_python", "reproduce_commit"),  # of the process that wrote the seed
 )
-# What a run may do in its own way without being another experiment.
+# The keys that may differ between runs of the same experiment.
 FREE = ("seeds", "seeds_per_batch", "platform", "logger", "results_dir", "keep", "checkpoint_share")
 
 Key = tuple[str, str, str]  # paper, task, system: a row's result, which several tables may print
@@ -42,12 +45,12 @@ class Seed(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """The environment steps behind the last evaluation."""
+        """The environment steps at the last evaluation."""
         return max((at for at, name, _ in self.records if name.startswith("eval/")), default=0)
 
     @property
     def finished(self) -> bool:
-        """True once the absolute metric is measured, which is a run's last act."""
+        """Whether the absolute metric, the last one of a run, was measured."""
         return any(name.startswith("absolute/") for _, name, _ in self.records)
 
     def last(self, kind: str) -> float | None:
@@ -60,7 +63,7 @@ Seeds = dict[int, Seed]
 
 
 class Run(NamedTuple):
-    """A run of a row."""
+    """A run that belongs to a row."""
 
     folder: Path
     status: str
@@ -68,12 +71,12 @@ class Run(NamedTuple):
 
 
 def key(row: Row) -> Key:
-    """Return what names a row's CSV."""
+    """Return the paper, task and system, which identify a row's result and its CSV."""
     return row.paper, row.task, row.system
 
 
 def rows() -> dict[Key, Row]:
-    """Return the rows by key; of a result that several tables print, the first one's."""
+    """Return the rows by key; if several tables print a result, the first one's row counts."""
     found = dict[Key, Row]()
     for row in published.rows():
         found.setdefault(key(row), row)
@@ -81,7 +84,7 @@ def rows() -> dict[Key, Row]:
 
 
 def path(out: Path, row: Row) -> Path:
-    """Return the file of a row's CSV."""
+    """Return the path of a row's CSV."""
     return out / row.paper / row.task.replace("/", "_") / f"{row.system}.csv"
 
 
@@ -115,12 +118,12 @@ def read(file: Path) -> Seeds:
         if not records or any(set(facts[seed]) != {*FACTS} for seed in records):
             raise ValueError("other facts")
     except (*UNREADABLE, csv.Error) as error:
-        raise ConfigError(f"{file}: is no table of results of this version ({error})") from error
+        raise ConfigError(f"{file}: not a table of results of this version ({error})") from error
     return {seed: Seed(facts[seed], records[seed]) for seed in records}
 
 
 def write(file: Path, seeds: Seeds) -> None:
-    """Write a CSV."""
+    """Write the results of seeds to a CSV."""
     lines = []
     for number, seed in sorted(seeds.items()):
         named = [("", name, seed.facts[name]) for name in FACTS]
@@ -131,8 +134,10 @@ def write(file: Path, seeds: Seeds) -> None:
 
 
 def merged(old: Mapping[int, Seed], new: Mapping[int, Seed]) -> Seeds:
-    """Return the seeds of both. Of a seed that both have, `new` counts unless `old` came farther,
-    or has the same values: then the facts stay those under which they were first collected."""
+    """Return the seeds of both; for a seed in both, `new` counts unless `old` got further.
+
+    If both have the same values, `old` counts, so that the facts of the first collection stay.
+    """
     both = dict(old)
     for number, seed in new.items():
         have = old.get(number, seed)
@@ -151,14 +156,14 @@ def _config(command: tuple[str, ...]) -> RunConfig:
 def runs(row: Row, results_dir: str) -> list[Run]:
     """Return the runs of a row, the oldest first.
 
-    A run belongs to the row if its configuration is the one of the row's command. What is FREE may
-    differ, and options of the system, the network or the task that only one of the two versions
-    has; but all that the command sets must be there.
+    A run belongs to the row if it has the configuration of the row's command. FREE keys may differ.
+    Options of the system, network or task may be missing in either version, unless the command sets
+    them.
     """
     found = list[Run]()
     parent = Path(results_dir, *row.command[:1], row.task)
     for folder in sorted(parent.glob("*/")) if row.command else ():
-        with suppress(*UNREADABLE):  # a run that just begins, or a damaged one
+        with suppress(*UNREADABLE):  # a run that is just beginning, or a damaged one
             values = configuration.plain_values(folder / folders.CONFIG)
             if _is_of(row, configuration.flat(values)):
                 found.append(Run(folder, folders.status(folder), tuple(values["seeds"])))
@@ -166,14 +171,14 @@ def runs(row: Row, results_dir: str) -> list[Run]:
 
 
 def strangers(results_dir: str) -> list[Path]:
-    """Return the folders of runs that belong to no row: other experiments, or another version's."""
+    """Return the folders of runs that belong to no row, such as other experiments or versions."""
     of_rows = {run.folder for row in rows().values() for run in runs(row, results_dir)}
     files = Path(results_dir).glob(f"*/*/*/*/{folders.CONFIG}")
     return sorted({file.parent for file in files} - of_rows)
 
 
 def _is_of(row: Row, given: Mapping[str, Any]) -> bool:
-    """Return whether a configuration, by dotted names, is the one of the row's command."""
+    """Return whether a configuration, by dotted names, is that of the row's command."""
     wanted = configuration.flat(configuration.dump(_config(row.command)))
     chosen = [override.partition("=")[0] for override in row.command[1:]]
     for name in {**wanted, **given}:
@@ -187,7 +192,7 @@ def _is_of(row: Row, given: Mapping[str, Any]) -> bool:
 
 
 def from_runs(row: Row, found: list[Run], facts: Mapping[str, str]) -> Seeds:
-    """Return what a row's runs have measured so far; `facts` are those of this process."""
+    """Return what a row's runs have measured so far; `facts` are about this process."""
     seeds = Seeds()
     for run in found:
         seeds = merged(seeds, _measured(row, run, facts))
@@ -200,7 +205,7 @@ def _measured(row: Row, run: Run, facts: Mapping[str, str]) -> Seeds:
         seed = record["seed"]
         records[seed].append((record["env_steps"], record["name"], record["value"]))
         hours[seed] = f"{record['wall_s'] / 3600:.3f}"
-    made_with = _made_with(run.folder)
+    made_with = folders.made_with(run.folder)
     words = ["python", "-m", f"magpo.systems.{row.command[0]}", *row.command[1:]]
     common = {
         "command": " ".join([*words, f"seeds={list(run.seeds)}".replace(" ", "")]),
@@ -226,12 +231,4 @@ def _records(file: Path, metric: str) -> Iterator[dict[str, Any]]:
                     int(record["seed"]), int(record["env_steps"]), float(record["wall_s"])
                     yield record
             except UNREADABLE:
-                raise ConfigError(f"{file}: line {number} is no record") from None
-
-
-def _made_with(folder: Path) -> dict[str, str]:
-    """Return the versions and devices that a run's newest readable checkpoint names."""
-    for found in checkpoint.checkpoints(folder / folders.CHECKPOINTS):
-        with suppress(*UNREADABLE):
-            return dict(json.loads((found / checkpoint.META).read_bytes())["with"])
-    return {}
+                raise ConfigError(f"{file}: line {number} is not a record") from None

@@ -1,1 +1,1 @@
-"""Runs on disk: folders, checkpoints, how to resume them, and what they trained."""
+"""Runs on disk: their folders, checkpoints, resumption and trained policies."""

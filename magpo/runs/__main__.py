@@ -1,4 +1,4 @@
-"""`python -m magpo.runs [results]`"""
+"""The command `python -m magpo.runs [results]`."""
 
 from magpo import commands
 from magpo.runs import listing

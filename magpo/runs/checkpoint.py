@@ -1,12 +1,12 @@
 """Atomic checkpoints of a run's complete state.
 
-    checkpoints/00000012/state/         arrays, by Orbax, one folder for each part
+    checkpoints/00000012/state/         arrays written by Orbax, one folder per part
                          record/
-                         meta.json      of which run they are, and their names, shapes and dtypes
+                         meta.json      the run, and the arrays' names, shapes and dtypes
                          manifest.json  the SHA-256 of every file above
 
-A checkpoint is written under a hidden name and renamed when all of it is on disk. A reader first
-compares it with the manifest, and then with the shapes it expects: a checkpoint is used whole, or
+A checkpoint is written under a hidden name and renamed once it is complete on disk. A reader first
+compares it with the manifest, then with the expected shapes. A checkpoint is used as a whole or
 refused with one line that says why. Nothing in it is executed.
 """
 
@@ -37,14 +37,14 @@ META, MANIFEST = "meta.json", "manifest.json"
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that cannot be used; the message is one line and names it."""
+    """A checkpoint cannot be used; the one-line message names it."""
 
 
 @dataclass(frozen=True)
 class Meta:
     """The schema of meta.json."""
 
-    format: Literal[2]  # 1: without hyperparameters in the state
+    format: Literal[2]  # format 1 had no hyperparameters in the state
     chunk: PositiveInt
     run: str
     config: dict[str, Any]
@@ -59,8 +59,8 @@ class Meta:
 def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
     """Write the pytrees `parts` and the JSON values `meta` as root/<chunk>.
 
-    Of several processes all have to call it, each with its shards of the arrays. Raises OSError,
-    and what Orbax raises where it cannot write.
+    All processes of a run must call this function, each with its shards of the arrays. Raises
+    OSError, or an error of Orbax, if it cannot write.
     """
     final = root / f"{chunk:08d}"
     aside = root / f".{final.name}.tmp"
@@ -81,14 +81,14 @@ def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, An
     except BaseException as error:
         if processes.is_first():
             _remove(aside)
-        if os.strerror(errno.ENOSPC) in str(error):  # Orbax says it in four lines
+        if os.strerror(errno.ENOSPC) in str(error):  # Orbax's own message has four lines
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
     return final
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that Orbax's threads may still write to."""
+    """Remove a folder to which Orbax's threads may still write."""
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -97,9 +97,9 @@ def _remove(folder: Path) -> None:
 
 
 def _check_room(folder: Path, parts: Mapping[str, Any]) -> None:
-    """Raise OSError where the disk is too full: of a write cut short Orbax prints a traceback.
+    """Raise OSError if the disk is too full, because Orbax prints a traceback if a write fails.
 
-    Several processes would not agree, and wait for each other.
+    Several processes skip this check: they might disagree and wait for each other forever.
     """
     leaves = jax.tree.leaves(parts)
     needed = 2**18 + sum(2**10 + leaf.nbytes for leaf in leaves)  # files, and Orbax's descriptions
@@ -108,7 +108,7 @@ def _check_room(folder: Path, parts: Mapping[str, Any]) -> None:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, and what was never finished."""
+    """Remove all but the `keep` newest checkpoints, and unfinished ones."""
     for folder in [*checkpoints(root)[keep:], *root.glob(".*.tmp")]:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -128,9 +128,11 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's meta.json. Raises CheckpointError if a file is not as it was written, or
-    meta.json contradicts its schema or itself. Files that others added, as desktops do, are no
-    damage."""
+    """Read a checkpoint's meta.json.
+
+    Raises CheckpointError if a file has changed since it was written, or if meta.json violates its
+    schema or contradicts itself. Files that other programs added do no harm.
+    """
     try:
         manifest = {META: None} | json.loads((folder / MANIFEST).read_bytes())
         found = {name: _sha256(folder / name) for name in _files(folder)}
@@ -156,8 +158,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any:
     """Load one part of a checkpoint as a pytree like `template`, whose leaves have shape and dtype.
 
-    A leaf with a sharding comes back as an array with that sharding, any other as a NumPy array.
-    Raises CheckpointError if names, shapes or dtypes differ.
+    Leaves whose template has a sharding are loaded as arrays with this sharding, others as NumPy
+    arrays. Raises CheckpointError if names, shapes or dtypes differ.
     """
     if misfit := difference(meta, part, template):
         raise CheckpointError(f"{folder}: {misfit}")
@@ -171,8 +173,8 @@ def load(folder: Path, meta: Mapping[str, Any], part: str, template: Any) -> Any
 
 
 def difference(meta: Mapping[str, Any], part: str, template: Any) -> str:
-    """Return the first difference in names, shapes and dtypes between a part and `template`; "":
-    there is none."""
+    """Return the first difference in names, shapes and dtypes between a part and `template`, or
+    ""."""
     expected = {name: "{}{}".format(*_describe(leaf)) for name, leaf in _named(template).items()}
     found = {name: "{}{}".format(*said) for name, said in meta["arrays"].get(part, {}).items()}
     for name in sorted({*expected, *found}):
@@ -185,8 +187,10 @@ def difference(meta: Mapping[str, Any], part: str, template: Any) -> str:
 def load_named(
     folder: Path, meta: Mapping[str, Any], part: str, template: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
-    """Load one part of a checkpoint by name, random keys as their numbers: as arrays with the
-    shardings of `template`, or else as NumPy arrays. Raises CheckpointError."""
+    """Load one part of a checkpoint as arrays by name; random keys are loaded as their numbers.
+
+    The arrays have the shardings of `template`, or else are NumPy arrays. Raises CheckpointError.
+    """
     import orbax.checkpoint as ocp
 
     path = (folder / part).absolute()
@@ -199,16 +203,18 @@ def load_named(
         with _checkpointer() as checkpointer:
             stored = checkpointer.metadata(path).item_metadata.tree
             if {name: _describe(leaf) for name, leaf in stored.items()} != described:
-                raise TypeError("not what meta.json says")  # to load it would convert it
+                raise TypeError("not what meta.json says")  # loading would convert it
             restored: dict[str, Any] = checkpointer.restore(path, restore_args=arguments)
-    except Exception as error:  # intact by its checksums, and still nothing that Orbax reads
+    except Exception as error:  # its checksums are right, but Orbax cannot read it
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from error
     return restored
 
 
 def check_best(folder: Path, score: Any, chunk: Any, params: Any) -> None:
-    """Raise CheckpointError unless members' best policies are numbers, of this checkpoint or an
-    earlier one. Of several processes all have to call it."""
+    """Raise CheckpointError if a best policy is not finite, or newer than the checkpoint.
+
+    All processes of a run must call this function.
+    """
     leaves = jax.tree.leaves(params)
     finite = jax.jit(lambda xs: jnp.stack([jnp.isfinite(x).all() for x in xs]).all())(leaves)
     late = (np.asarray(chunk) < 0) | (np.asarray(chunk) > int(folder.name))
@@ -218,16 +224,16 @@ def check_best(folder: Path, score: Any, chunk: Any, params: Any) -> None:
 
 def _checkpointer() -> Any:
     """Make a checkpointer whose processes wait for each other without using their devices."""
-    import orbax.checkpoint as ocp  # late, because that takes a second
+    import orbax.checkpoint as ocp  # imported late, because it takes a second
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises its errors too
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises the errors that it logs
     together = ocp.options.MultiprocessingOptions(active_processes=processes.everyone())
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together)
     return ocp.Checkpointer(handler, multiprocessing_options=together)
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Return leaves by their path, in the tree's order."""
+    """Return the leaves by path, in the tree's order."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -237,7 +243,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _stored(leaf: Any) -> Any:
-    """Return an array as Orbax stores it: random keys as their numbers."""
+    """Return an array as Orbax stores it; random keys become their numbers."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
@@ -247,7 +253,7 @@ def _describe(leaf: Any) -> list[Any]:
 
 
 def _as_stored(dtype: str, shape: list[int]) -> list[Any]:
-    """Return what `_describe` says of a described array once it is stored."""
+    """Return the description of an array after `_stored`, given its dtype and shape."""
     if not dtype.startswith("key<"):
         return [dtype, shape]
     return ["uint32", [*shape, *jax.random.key_data(jax.random.key(0)).shape]]

@@ -1,4 +1,4 @@
-"""A run in a child process, which gets the signals that stop this one."""
+"""A run in a child process, to which the signals that stop this process are passed on."""
 
 import signal
 import subprocess
@@ -10,11 +10,11 @@ POLL_S = 1.0
 
 
 def run(command: Sequence[str], watch: Callable[[], bool] | None = None) -> int:
-    """Run a command, and return its exit code.
+    """Run a command and return its exit code.
 
     `watch` is called every second; once it returns True, the command is stopped. Signals that stop
-    this process are passed on, once each: the run is in a process group of its own, because it
-    saves at a first Ctrl-C and dies at a second one.
+    this process are passed on once each. The run has its own process group, because it saves at a
+    first Ctrl-C and dies at a second one.
     """
     processes, received = list[subprocess.Popen[bytes]](), list[int]()
 
@@ -28,7 +28,7 @@ def run(command: Sequence[str], watch: Callable[[], bool] | None = None) -> int:
     before = {signum: signal.signal(signum, stop) for signum in caught}
     try:
         processes.append(subprocess.Popen(command, process_group=0))
-        if received:  # before there was a process
+        if received:  # before the process existed
             processes[0].send_signal(received[0])
         while watch is not None and processes[0].poll() is None:
             with suppress(subprocess.TimeoutExpired):

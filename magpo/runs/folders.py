@@ -1,4 +1,4 @@
-"""Runs on disk: their folders, the locks on them, and their status."""
+"""The folders of runs: creation, locks, status and newest checkpoints."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def create(config: RunConfig) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         for attempt in count(1):
             folder = parent / (name if attempt == 1 else f"{name}_{attempt}")
-            with suppress(FileExistsError):  # another run began in this second
+            with suppress(FileExistsError):  # another run began in the same second
                 folder.mkdir()
                 break
         begin(folder, config, {"id": uuid.uuid4().hex, "name": folder.name})
@@ -45,7 +45,7 @@ def create(config: RunConfig) -> Path:
 
 
 def begin(folder: Path, config: RunConfig, about: dict[str, str]) -> None:
-    """Write config.yaml, complete and resolved, and run.json of a run that begins or continues."""
+    """Write the complete, resolved config.yaml and run.json as a run begins or continues."""
     text = yaml.safe_dump(configuration.dump(config), sort_keys=False)
     write_aside(folder / CONFIG, lambda aside: aside.write_text(text, encoding="utf-8"))
     _write_status(folder, about | {"status": "running"})
@@ -58,20 +58,19 @@ def newest(config: RunConfig, without: Container[str] = ()) -> Path | None:
     for folder in sorted(parent.glob("*/"), reverse=True):
         if without and status(folder) in without:
             continue
-        with suppress(*UNREADABLE):  # a run that just begins, or a damaged one
+        with suppress(*UNREADABLE):  # a run that is just beginning, or a damaged one
             if not configuration.differences(configuration.plain_values(folder / CONFIG), wanted):
                 return folder
     return None
 
 
 def newest_unfinished(config: RunConfig) -> Path | None:
-    """Return the newest unfinished run of this configuration on which no process works."""
+    """Return the newest unfinished run of this configuration that no process works on."""
     return newest(config, without=("finished", "running", "unknown"))
 
 
 def about(folder: Path) -> dict[str, str]:
-    """Return run.json: the run's id, the name its folder had when it began, its status. Raises
-    ConfigError."""
+    """Return run.json: the run's id, its folder's first name, its status. Raises ConfigError."""
     try:
         found: dict[str, str] = json.loads((folder / STATUS).read_bytes())
         return {"id": "", "name": folder.resolve().name, "status": "unknown"} | found
@@ -80,11 +79,11 @@ def about(folder: Path) -> dict[str, str]:
 
 
 def newest_checkpoint(folder: Path, load: Callable[[Path, dict[str, Any]], T]) -> T | None:
-    """Return what `load` makes of the run's newest usable checkpoint and its meta.json; None if the
-    run has none at all.
+    """Return the result of `load` for the run's newest usable checkpoint and its meta.json.
 
-    Newer ones that cannot be used, for which `load` may raise CheckpointError, are named on stderr.
-    Raises ConfigError if none can be used. Of several processes all have to call this.
+    Returns None if the run has no checkpoint. `load` may raise CheckpointError; newer checkpoints
+    that cannot be used are named on stderr. Raises ConfigError if no checkpoint can be used. All
+    processes of a run must call this function.
     """
     refused, root = list[str](), folder / CHECKPOINTS
     run, *found = processes.agreed(
@@ -104,16 +103,26 @@ def newest_checkpoint(folder: Path, load: Callable[[Path, dict[str, Any]], T]) -
             refused.append(str(error))
             continue
         for reason in refused if processes.is_first() else ():
-            complain(f"warning: {reason}: using the one before")
+            complain(f"warning: {reason}: using the previous one")
         return loaded
     if refused:
         raise ConfigError(f"{folder}: no checkpoint can be used: {refused[0]}")
     return None
 
 
+def made_with(folder: Path) -> dict[str, str]:
+    """Return the versions and devices that the run's newest readable checkpoint names."""
+    for found in checkpoint.checkpoints(folder / CHECKPOINTS):
+        with suppress(*UNREADABLE):
+            return dict(json.loads((found / checkpoint.META).read_bytes())["with"])
+    return {}
+
+
 def status(folder: Path) -> str:
-    """Return running, finished, stopped, or the reason: interrupted, failed; "unknown" if run.json
-    cannot be read."""
+    """Return running, finished, stopped, or why it ended (interrupted, failed).
+
+    If run.json cannot be read, returns unknown.
+    """
     with _try_lock(folder, shared=True) as free:
         if not free:
             return "running"
@@ -128,8 +137,8 @@ def status(folder: Path) -> str:
 def working(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder.
 
-    The lock is the operating system's: it goes with the process, however that ends. Raises
-    ConfigError if another process has it.
+    The operating system releases the lock when the process ends, however it ends. Raises
+    ConfigError if another process has the lock.
     """
     with _try_lock(folder, attempts=20) as free:
         if not free:
@@ -163,12 +172,12 @@ def recorded(folder: Path) -> Iterator[None]:
 def _try_lock(folder: Path, attempts: int = 1, shared: bool = False) -> Iterator[bool]:
     """Yield whether this process has the folder's lock; `status` holds it only for a moment.
 
-    Several processes can have a `shared` lock, so that those that only look do not meet each other.
+    Several processes can have a `shared` lock, so that readers do not block each other.
     """
     try:
         file: IO[bytes] = (folder / LOCK).open("rb" if shared else "ab")
     except OSError:
-        yield True  # without a lock file, or the right to write one, nobody is at work
+        yield True  # without a lock file that can be opened, nobody is at work
         return
     with file:
         free = True
@@ -190,6 +199,6 @@ def _write_status(folder: Path, facts: dict[str, str]) -> None:
 
 
 def _set_status(folder: Path, word: str) -> None:
-    """Write the status if possible: a full disk must not hide what happened to the run."""
+    """Write the status if possible; a full disk must not hide how the run ended."""
     with suppress(ConfigError, OSError):
         _write_status(folder, about(folder) | {"status": word})

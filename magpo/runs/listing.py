@@ -58,6 +58,7 @@ class Summary(NamedTuple):
     last_return: float | None  # mean over seeds, of the best setting
     resume: str | None  # the command that continues the run, if there is anything to continue
     settings: dict[str, Any]  # all of config.yaml, by dotted key
+    seconds: float = 0.0  # of training, up to these steps
 
 
 def summaries(root: Path) -> list[Summary]:
@@ -67,7 +68,7 @@ def summaries(root: Path) -> list[Summary]:
     """
     runs = []
     for folder, below, files in os.walk(root):
-        if {STATUS, CONFIG} <= {*files}:
+        if len({STATUS, CONFIG, "metrics.jsonl"} & {*files}) > 1:
             below.clear()  # a run's own folders, which are many
             runs.append(Path(folder))
     return [_summary(folder) for folder in sorted(runs, key=lambda folder: folder.name)]
@@ -89,6 +90,7 @@ def _summary(folder: Path) -> Summary:
         returns = _last_returns(folder / "metrics.jsonl", run.num_members)
         run = run._replace(steps=int(max((record["env_steps"] for record in returns), default=0)))
         run = run._replace(last_return=_best_mean(returns, run.varied))
+        run = run._replace(seconds=float(max((r.get("wall_s", 0) for r in returns), default=0)))
     return run
 
 
@@ -197,14 +199,19 @@ def _print_table(runs: Sequence[Summary]) -> None:
             print(tables.printable(run.resume))
 
 
-def _chosen(runs: Sequence[Summary], **wanted: str | None) -> list[Summary]:
-    """Return the runs with these values. Raises ConfigError for a value that none of them has."""
+def find(root: Path, state: str | None, **wanted: str | None) -> list[Summary]:
+    """Return the runs anywhere under a folder with this state and these values of the fields
+    `system` and `task`. Raises ConfigError for a value that none of them has."""
+    if not root.is_dir():
+        raise ConfigError(f"{root}: no such folder")
+    runs = summaries(root)
     for field, name in wanted.items():
         known = sorted({getattr(run, field) for run in runs})
         if runs and name is not None and name not in known:
             raise registry.unknown(f"{field} of these runs", name, known)
     given = {field: name for field, name in wanted.items() if name is not None}
-    return [run for run in runs if all(getattr(run, f) == name for f, name in given.items())]
+    runs = [run for run in runs if all(getattr(run, f) == name for f, name in given.items())]
+    return [run for run in runs if state in (None, run.status)]
 
 
 def main(
@@ -219,12 +226,9 @@ def main(
 ) -> None:
     """Print the table, or the records."""
     root = Path(results)
-    if not root.is_dir():
-        raise ConfigError(f"{root}: no such folder")
     if json and csv:
         raise ConfigError("--json and --csv: choose one")
-    runs = _chosen(summaries(root), system=system, task=env)
-    runs = [run for run in runs if state in (None, run.status)]
+    runs = find(root, state, system=system, task=env)
     if sort == "return":
         runs.sort(key=lambda r: (r.task, -math.inf if r.last_return is None else r.last_return))
     if json:

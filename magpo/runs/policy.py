@@ -4,8 +4,8 @@
     carry = policy.initial_carry((32,))
     action, carry = policy.act(carry, observation, key, greedy=True)
 
-A folder holds numbers and names; nothing in it is executed. The system that acts is the installed
-one of the run's name, or a module of your own.
+A folder contains numbers and names; nothing in it is executed. The policy acts by the installed
+system that the run names, or by a module of your own.
 """
 
 import json
@@ -32,18 +32,20 @@ from magpo.types import Array, Environment, EnvSpec, Observation, spec
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """The best policies of a run, as its newest usable checkpoint holds them."""
+    """The best policies of a run, from its newest usable checkpoint."""
 
     config: RunConfig
     algorithm: Algorithm
     env: EnvSpec
     params: Any  # (M, ...) NumPy, the best of each member
-    score: np.ndarray  # (M,) mean episode return of the evaluation that made them the best
-    chunk: np.ndarray  # (M,) chunks trained by then
+    score: np.ndarray  # (M,) mean episode return of their evaluation
+    chunk: np.ndarray  # (M,) chunks trained before that evaluation
 
     def places(self, seed: int | None = None, setting: Mapping[str, Any] = {}) -> np.ndarray:
-        """Return the places of the members with this seed and these values, (K,) int. Raises
-        ConfigError if there are none."""
+        """Return the indices (K,) of the members with this seed and these values.
+
+        Raises ConfigError if there are none.
+        """
         vary = self.config.vary
         for key, value in setting.items():
             if value not in vary.get(key, ()):
@@ -62,14 +64,15 @@ class TrainedRun:
         return np.flatnonzero(chosen)
 
     def best(self, places: np.ndarray) -> int:
-        """Return the place with the highest score."""
+        """Return the one of these indices with the highest score."""
         return int(places[np.nanargmax(self.score[places])])
 
 
 def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
     """Load the best policies of a run. Raises ConfigError.
 
-    `system` is the module of a system of your own; without it the run's has to be one of magpo's.
+    `system` is the module of a system of your own; without it, the run's system must be one of
+    magpo's or a plugin.
     """
     folder = Path(folder).expanduser()
     module = system or _system(folder)
@@ -77,7 +80,7 @@ def read(folder: str | Path, system: ModuleType | None = None) -> TrainedRun:
     if trained is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
     for name in plugins.require(trained.config.imports, module):
-        complain(f"warning: {name} is not what it was when the run was trained")
+        complain(f"warning: {name} has changed since the run was trained")
     return trained
 
 
@@ -86,7 +89,7 @@ def _load(module: ModuleType, path: Path, meta: Mapping[str, Any]) -> TrainedRun
     algorithm = contract.algorithm(module)
     record = checkpoint.load_named(path, meta, "record")
     try:
-        run = config.from_values(module, meta["config"], path)  # config.yaml could be edited
+        run = config.from_values(module, meta["config"], path)  # config.yaml could have been edited
         best: Any = config.nested(record)["best"]
         trained = TrainedRun(run, algorithm, EnvSpec(**meta["env"]), **best)
         number, leaves = len(run.members), jax.tree.leaves(best)
@@ -98,7 +101,7 @@ def _load(module: ModuleType, path: Path, meta: Mapping[str, Any]) -> TrainedRun
         mask = jnp.ones((env.num_agents, env.action_dim), bool)
         seen = Observation(agents_view=view, action_mask=mask, step_count=jnp.int32(0))
         jax.eval_shape(policy.act, policy.initial_carry(), seen, jax.random.key(0))
-    except Exception as error:  # what a system raises that meets parameters not its own
+    except Exception as error:  # anything that a system raises for wrong parameters
         reason = " ".join(str(error).split()) or type(error).__name__
         raise checkpoint.CheckpointError(f"{path}: its policies cannot act: {reason}") from error
     checkpoint.check_best(path, trained.score, trained.chunk, trained.params)
@@ -106,7 +109,7 @@ def _load(module: ModuleType, path: Path, meta: Mapping[str, Any]) -> TrainedRun
 
 
 def _system(folder: Path) -> ModuleType:
-    """Return the run's system: a plugin or the package's, never a name taken freely from a file."""
+    """Return the run's system, which must be a plugin or one of the package. Raises ConfigError."""
     try:
         run = config.plain_values(folder / "config.yaml")["run"]
         name, imports = str(run["system"]), dict(run.get("imports", {}))
@@ -118,15 +121,15 @@ def _system(folder: Path) -> ModuleType:
 
 @dataclass(frozen=True, eq=False)
 class TrainedPolicy:
-    """A trained policy of all agents, or of one. `*batch` is any number of leading axes."""
+    """A trained policy of all agents or of one. `*batch` stands for any number of leading axes."""
 
     algorithm: Algorithm = field(repr=False)
     setup: Any = field(repr=False)
     env: EnvSpec
     params: Any = field(repr=False)
     one_agent: bool
-    member: Member  # of the run, with its seed and setting
-    score: float  # mean episode return of the evaluation that made it the member's best
+    member: Member  # the run's member, with its seed and setting
+    score: float  # mean episode return of its evaluation
 
     def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> Any:
         """Return the recurrent state at the start of an episode, (*batch[, N], ...) each."""
@@ -141,7 +144,7 @@ class TrainedPolicy:
         Args:
             observation: agents_view (*batch[, N], O), action_mask (*batch[, N], A), step_count
                 (*batch); N is absent if the policy is one agent's.
-            greedy: the most likely action instead of a sampled one.
+            greedy: whether to take the most likely action instead of a sampled one.
         """
         acted: tuple[Array, Any] = self._act(self.params, carry, observation, key, greedy)
         return acted
@@ -177,10 +180,11 @@ def load_policy(
     """Load the best policy of a run's results folder. Raises ConfigError.
 
     Args:
-        seed: only policies of this seed.
-        setting: only policies with these values of varied hyperparameters:
+        seed: consider only policies of this seed.
+        setting: consider only policies with these values of varied hyperparameters, such as
             {"system.delta": 1.2}.
-        agent: the policy of this agent alone, from its own observation; by default all agents'.
+        agent: load the policy of this agent alone, which sees its own observation; by default, load
+            all agents' policies.
         system: the module, if the system is not one of magpo's.
     """
     trained = read(folder, system)
@@ -190,14 +194,16 @@ def load_policy(
 def build(
     trained: TrainedRun, place: int, agent: int | None = None, env: Environment | None = None
 ) -> TrainedPolicy:
-    """Build the policy of the member at `place`, for the environment it was trained on or
-    another. Raises ConfigError."""
+    """Build the policy of the member at index `place`, for its own or another environment.
+
+    Raises ConfigError.
+    """
     env_spec, member = spec(env) if env else trained.env, trained.config.members[place]
     params = jax.tree.map(lambda x: x[place], trained.params)
     card = trained.algorithm.CARD
     if agent is not None:
         if not 0 <= agent < env_spec.num_agents:
-            raise ConfigError(f"agent={agent}: there are {env_spec.num_agents}, from 0 on")
+            raise ConfigError(f"agent={agent}: must be 0 .. {env_spec.num_agents - 1}")
         if card.deployed is Deployed.JOINT:
             raise ConfigError(f"agent={agent}: {trained.config.system} acts for all agents at once")
         if card.parameters is Parameters.PER_AGENT:
@@ -214,9 +220,9 @@ def build(
 
 
 def make_env(trained: TrainedRun, task: str | None, options: Mapping[str, Any]) -> Environment:
-    """Make the run's environment, or another task's, with these options changed.
+    """Make the run's environment or another task's, with some options changed.
 
-    Raises ConfigError if there is none such, or the policies cannot act in it.
+    Raises ConfigError if there is no such task or option, or if the policies cannot act in it.
     """
     seen = trained.env
     env = envs.make(

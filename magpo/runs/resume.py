@@ -1,4 +1,4 @@
-"""Save a run while it trains, and continue it from there."""
+"""The saving of a run while it trains, and its continuation."""
 
 import threading
 import time
@@ -24,8 +24,8 @@ from magpo.report.writer import Writer
 from magpo.runs import checkpoint, folders
 from magpo.types import EnvSpec
 
-# The keys, or groups of keys, on which the state's meaning depends: what a member is, and what the
-# episodes under way are.
+# The keys, or groups of keys, on which the state's meaning depends: the members and the running
+# episodes.
 FIXED = (
     *("run.system", "run.env", "run.budget", "run.tuned", "run.published", "env", "network"),
     *("seeds", "vary", "vary_in_step", "num_envs", "rollout_length", "eval_episodes"),
@@ -33,13 +33,13 @@ FIXED = (
 
 
 class Start(NamedTuple):
-    """The place where an earlier process left a run: a chunk was trained and evaluated."""
+    """The point where an earlier process left a run, after the evaluation of a chunk."""
 
     chunk: int
     state: Any  # (M, ...)
     best: Any  # (M, ...)
-    measurements: list[Measurement]  # all so far, without training metrics
-    log_bytes: int  # the length of metrics.jsonl by then
+    measurements: list[Measurement]  # all until then, without training metrics
+    log_bytes: int  # the length of metrics.jsonl at that point
 
 
 def claimed(config: RunConfig, stack: ExitStack) -> Path:
@@ -48,7 +48,7 @@ def claimed(config: RunConfig, stack: ExitStack) -> Path:
     Raises ConfigError.
     """
     while found := folders.newest_unfinished(config) if config.resume == "auto" else None:
-        with suppress(ConfigError):  # another job was faster
+        with suppress(ConfigError):  # another job claimed it first
             stack.enter_context(folders.working(found))
             return found
     resumed = config.resume not in (None, "auto")
@@ -62,9 +62,9 @@ def start(
 ) -> Start | None:
     """Load the run's newest usable checkpoint, or return None if the run has none yet.
 
-    The leaves of `state` and `best` have the shapes, dtypes and shardings to load, those of
-    `evaluation` the shapes and dtypes of an evaluation's metrics. Raises ConfigError if none of the
-    run's checkpoints is usable, if the configuration changed, or if a finished run has no
+    The leaves of `state` and `best` have the shapes, dtypes and shardings to load; the leaves of
+    `evaluation` have the shapes and dtypes of an evaluation's metrics. Raises ConfigError if no
+    checkpoint of the run is usable, if the configuration has changed, or if a finished run has no
     checkpoint.
     """
     new = configuration.dump(config)
@@ -73,7 +73,7 @@ def start(
         chunk, steps = meta["chunk"], meta["steps_per_chunk"]
         misfit = checkpoint.difference(meta, "state", state)
         if chunk > config.num_evaluations:
-            misfit = f"it has had {chunk} evaluations"
+            misfit = f"{chunk} evaluations are done already"
         if steps != config.steps_per_chunk:
             misfit = f"an evaluation must follow {steps} steps, not {config.steps_per_chunk}"
         before, now = meta["config"] | {"with": meta["with"]}, new | {"with": _with(config)}
@@ -87,7 +87,7 @@ def start(
         score, chunks, params = record["best"]
         trained = loaded.params
         last = record["history"]["episode_return"][-1]
-        if (diverged := np.isnan(last).any(-1)).any():  # these members' parameters may be NaN
+        if (diverged := np.isnan(last).any(-1)).any():  # diverged members may have NaN parameters
             trained = jax.tree.map(lambda leaf: leaf[~diverged], trained)
         checkpoint.check_best(path, score, chunks, (params, trained))
         measured = _measurements(config, record["history"], evaluation)
@@ -95,7 +95,7 @@ def start(
 
     def take_over() -> None:
         root, about = folder / folders.CHECKPOINTS, folders.about(folder)
-        if found is None:  # it ended before its first checkpoint, and begins again
+        if found is None:  # the run ended before its first checkpoint, and begins again
             if about["status"] == "finished":
                 raise ConfigError(
                     f"resume={folder}: finished, and has no checkpoint to continue from"
@@ -133,7 +133,7 @@ def _measurements(
 def _check_changes(
     folder: Path, old: dict[str, Any], new: dict[str, Any], config: RunConfig, misfit: str = ""
 ) -> None:
-    """Raise ConfigError if a value differs that may not, or with which there is a misfit."""
+    """Raise ConfigError if values differ that must not, or that cause a misfit."""
     changed = configuration.differences(old, new)
     fixed = [key for key in changed if key in FIXED or key.partition(".")[0] in FIXED]
     if fixed or misfit:
@@ -143,7 +143,7 @@ def _check_changes(
     if refused := {k: text for k, text in changed.items() if k not in config.allow_changes}:
         listed = "; ".join(f"{key}: {text}" for key, text in refused.items())
         raise ConfigError(
-            f"resume={folder}: not as it was: {listed}. To continue all the same: "
+            f"resume={folder}: changed settings: {listed}. To continue anyway: "
             f"allow_changes=[{','.join(changed)}]"
         )
 
@@ -157,9 +157,9 @@ def _with(config: RunConfig) -> dict[str, str]:
 
 
 class Saver:
-    """Lets the writer thread save the run, as often as `checkpoint_share` allows.
+    """A saver that lets the writer thread save the run as often as `checkpoint_share` allows.
 
-    Several processes have clocks of their own: they save after every chunk, and wait for it.
+    Several processes have different clocks, so they save after every chunk and wait for it.
     """
 
     def __init__(
@@ -172,11 +172,11 @@ class Saver:
         self.next = 0.0
         self.idle = threading.Event()
         self.idle.set()
-        self.latest: Callable[[], None] | None = None  # saves the offered state; None: it is saved
+        self.latest: Callable[[], None] | None = None  # saves the offered state; None: saved
         self.offered = 0  # the chunk of the state offered last
 
     def offer(self, chunk: int, state: Any, best: Any, measurements: Sequence[Measurement]) -> None:
-        """Take a copy of the state after a chunk; the last chunk's is saved whatever it costs."""
+        """Take a copy of the state after a chunk; always save the one after the last chunk."""
         self.offered = chunk
         self.latest = partial(self._save, chunk, state, best, list(measurements))
         several = jax.process_count() > 1
@@ -187,7 +187,7 @@ class Saver:
             self.save_latest()
 
     def save_latest(self) -> None:
-        """Save the state that was offered last, unless it is saved."""
+        """Save the state offered last, unless it is saved already."""
         if self.latest is not None:
             self.idle.clear()
             self.writer.put(self.latest)
@@ -196,8 +196,8 @@ class Saver:
     def stop(self) -> None:
         """Save the latest state before an early end.
 
-        Several processes may be stopped one chunk apart: then they do not wait for a checkpoint
-        that only some of them write, and the one before it stays the newest.
+        Several processes may stop one chunk apart. Then they do not wait for a checkpoint that only
+        some of them write, and the previous one stays the newest.
         """
         self.save_latest()
         if not processes.meet(f"stops after chunk {self.offered}", timeout_s=10):

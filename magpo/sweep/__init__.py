@@ -1,4 +1,4 @@
-"""Hyperparameter search, many trials side by side in one program. `python -m magpo.sweep`"""
+"""Hyperparameter search, `python -m magpo.sweep`: many trials side by side in one program."""
 
 from importlib.util import find_spec
 

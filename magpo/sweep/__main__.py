@@ -1,27 +1,27 @@
-"""Search hyperparameters: many trials side by side in one program.
+"""Hyperparameter search: many trials side by side in one program.
 
 usage: python -m magpo.sweep <system> env=<suite>/<task> [trials=40] [key=value ...]     search
        python -m magpo.sweep --report <folder> [storage=...]       print the table, draw the plots
 
-Trials that differ in floats of system.* alone train in one program. A trial's value is the headline
-metric of its run: the absolute metric, or the last evaluation if absolute_metric=false, averaged
-over seeds. The same command continues a sweep that was stopped or killed, and a higher number of
-trials extends it.
+Trials that differ only in floats of system.* train in one program. A trial's value is the headline
+metric of its run, averaged over seeds: the absolute metric, or the last evaluation if
+absolute_metric=false. The same command continues a sweep that was stopped or killed; a higher
+number of trials extends it.
 
-  trials=40            of the study, those that failed or were pruned included
-  parallel=8           trials asked for, and trained, at once
+  trials=40            all trials of the study, including failed and pruned ones
+  parallel=8           trials that are drawn and trained at once
   sampler=tpe          tpe | random | grid | cmaes
-  space.<key>=...      the values of a key, in place of those in configs/sweep/<system>.yaml:
-                       [1.1,1.5,2] one of these | 0.9..1 a range | log:1e-5..1e-3 by magnitude
-  prune=false          end trials whose evaluation is below the median of the finished ones. A run
-                       is stopped once all of its trials are pruned
-  study=<folder>       by default results/sweep/<system>_<suite>_<task>; its name is the study's
-  storage=<place>      an Optuna storage: a database's URL, or the file of a journal; by default
-                       study.db in the folder
-  worker=0             another number for each process that works on the same study
+  space.<key>=...      a key's values instead of those in configs/sweep/<system>.yaml:
+                       [1.1,1.5,2] a list | 0.9..1 a range | log:1e-5..1e-3 a logarithmic range
+  prune=false          true: end trials whose evaluation is below the median of the finished trials;
+                       a run stops once all of its trials are pruned
+  study=<folder>       default: results/sweep/<system>_<suite>_<task>; its name is the study's name
+  storage=<place>      an Optuna storage: a database's URL or a journal's file; default: study.db in
+                       the folder
+  worker=0             a different number for each process that works on the same study
 
-All other keys are those of the runs. A key that is set to one value is not searched. The folder
-gets the runs, best.yaml (for configs/tuned_values), history.png and importances.png.
+All other keys are those of the runs. A key set to one value is not searched. The folder contains
+the runs, best.yaml (for configs/tuned_values), history.png and importances.png.
 Needs Optuna: pip install 'magpo[sweep]'
 """
 
@@ -48,13 +48,13 @@ from magpo.sweep import training
 from magpo.sweep.training import Search
 from magpo.values import NonNegativeInt, PositiveInt, UserPath
 
-# What may differ between the workers of a study.
+# The keys that may differ between the workers of a study.
 FREE = ("logger", "results_dir", "keep", "checkpoint_share", "platform", "seeds_per_batch")
 OWN = ("results_dir", "resume", "allow_changes", "vary", "vary_in_step", "distributed")
 
 
 def read_space(system: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the search space, and the overrides that are not about it. Raises ConfigError."""
+    """Return the search space and the other overrides. Raises ConfigError."""
     _, found = compose.locate(plugins.system(system), None)
     space = (
         compose.read_option(found, "sweep", system)
@@ -65,7 +65,7 @@ def read_space(system: str, overrides: Sequence[str]) -> tuple[dict[str, Any], l
     for text in overrides:
         key, value = compose.parse(text)
         if key.partition(".")[0] in OWN:
-            raise ConfigError(f"{key}: a sweep sets it itself")
+            raise ConfigError(f"{key}: the sweep sets this key itself")
         if key.startswith("space."):
             space[key.removeprefix("space.")] = value
         elif text.startswith("import="):
@@ -79,7 +79,7 @@ def read_space(system: str, overrides: Sequence[str]) -> tuple[dict[str, Any], l
 
 
 def facts(config: RunConfig, space: dict[str, Any]) -> dict[str, Any]:
-    """Return what makes a study this one: a study of anything else is refused."""
+    """Return the facts that identify a study; a study with other facts is refused."""
     values = configuration.dump(config)
     return {k: v for k, v in values.items() if k not in FREE} | {"space": space}
 
@@ -87,7 +87,7 @@ def facts(config: RunConfig, space: dict[str, Any]) -> dict[str, Any]:
 def make_search(
     system: str, overrides: Sequence[str], config: RunConfig, study: str | None
 ) -> Search:
-    """Return what the trials share. Raises ConfigError."""
+    """Return the `Search` that all trials share. Raises ConfigError."""
     module, task = plugins.system(system), config.env.name.replace("/", "_")
     return Search(
         module=module,
@@ -101,7 +101,7 @@ def make_search(
 
 @contextmanager
 def at_work(folder: Path, worker: int) -> Iterator[None]:
-    """Keep others from being this worker of the study. Raises ConfigError."""
+    """Keep other processes from being this worker of the study. Raises ConfigError."""
     own = folder / f"worker-{worker}"
     with ExitStack() as stack:
         try:
@@ -123,7 +123,7 @@ def main(
     worker: NonNegativeInt = 0,
     report: bool = False,
 ) -> None:
-    """Search, or report on a study."""
+    """Search hyperparameters, or report on a study."""
     words = [text for text in arguments if "=" not in text]
     if len(words) != 1:
         what = "one study's folder" if report else "one system"

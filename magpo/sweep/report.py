@@ -23,13 +23,13 @@ RUNNING, COMPLETE, FAIL = TrialState.RUNNING, TrialState.COMPLETE, TrialState.FA
 
 
 def best(study: optuna.Study) -> FrozenTrial | None:
-    """Return the complete trial with the highest value, the first of equals."""
+    """Return the first complete trial with the highest value, or None."""
     found = study.get_trials(deepcopy=False, states=(COMPLETE,))
     return max(found, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)
 
 
 def table(study: optuna.Study, trials: list[FrozenTrial]) -> Table:
-    """Return the table of some of a study's trials; the best one is bold."""
+    """Return a table of these trials of a study; the best one is bold."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     shown = tables.plain(["trial", "state", "value", *map(short_key, names), "run"])
     top = best(study)
@@ -58,7 +58,7 @@ def _value(trial: FrozenTrial) -> str:
 
 
 class Display:
-    """The trials under way and the best ones on a terminal, elsewhere a line for each that ends."""
+    """A display of running and best trials on a terminal; elsewhere, a line per ended trial."""
 
     def __init__(self, study: optuna.Study, total: int, rows: int = 12) -> None:
         self.study, self.total, self.rows = study, total, rows
@@ -111,7 +111,7 @@ def write_best(study: optuna.Study, folder: Path, headline: str) -> Path | None:
 
 def draw(study: optuna.Study, folder: Path, headline: str) -> list[Path]:
     """Draw history.png and, once two trials are complete, importances.png."""
-    import matplotlib as mpl  # late, because that takes a second
+    import matplotlib as mpl  # imported late, because it takes a second
 
     mpl.use("Agg")
     from matplotlib import pyplot

@@ -1,6 +1,6 @@
-"""Search spaces: the keys that a study varies, and the values that each can take.
+"""Search spaces: the keys that a study varies, and their values.
 
-A space is configs/sweep/<system>.yaml with changes from the command line:
+A space consists of configs/sweep/<system>.yaml and changes from the command line:
 
     space.system.delta=[1.1,1.5,null]       one of these values
     space.system.gae_lambda=0.9..1          a range; of whole numbers if the key is a count
@@ -26,7 +26,7 @@ from magpo.errors import ConfigError, nearest
 
 GROUPS, OTHERS = ("system", "network"), ("num_envs", "rollout_length")
 FORMS = "write a list [a,b], a range low..high, or log:low..high"
-Space = dict[str, Any]  # a list or the text of a range, by dotted key: {"system.delta": [1.1, 1.5]}
+Space = dict[str, Any]  # a list or a range's text, by dotted key: {"system.delta": [1.1, 1.5]}
 
 
 class Range(NamedTuple):
@@ -38,7 +38,7 @@ class Range(NamedTuple):
 
 
 def read_range(key: str, text: Any) -> Range:
-    """Read a range. Raises ConfigError."""
+    """Parse the text of a range. Raises ConfigError."""
     number = r"([-+]?\d+\.?\d*(?:[eE][-+]?\d+)?)"
     found = re.fullmatch(rf"(log:)?{number}\.\.{number}", text) if isinstance(text, str) else None
     if not found:
@@ -52,8 +52,7 @@ def read_range(key: str, text: Any) -> Range:
 
 
 def distributions(space: Space, config: RunConfig) -> dict[str, BaseDistribution]:
-    """Return the distribution of each key, checked against the configuration that it would change.
-    Raises ConfigError."""
+    """Return each key's distribution, checked against the configuration. Raises ConfigError."""
     values = configuration.flat(configuration.dump(config))
     known = [key for key in values if key.partition(".")[0] in GROUPS or key in OTHERS]
     found = dict[str, BaseDistribution]()
@@ -67,7 +66,7 @@ def distributions(space: Space, config: RunConfig) -> dict[str, BaseDistribution
 
 
 def _distribution(key: str, choice: Any, present: Any) -> BaseDistribution:
-    """Return a key's distribution; `present` is the value that it has now."""
+    """Return a key's distribution; `present` is the key's value in the configuration."""
     if isinstance(choice, list):
         if not choice or len({*map(json.dumps, choice)}) < len(choice):
             raise ConfigError(f"space.{key} must be one or more different values, not {choice}")
@@ -76,7 +75,7 @@ def _distribution(key: str, choice: Any, present: Any) -> BaseDistribution:
         return CategoricalDistribution(choice)
     low, high, log = read_range(key, choice)
     if isinstance(present, bool | str):
-        raise ConfigError(f"space.{key}: {present!r} is no number: write a list, not a range")
+        raise ConfigError(f"space.{key}: {present!r} is not a number: write a list, not a range")
     if isinstance(present, int):
         if low % 1 or high % 1:
             raise ConfigError(f"space.{key}: {choice}: must be whole numbers")
@@ -85,7 +84,7 @@ def _distribution(key: str, choice: Any, present: Any) -> BaseDistribution:
 
 
 def corners(distribution: BaseDistribution) -> Sequence[Any]:
-    """Return all choices, or a range's ends."""
+    """Return all choices, or the ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -93,7 +92,7 @@ def corners(distribution: BaseDistribution) -> Sequence[Any]:
 
 
 def override(key: str, value: Any) -> str:
-    """Return a value, or a list of values, as an argument of the command line."""
+    """Return a value or a list of values as an argument of the command line."""
     return f"{key}={json.dumps(value, separators=(',', ':'))}"
 
 

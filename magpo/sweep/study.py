@@ -1,8 +1,8 @@
-"""A study: trials in Optuna's storage, which are asked for in batches.
+"""A study: trials in Optuna's storage, drawn in batches.
 
-A batch can be asked for again: each trial's values depend on the trials before it, on its number
-and on the worker alone, and a trial enters the storage complete or not at all. So a killed sweep
-continues with the trials that it would have had.
+A batch can be drawn again, because each trial's values depend only on the earlier trials, on the
+trial's number and on the worker, and because a trial enters the storage completely or not at all.
+So a killed sweep continues with the trials that it would have drawn.
 """
 
 import math
@@ -27,13 +27,13 @@ from magpo.errors import ConfigError
 
 Sampler = Literal["tpe", "random", "grid", "cmaes"]
 Distributions = Mapping[str, BaseDistribution]
-SEARCH = "search"  # the study's attribute that says what it searches
+SEARCH = "search"  # the study's attribute that describes the search
 
 
 def load(folder: Path, storage: str | None, search: dict[str, Any] | None = None) -> optuna.Study:
-    """Open the study of a folder, or create it if `search` says what it is to search.
+    """Open the study of a folder, or create it for `search`.
 
-    Raises ConfigError if the storage cannot be used, or its study is another search.
+    Raises ConfigError if the storage cannot be used, or if its study is another search.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", ExperimentalWarning)
@@ -62,7 +62,7 @@ def load(folder: Path, storage: str | None, search: dict[str, Any] | None = None
 
 
 def _storage(place: str) -> BaseStorage:
-    """Return the storage at a URL, or the journal in a file."""
+    """Return the storage at a URL or, for a file, a journal."""
     return RDBStorage(place) if "://" in place else JournalStorage(JournalFileBackend(place))
 
 
@@ -71,7 +71,7 @@ def check_sampler(name: Sampler, found: Distributions) -> None:
     choices = [k for k, d in found.items() if isinstance(d, CategoricalDistribution)]
     ranges = [key for key in found if key not in choices]
     if name == "grid" and ranges:
-        raise ConfigError(f"sampler=grid: needs a list of values, not a range, of {ranges[0]}")
+        raise ConfigError(f"sampler=grid: needs a list of values, not a range, for {ranges[0]}")
     if name == "cmaes" and len(ranges) < 2:
         raise ConfigError(f"sampler=cmaes: needs two ranges or more; the space has {len(ranges)}")
     if name == "cmaes" and find_spec("cmaes") is None:
@@ -88,7 +88,7 @@ def grid_size(found: Distributions) -> int:
 def _sampler(name: Sampler, found: Distributions, worker: int, number: int) -> BaseSampler:
     """Make the sampler of one trial."""
     seed = int(np.random.SeedSequence([worker, number]).generate_state(1)[0])
-    if name == "grid":  # one order for all trials
+    if name == "grid":  # with one order for all trials
         grid = {
             k: list(d.choices) for k, d in found.items() if isinstance(d, CategoricalDistribution)
         }
@@ -97,13 +97,13 @@ def _sampler(name: Sampler, found: Distributions, worker: int, number: int) -> B
         return CmaEsSampler(seed=seed, warn_independent_sampling=False)
     if name == "random":
         return RandomSampler(seed=seed)
-    return TPESampler(seed=seed, constant_liar=True)  # a trial under way counts as a bad one
+    return TPESampler(seed=seed, constant_liar=True)  # running trials count as bad ones
 
 
 def ask(study: optuna.Study, name: Sampler, found: Distributions, batch: dict[str, int]) -> None:
-    """Add a trial to a batch.
+    """Draw a trial and add it to a batch.
 
-    The sampler works on a copy in memory, and the trial is then added in one transaction.
+    The sampler works on a copy in memory, so that one transaction adds the trial.
     """
     memory = optuna.create_study(direction="maximize")
     memory.add_trials(study.get_trials(deepcopy=False))
@@ -124,8 +124,7 @@ def ask(study: optuna.Study, name: Sampler, found: Distributions, batch: dict[st
 def batch(
     study: optuna.Study, name: Sampler, found: Distributions, worker: int, size: int, trials: int
 ) -> list[FrozenTrial]:
-    """Return the worker's unfinished batch, or a new one; an empty list once the study has all of
-    its trials."""
+    """Return the worker's unfinished batch or a new one, or [] once the study has all trials."""
     mine = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("worker") == worker]
     facts = {"worker": worker, "batch": len(study.trials)}
     facts["batch_size"] = min(size, trials - facts["batch"])

@@ -1,4 +1,4 @@
-"""The process that trains a group of trials: a system's command line, after the system's name."""
+"""The program that trains a group of trials; it takes a system's name and command line."""
 
 import sys
 

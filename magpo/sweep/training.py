@@ -1,4 +1,4 @@
-"""The trials of a batch, trained in as few runs as their structure allows."""
+"""The training of a batch's trials, in as few runs as their structure allows."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from magpo.runs import child, folders
 from magpo.sweep.space import override
 from magpo.types import Environment
 
-Values = tuple[float | None, ...]  # a setting's, in the order of `vary`
+Values = tuple[float | None, ...]  # a setting's values, in the order of `vary`
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Search:
     module: ModuleType
     system: str
     overrides: tuple[str, ...]
-    data: frozenset[str]  # the keys of which another value compiles nothing
+    data: frozenset[str]  # the keys whose values need no new compilation
     folder: Path
     env: Environment
 
@@ -46,18 +46,20 @@ class Search:
 
 
 class Group(NamedTuple):
-    """Trials that train side by side, as the settings of one run."""
+    """Trials that train side by side as settings of one run."""
 
     changes: list[str]  # to the search's overrides
     config: RunConfig
-    settings: dict[int, Values]  # by the trial's number; the same one for trials with equal values
+    settings: dict[int, Values]  # by trial number; trials with equal values share a setting
 
 
 def plan(
     search: Search, batch: Sequence[FrozenTrial], parallel: int
 ) -> tuple[list[Group], dict[int, str]]:
-    """Group a batch's trials by structure, at most `parallel` in each group; and return why the
-    others, by number, cannot be trained."""
+    """Group a batch's trials by structure, at most `parallel` in each group.
+
+    Also returns, by trial number, why the others cannot be trained.
+    """
     alike, refused = dict[str, list[FrozenTrial]](), dict[int, str]()
     for trial in batch:
         try:
@@ -77,7 +79,7 @@ def plan(
 
 
 def _group(search: Search, trials: Sequence[FrozenTrial]) -> Group:
-    """Return the run that trains these trials, all of one structure."""
+    """Return the group of these trials, which have the same structure."""
     varied = [key for key in trials[0].params if key in search.data]
     changes = [override(k, v) for k, v in trials[0].params.items() if k not in search.data]
     different, settings = dict[Values, Values](), dict[int, Values]()
@@ -93,7 +95,7 @@ def _group(search: Search, trials: Sequence[FrozenTrial]) -> Group:
 
 
 class Metrics:
-    """The headline metric of a run's members, read from metrics.jsonl while it grows."""
+    """The headline metric of a run's members, read from metrics.jsonl as it grows."""
 
     def __init__(self, config: RunConfig, headline: str) -> None:
         self.config, self.headline = config, headline
@@ -103,7 +105,7 @@ class Metrics:
         self.absolute: dict[Any, float] = {}
 
     def read(self) -> None:
-        """Read what was added, once the run has a folder."""
+        """Read the lines added since the last call, once the run has a folder."""
         self.folder = self.folder or folders.newest(self.config)
         file = self.folder and self.folder / "metrics.jsonl"
         if file is None or not file.is_file():
@@ -130,7 +132,7 @@ class Metrics:
         of_kind[member] = math.nan if record["value"] is None else record["value"]
 
     def _mean(self, of_members: Mapping[Any, float], setting: Values) -> float | None:
-        """Return a setting's mean over seeds, or None while some are missing."""
+        """Return a setting's mean over seeds, or None while seeds are missing."""
         values = [of_members.get((seed, *setting)) for seed in self.config.seeds]
         found = [value for value in values if value is not None]
         return math.fsum(found) / len(found) if len(found) == len(values) else None
@@ -149,7 +151,7 @@ class Metrics:
         return bool(means) and math.isnan(means[max(means)])
 
     def result(self, setting: Values) -> float | None:
-        """Return a setting's absolute metric if it is played, otherwise its last evaluation."""
+        """Return a setting's absolute metric or, without absolute_metric, its last evaluation."""
         if self.config.absolute_metric:
             return self._mean(self.absolute, setting)
         return self.means(setting).get(self.config.num_evaluations)
@@ -163,7 +165,7 @@ def train_all(
     prune: bool,
     show: Callable[[], None],
 ) -> int:
-    """Train those of a batch's trials that have not ended; return an exit code, as `train` does."""
+    """Train the trials of a batch that have not ended; return an exit code as `train` does."""
     groups, refused = plan(search, batch, parallel)
     for trial in batch:
         if trial.number in refused and trial.state is TrialState.RUNNING:
@@ -177,11 +179,11 @@ def train_all(
 def train(
     search: Search, study: optuna.Study, group: Group, prune: bool, show: Callable[[], None]
 ) -> int:
-    """Train a group, or continue its run, and tell the study how its trials end.
+    """Train a group, or continue its run, and tell the study how the trials end.
 
-    A pruned trial ends at once, though it goes on training beside the others; the run is stopped
-    once all of them are pruned. Return the exit code of a run that failed otherwise than by
-    divergence, or was stopped; 0 if all trials have ended.
+    A pruned trial ends at once, although it still trains beside the others; the run stops once all
+    its trials are pruned. Returns 0 if all trials have ended, otherwise the exit code of a run that
+    was stopped or failed for another reason than divergence.
     """
     metrics = Metrics(group.config, search.env.headline)
 
@@ -193,7 +195,7 @@ def train(
         return not _running(study, group)
 
     stopped, code = watch(), 0
-    while not stopped and _status(metrics) == "running":  # of a sweep that was killed
+    while not stopped and _status(metrics) == "running":  # left by a sweep that was killed
         time.sleep(child.POLL_S)
         stopped = watch()
     if not stopped and _status(metrics) != "finished" and not _all_diverged(group, metrics):
@@ -229,7 +231,7 @@ def _running(study: optuna.Study, group: Group) -> list[FrozenTrial]:
 
 
 def fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
-    """Tell the study that a trial failed."""
+    """Tell the study that a trial failed, and why."""
     Trial(study, trial._trial_id).set_user_attr("error", reason)
     study.tell(trial.number, state=TrialState.FAIL)
 
@@ -237,15 +239,18 @@ def fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
 def _report(
     study: optuna.Study, frozen: FrozenTrial, metrics: Metrics, setting: Values, prune: bool
 ) -> None:
-    """Report a trial's evaluations one after the other, and prune it at the first one, before the
-    last, that is below the median of the finished trials."""
+    """Report a trial's evaluations in order.
+
+    With `prune`, end the trial at the first evaluation, but not the last, that is below the median
+    of the finished trials.
+    """
     trial, reported = Trial(study, frozen._trial_id), max(frozen.intermediate_values, default=0)
     if metrics.folder and "run" not in frozen.user_attrs:
         trial.set_user_attr("run", str(metrics.folder.relative_to(metrics.config.results_dir)))
     for chunk, mean in metrics.means(setting).items():
         if chunk > reported and not math.isnan(mean):
             trial.report(mean, chunk)
-        # Again after the newest: a sweep may have been killed before it decided.
+        # Decide again after the newest one: a sweep may have been killed before its decision.
         may_end = prune and max(reported, 1) <= chunk < metrics.config.num_evaluations
         if may_end and trial.should_prune():
             study.tell(frozen.number, state=TrialState.PRUNED)

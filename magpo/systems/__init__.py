@@ -1,1 +1,1 @@
-"""One algorithm, one file."""
+"""The algorithms, one file each."""

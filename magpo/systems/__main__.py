@@ -1,4 +1,4 @@
-"""`python -m magpo.systems`: all systems in a table; --markdown: as the README has it."""
+"""`python -m magpo.systems` prints a table of all systems; --markdown, as in the README."""
 
 from magpo import commands, contract, plugins, tables
 
@@ -6,7 +6,7 @@ COLUMNS = ("system", "centralised", "deployed", "carry", "parameters", "actions"
 
 
 def row(name: str) -> list[str]:
-    """Return a system's cells."""
+    """Return a system's row of cells."""
     card = contract.algorithm(plugins.system(name)).CARD
     words = [card.centralised, card.deployed.value, card.carry, card.parameters.value]
     return [name, *words, "discrete, continuous"]

@@ -1,17 +1,25 @@
 """CTDS: centralised teacher, decentralised students.
 
 A centralised *guider*, autoregressive over the agents (Sable), collects the experience and is
-trained by PPO. Decentralised *learners*, one recurrent policy shared by all agents, imitate it,
-each from its own observations, and only they are evaluated and deployed. The guider does not care
-whether they can follow: MAGPO adds a guider that does.
+trained by PPO. Decentralised *learners*, one recurrent policy shared by all agents, imitate the
+guider, each from its own observations. Only the learners are evaluated and deployed. Unlike
+MAGPO's guider, this one may find coordination that the learners cannot follow.
 
-Source: "Multi-Agent Guided Policy Optimization", Section 3 and the baseline of Section 5. With
-mu_phi for `guider`, pi_theta for `learner`, mu_old for the guider that collected the rollout:
-    `guider_loss`   PPO: the guider of MAGPO's Eq. 9 without double clipping and KL mask
-    `learner_loss`  the KL of Eq. 11, and with `rl_coef` its RL term, Eq. 12, for Figure 5(b)
-    `advantages`    generalised advantage estimation from the guider's values
-Unlike the released code of the MAGPO paper: KL(pi || mu) (`learner_kl`), bootstrapping of truncated
-episodes, and feed-forward layers of the guider that train (`network.guider.ffn`).
+Source: "Multi-Agent Guided Policy Optimization", Section 3 and the baseline of Section 5. The
+paper's mu_phi is `guider`, its pi_theta is `learner`, and its mu_old is the guider that collected
+the rollout.
+
+- `guider_loss`: PPO, which is MAGPO's Eq. 9 without double clipping and KL mask
+- `learner_loss`: the KL of Eq. 11 and, with `rl_coef`, the RL term of Eq. 12, for Figure 5(b)
+- `advantages`: generalised advantage estimation from the guider's values
+
+Differences from the released code of the MAGPO paper:
+
+- The learners minimise KL(pi || mu), as printed in Eq. 11 (`learner_kl`).
+- Truncated episodes bootstrap.
+- The guider's feed-forward layers train (`network.guider.ffn`).
+
+Run:
 
     python -m magpo.systems.ctds env=rware/tiny-4ag
 """
@@ -46,7 +54,7 @@ CARD = Card(
 
 @hyperparameters
 class Hyper:
-    """`system.*`"""
+    """The hyperparameters, `system.*`."""
 
     actor_lr: PositiveFloat
     ppo_epochs: PositiveInt
@@ -63,7 +71,7 @@ class Hyper:
 
 @dataclass(frozen=True)
 class GuiderConfig:
-    """`network.guider.*`"""
+    """The guider's settings, `network.guider.*`."""
 
     embed_dim: PositiveInt
     n_head: PositiveInt
@@ -78,7 +86,7 @@ class GuiderConfig:
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """`network.learner.*`"""
+    """The learner's settings, `network.learner.*`."""
 
     hidden_dim: PositiveInt
 
@@ -124,7 +132,7 @@ class TrainState(NamedTuple):
     hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
-    timestep: TimeStep  # (E, ...), whose observation is acted on next
+    timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: Carry
 
 
@@ -150,7 +158,7 @@ class Rollout(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B sequences of C steps, an environment's whole rollout each; minibatches are drawn from B."""
+    """B sequences of C steps, each an environment's whole rollout; minibatches are drawn from B."""
 
     steps: Transition  # (B, C, ...)
     advantage: Array  # (B, C, N)
@@ -160,7 +168,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything static."""
+    """The static parts of the system, the same for all members."""
 
     config: Config
     spec: EnvSpec
@@ -180,8 +188,8 @@ def advantages(
 ) -> tuple[Array, Array]:
     """Return generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
 
-    The end of a terminated episode is worth 0, that of a truncated one the value of its last
-    observation; the trace is cut at both.
+    A terminated episode's end is worth 0, a truncated episode's end the value of its last
+    observation. The trace is cut at both.
     """
     next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
     if transitions.terminal_value is not None:
@@ -231,7 +239,7 @@ def guider_loss(
 def learner_loss(
     hyper: Hyper, guider: Distribution, learner: Distribution, batch: Batch
 ) -> tuple[Array, Metrics]:
-    """Imitate the guider; with `rl_coef`, also improve on its experience by a PPO term."""
+    """Return the learner's loss: a KL to imitate the guider and, with `rl_coef`, a PPO term."""
     guider = jax.lax.stop_gradient(guider)
     forward_kl, reverse_kl = guider.kl(learner), learner.kl(guider)
     kl = forward_kl if hyper.learner_kl == "guider_to_learner" else reverse_kl
@@ -248,7 +256,7 @@ def learner_loss(
 
 
 def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
-    """Act with the guider for T steps, and step the learners along."""
+    """Act with the guider for T steps, then run the learners along the rollout."""
     config, params = setup.config, state.params.guider
     envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
 
@@ -296,7 +304,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
 
 
 def sequences(hyper: Hyper, collected: Rollout) -> Batch:
-    """Return a rollout's sequences, with their advantages."""
+    """Split a rollout into sequences, with their advantages and value targets."""
     steps = collected.transitions
     estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
     steps, (advantage, target) = split_time((steps, estimates), len(steps.reward))
@@ -306,7 +314,7 @@ def sequences(hyper: Hyper, collected: Rollout) -> Batch:
 def losses(
     params: Params, setup: Setup, hyper: Hyper, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
-    """Run each network once along the sequences; each loss moves its own network only."""
+    """Run both networks along the sequences and add their losses; each trains its own network."""
     steps, carry = batch.steps, batch.carry
     of_guider = carry.guider, steps.observation, steps.action, steps.reset_before
     value, guider = spread(setup.guider.apply, params.guider, *of_guider)
@@ -320,7 +328,7 @@ def losses(
 def update_minibatch(
     setup: Setup, state: TrainState, batch: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
-    """Take a gradient step of each network, on advantages normalised over the minibatch."""
+    """Take a gradient step with each network, on advantages normalised over the minibatch."""
     hyper, advantage = state.hyper, batch.advantage
     normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     batch = batch._replace(advantage=normalised)
@@ -361,7 +369,7 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:
-    """Return everything that changes, before the first update."""
+    """Return the state before the first update: everything that training changes."""
     config, hyper = setup.config, setup.config.hyper
     key, key_env, key_guider, key_learner = jax.random.split(key, 4)
     env_state, timestep = AutoReset(env, config.num_envs).reset(key_env)
@@ -386,14 +394,14 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
 
 
 def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
-    """Run the updates between two evaluations; metrics are (U,) each."""
+    """Run the U updates between two evaluations; each metric is (U,)."""
     return jax.lax.scan(
         lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """Return the learner's parameters: what is evaluated, kept as best and deployed."""
+    """Return the learner's parameters, which are evaluated, kept as best and deployed."""
     return state.params.learner
 
 
@@ -405,12 +413,12 @@ def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> Array:
 def act(
     setup: Setup, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Array]:
-    """Return actions (B, N[, A]), each from one agent's observation, and the carry after them."""
+    """Return actions (B, N[, A]), each from one agent's observation, and the next carry."""
     return setup.learner.act(params, carry, observation, key, greedy)
 
 
 def main() -> None:
-    """`python -m magpo.systems.ctds env=<suite>/<task> key=value ...`"""
+    """Run `python -m magpo.systems.ctds env=<suite>/<task> key=value ...`."""
     experiment.main(__file__)
 
 

@@ -1,20 +1,26 @@
-"""GPAE-MAPPO: PPO on generalised per-agent advantages, also from earlier rollouts.
+"""GPAE-MAPPO: PPO with generalised per-agent advantages, also on earlier rollouts.
 
-Decentralised actors share one set of parameters. The critic values a state for each agent given the
-actions of all *other* agents, never its own: the advantage then says how much that agent's action
-contributed to the team's return. Doubly truncated importance weights cut its traces, so that the
-last `reuse` rollouts can be learned from.
+Decentralised actors share one set of parameters. For each agent, the critic values a state given
+the actions of all *other* agents, never the agent's own, so the advantage measures how much the
+agent's own action contributed to the team's return. Doubly truncated importance weights cut the
+advantage's traces, so that training can reuse the last `reuse` rollouts.
 
 Source: "Generalized Per-Agent Advantage Estimation for Multi-Agent Policy Optimization" (Kim et
-al., 2026). With pi for the policy at the start of an iteration, mu for the one that collected:
-    `advantages`    Eq. 7, and the target of Eq. 11
-    `traces`        Eq. 8: c is dt, its ablations st, it, none
-    `critic_loss`   Eq. 10; the target network is the critic at the start of the iteration
-    `actor_loss`    PPO with the ratio to mu, clipped around `clip_center`
-    `update`        Algorithm 1
-`advantage: gae` is MAPPO's estimator in the same loop: one value of the state for all agents.
-Each iteration estimates all of the last `reuse` rollouts anew. Each epoch draws its minibatches
-from them without replacement: as many as without reuse (`reuse_epochs: sample`), or all (`all`).
+al., 2026). There, pi is the policy at the start of an iteration and mu the policy that collected
+the data.
+
+- `advantages`: Eq. 7, and the target of Eq. 11
+- `traces`: c, by Eq. 8 (`trace: dt`) or one of its ablations (`st`, `it`, `none`)
+- `critic_loss`: Eq. 10; the target network is the critic at the start of the iteration
+- `actor_loss`: PPO with the ratio to mu, clipped around `clip_center`
+- `update`: Algorithm 1
+
+With `advantage: gae`, the same loop uses MAPPO's estimator: one value of the state for all agents.
+Each iteration recomputes the estimates for all of the last `reuse` rollouts. Each epoch draws
+minibatches from these rollouts without replacement: as many as without reuse (`reuse_epochs:
+sample`), or all of them (`reuse_epochs: all`).
+
+Run:
 
     python -m magpo.systems.gpae_mappo env=smax/5m_vs_6m
 """
@@ -51,7 +57,7 @@ CARD = Card(
 
 @hyperparameters
 class Hyper:
-    """`system.*`"""
+    """The hyperparameters, `system.*`."""
 
     actor_lr: PositiveFloat
     critic_lr: PositiveFloat
@@ -75,7 +81,7 @@ class Hyper:
 
 @dataclass(frozen=True)
 class ActorConfig:
-    """`network.actor.*`"""
+    """The actor's settings, `network.actor.*`."""
 
     hidden_dim: PositiveInt
     memory: bool
@@ -83,7 +89,7 @@ class ActorConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """`network.critic.*`"""
+    """The critic's settings, `network.critic.*`."""
 
     hidden_dim: PositiveInt
 
@@ -112,7 +118,7 @@ class Config:
 
     @property
     def minibatches(self) -> int:
-        """Gradient steps of an epoch."""
+        """The number of gradient steps in an epoch."""
         hyper = self.hyper
         return hyper.num_minibatches * (hyper.reuse if hyper.reuse_epochs == "all" else 1)
 
@@ -132,7 +138,7 @@ class Carry(NamedTuple):
 
 
 class StateAction(NamedTuple):
-    """A state after a rollout or an episode's cut, and a joint action sampled there once."""
+    """A state where a rollout ends or an episode is cut off, and a joint action sampled there."""
 
     state: Array  # (B, ..., G)
     action: Array  # (B, ..., N[, A])
@@ -144,7 +150,7 @@ class TrainState(NamedTuple):
     hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
-    timestep: TimeStep  # (E, ...), whose observation is acted on next
+    timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: Carry
     buffer: "Trajectory | None"  # (E, M, ...) the last M rollouts; None if on-policy
     num_rollouts: Array  # () int32, collected so far
@@ -175,13 +181,13 @@ class Trajectory(NamedTuple):
 class Estimates(NamedTuple):
     """The current policy's and critic's estimates for trajectories."""
 
-    log_ratio: Array  # (B, C, N) of the current policy to the one that collected
+    log_ratio: Array  # (B, C, N) of the current policy to the policy that collected the step
     value: Array  # (B, C, N)
     next_value: Array  # (B, C, N)
 
 
 class Batch(NamedTuple):
-    """B sequences of C steps, an environment's whole rollout each; minibatches are drawn from B."""
+    """B sequences of C steps, each an environment's whole rollout; minibatches are drawn from B."""
 
     steps: Transition  # (B, C, ...)
     ratio: Array  # (B, C, N) at the start of the iteration
@@ -192,7 +198,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything static."""
+    """The static parts of the system, the same for all members."""
 
     config: Config
     spec: EnvSpec
@@ -211,7 +217,7 @@ def make(config: Config, spec: EnvSpec) -> Setup:
 
 
 def traces(hyper: Hyper, log_ratio: Array) -> Array:
-    """Return c, (B, C, N): the weight of what follows an action (Eq. 8 and its ablations)."""
+    """Return the trace weights c, (B, C, N): Eq. 8, or the ablation that `trace` names."""
     log_joint = log_ratio.sum(axis=-1, keepdims=True)
     log_trace = {
         "dt": log_ratio + jnp.minimum(jnp.log(hyper.eta), log_joint - log_ratio),
@@ -227,8 +233,8 @@ def advantages(
 ) -> tuple[Array, Array]:
     """Return generalised per-agent advantages (Eq. 7) and value targets (Eq. 11), (B, C, N).
 
-    The end of a terminated episode is worth 0, that of a truncated one the value of its last
-    observation; the trace is cut at both. The *next* step's trace weighs the next advantage.
+    A terminated episode's end is worth 0, a truncated episode's end the value of its last
+    observation. The trace is cut at both. The *next* step's trace weights the next advantage.
     """
     discount = gamma * transitions.discount[..., None]
     td_error = transitions.reward + discount * estimates.next_value - estimates.value
@@ -250,7 +256,7 @@ def advantages(
 def actor_loss(
     hyper: Hyper, policy: Distribution, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
-    """Return PPO's clipped surrogate loss on earlier data, with an entropy bonus."""
+    """Return PPO's clipped surrogate loss, also on earlier rollouts, with an entropy bonus."""
     log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
     ratio = bounded_exp(log_ratio)
     center = batch.ratio if hyper.clip_center == "current" else jnp.ones_like(batch.ratio)
@@ -267,12 +273,12 @@ def actor_loss(
 
 
 def bounded_exp(log_ratio: Array) -> Array:
-    """Return ratios, at most e^20: where one overflows, from e^89 on, PPO's gradient is NaN."""
+    """Return ratios of at most e^20: one that overflows, from e^89 on, makes PPO's gradient NaN."""
     return jnp.exp(jnp.minimum(log_ratio, 20.0))
 
 
 def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metrics]:
-    """Return the squared error of Eq. 10."""
+    """Return the mean squared error of Eq. 10, times `vf_coef`."""
     value_loss = ((value - batch.target) ** 2).mean()
     return hyper.vf_coef * value_loss, {
         "loss/value": value_loss,
@@ -283,9 +289,9 @@ def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metric
 def rollout(
     setup: Setup, env: Environment, state: TrainState
 ) -> tuple[TrainState, Trajectory, Metrics]:
-    """Act for T steps; also return sums over the episodes that ended, and their number.
+    """Act for T steps; also return metrics summed over the ended episodes, and their number.
 
-    The critic's carry stays behind: `update` moves it along with the estimates.
+    The critic's carry does not advance here: `update` advances it with the estimates.
     """
     config, params, hyper = setup.config, state.params, state.hyper
     envs = AutoReset(env, config.num_envs)
@@ -331,7 +337,7 @@ def global_state(observation: Observation) -> Array:
 def stop(
     setup: Setup, hyper: Hyper, observation: Observation, action: Array, key: Array
 ) -> tuple[Array, Array]:
-    """With `anomaly_probability`, make one agent that has a choice stop instead (Section 3.1)."""
+    """Force one agent that has a choice to stop, with `anomaly_probability` (Section 3.1)."""
     if setup.spec.stop_action is None:
         return action, jnp.zeros(observation.action_mask.shape[:-1], bool)
     key_when, key_who = jax.random.split(key)
@@ -346,7 +352,7 @@ def stop(
 def terminal(
     setup: Setup, params: Any, carry: Any, timestep: TimeStep, action: Array, key: Array
 ) -> StateAction | None:
-    """Return episodes' last states (E, G), with joint actions, like `action`, where truncated."""
+    """Return states (E, G) before any restart, and joint actions there, valid where truncated."""
     observation, truncated = timestep.terminal_observation, timestep.truncated()
     if observation is None:
         return None
@@ -360,8 +366,10 @@ def terminal(
 
 
 def estimate(setup: Setup, params: Params, trajectory: Trajectory) -> tuple[Estimates, Array]:
-    """Run each network once along all trajectories; also return the critic's carries at their ends,
-    (B, H)."""
+    """Run both networks along all trajectories, once.
+
+    Returns the estimates, and the critic's carries (B, H) after the trajectories' last steps.
+    """
     steps, last, carry = trajectory.steps, trajectory.last, trajectory.carry
     _, policy = setup.actor.unroll(params.actor, carry.actor, steps.observation, steps.reset_before)
     states_actions_resets = (
@@ -387,13 +395,13 @@ def estimate(setup: Setup, params: Params, trajectory: Trajectory) -> tuple[Esti
         value=value[:, :-1],
         next_value=next_value,
     )
-    return estimates, carries[:, -2]  # the last one is after `last`, which begins the next rollout
+    return estimates, carries[:, -2]  # the next rollout begins with `last`
 
 
 def losses(
     params: Params, setup: Setup, hyper: Hyper, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
-    """Run both networks along the sequences; each loss moves its own network only."""
+    """Run both networks along the sequences and add their losses; each trains its own network."""
     steps, carry = batch.steps, batch.carry
     inputs = steps.observation, steps.reset_before
     _, policy = spread(setup.actor.unroll, params.actor, carry.actor, *inputs)
@@ -406,8 +414,8 @@ def losses(
 
 
 def optimisers(config: Config, hyper: Hyper) -> Params:
-    """Return each network's optax.GradientTransformation; `anneal_lr` lets both rates fall to 0."""
-    num_steps = float(config.num_updates * hyper.ppo_epochs * config.minibatches)  # > int32
+    """Return each network's optax.GradientTransformation; `anneal_lr` anneals both rates to 0."""
+    num_steps = float(config.num_updates * hyper.ppo_epochs * config.minibatches)  # int32 overflows
 
     def adam(learning_rate: float) -> optax.GradientTransformation:
         last = 0.0 if hyper.anneal_lr else learning_rate
@@ -420,7 +428,7 @@ def optimisers(config: Config, hyper: Hyper) -> Params:
 def update_minibatch(
     setup: Setup, state: TrainState, batch: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
-    """Take a gradient step of each network, on advantages normalised over the minibatch."""
+    """Take a gradient step with each network, on advantages normalised over the minibatch."""
     hyper, advantage = state.hyper, batch.advantage
     normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     batch = batch._replace(advantage=normalised)
@@ -437,8 +445,8 @@ def update_epoch(
 ) -> tuple[TrainState, Metrics]:
     """Train on random minibatches of the rollouts that are `filled`, (B,).
 
-    No rollout comes twice before all have come once; `reuse_epochs: all` goes round them again
-    while the buffer fills.
+    No rollout is drawn twice before each was drawn once. While the buffer fills, `reuse_epochs:
+    all` draws them again.
     """
     config, (key_order, key_minibatches) = setup.config, jax.random.split(key)
     order = jnp.argsort(jnp.where(filled, jax.random.uniform(key_order, filled.shape), jnp.inf))
@@ -454,7 +462,7 @@ def update_epoch(
 
 
 def remember(state: TrainState, newest: Trajectory) -> tuple[TrainState, Trajectory]:
-    """Replace the buffer's oldest rollouts by the newest; also return all it has, (E, M, ...)."""
+    """Replace the buffer's oldest rollouts with the newest; also return its content (E, M, ...)."""
     slot = state.num_rollouts % state.hyper.reuse
     state = state._replace(num_rollouts=state.num_rollouts + 1)
     if state.buffer is None:
@@ -464,8 +472,10 @@ def remember(state: TrainState, newest: Trajectory) -> tuple[TrainState, Traject
 
 
 def estimate_each(setup: Setup, params: Params, kept: Trajectory) -> tuple[Estimates, Array]:
-    """`estimate` one of the M rollouts of each environment after another, which takes less memory
-    than all at once; everything is (E, M, ...)."""
+    """Estimate the environments' M rollouts one by one, which takes less memory than all at once.
+
+    `kept` and the results are (E, M, ...).
+    """
     found = jax.lax.map(
         lambda slot: estimate(setup, params, jax.tree.map(lambda x: x[:, slot], kept)),
         jnp.arange(setup.config.hyper.reuse),
@@ -474,7 +484,7 @@ def estimate_each(setup: Setup, params: Params, kept: Trajectory) -> tuple[Estim
 
 
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
-    """Algorithm 1: collect, estimate the last rollouts, train on them for `ppo_epochs`."""
+    """Collect a rollout, estimate the last `reuse` rollouts and train on them (Algorithm 1)."""
     hyper, newest_slot = state.hyper, state.num_rollouts % state.hyper.reuse
     state, newest, episodes = rollout(setup, env, state)
     state, kept = remember(state, newest)
@@ -496,7 +506,7 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
     key, key_epochs = jax.random.split(state.key)
     trained, metrics = jax.lax.scan(
         lambda state, key: update_epoch(setup, state, batch, filled, key),
-        state._replace(key=key, carry=carry, buffer=None),  # or XLA would copy the buffer
+        state._replace(key=key, carry=carry, buffer=None),  # XLA would copy the buffer
         jax.random.split(key_epochs, hyper.ppo_epochs),
     )
     metrics = jax.tree.map(jnp.mean, metrics) | paper_metrics(setup, batch, trace, filled)
@@ -504,10 +514,10 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
 
 
 def paper_metrics(setup: Setup, batch: Batch, trace: Array, filled: Array) -> Metrics:
-    """Return the gap of Eq. 9, signed too, and the advantage gap of Section 3.1."""
+    """Return Eq. 9's gap, signed and absolute, the largest ratio, and Section 3.1's gap."""
     filled = jnp.broadcast_to(filled[:, None, None], trace.shape)
     log_joint = jnp.log(batch.ratio).sum(axis=-1, keepdims=True)
-    joint = bounded_exp(log_joint)  # of many agents it may exceed a float
+    joint = bounded_exp(log_joint)  # the joint ratio of many agents may overflow
     gap = jnp.abs(joint - trace) - jnp.abs(batch.ratio - trace)
     metrics = {
         "gpae/delta_c": gap.mean(where=filled),
@@ -524,7 +534,7 @@ def paper_metrics(setup: Setup, batch: Batch, trace: Array, filled: Array) -> Me
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:
-    """Return everything that changes, before the first update."""
+    """Return the state before the first update: everything that training changes."""
     batch_shape, hyper = (setup.config.num_envs,), setup.config.hyper
     key, key_env, key_actor, key_critic = jax.random.split(key, 4)
     env_state, timestep = AutoReset(env, *batch_shape).reset(key_env)
@@ -550,14 +560,14 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
 
 
 def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
-    """Run the updates between two evaluations; metrics are (U,) each."""
+    """Run the U updates between two evaluations; each metric is (U,)."""
     return jax.lax.scan(
         lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """Return the actor's parameters: what is evaluated, kept as best and deployed."""
+    """Return the actor's parameters, which are evaluated, kept as best and deployed."""
     return state.params.actor
 
 
@@ -569,12 +579,12 @@ def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> Any:
 def act(
     setup: Setup, params: Any, carry: Any, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Any]:
-    """Return actions (B, N[, A]), each from one agent's observation, and the carry after them."""
+    """Return actions (B, N[, A]), each from one agent's observation, and the next carry."""
     return setup.actor.act(params, carry, observation, key, greedy)
 
 
 def main() -> None:
-    """`python -m magpo.systems.gpae_mappo env=<suite>/<task> key=value ...`"""
+    """Run `python -m magpo.systems.gpae_mappo env=<suite>/<task> key=value ...`."""
     experiment.main(__file__)
 
 

@@ -2,19 +2,28 @@
 
 Each agent has a recurrent actor with its own parameters; a recurrent critic reads the global state.
 Each update trains the agents one after the other, in a random order. The factor F, the product of
-the ratios of the agents trained so far, weighs an agent's advantages by how those agents have just
-changed. This order of updates guarantees monotonic improvement without shared parameters.
+the ratios of the agents trained so far, weights an agent's advantages by how those agents have just
+changed. In their exact form, such sequential updates guarantee monotonic improvement without shared
+parameters.
 
 Source: "Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning" (Kuba et al.,
-2022), Section 4.2 and Algorithm 4:
-    `actor_loss`     the clipped surrogate objective times F, and an entropy bonus without F
-    `update_actors`  the sequence of agents and their factor
-    `critic_loss`    the clipped value loss; the critic is trained once per update
-    `advantages`     generalised advantage estimation, normalised once per update
-The code behind the MAGPO paper's HAPPO results has one critic per agent, trains the agents one
-after the other inside every minibatch, where F starts again, draws their order each epoch, and
-normalises advantages per agent and minibatch; the tuned values were found with that. It also does
-not bootstrap truncated episodes, and its chunks of `recurrent_chunk_size` steps are not contiguous.
+2022), Section 4.2 and Algorithm 4.
+
+- `actor_loss`: the clipped surrogate objective times F, and an entropy bonus without F
+- `update_actors`: the sequence of agents and their factor
+- `critic_loss`: the clipped value loss; the critic is trained once per update
+- `advantages`: generalised advantage estimation, normalised once per update
+
+The released code of the MAGPO paper, with which the tuned values were found, differs:
+
+- It has one critic per agent.
+- It trains the agents one after the other inside every minibatch, where F restarts at 1.
+- It draws the agents' order in every epoch.
+- It normalises advantages per agent and minibatch.
+- It does not bootstrap truncated episodes.
+- Its chunks of `recurrent_chunk_size` steps are not contiguous.
+
+Run:
 
     python -m magpo.systems.happo env=rware/tiny-4ag
 """
@@ -49,7 +58,7 @@ CARD = Card(
 
 @hyperparameters
 class Hyper:
-    """`system.*`"""
+    """The hyperparameters, `system.*`."""
 
     actor_lr: PositiveFloat
     critic_lr: PositiveFloat
@@ -67,7 +76,7 @@ class Hyper:
 
 @dataclass(frozen=True)
 class RecurrentConfig:
-    """`network.actor.*`, `network.critic.*`"""
+    """The settings of a network, `network.actor.*` or `network.critic.*`."""
 
     hidden_dim: PositiveInt
 
@@ -96,7 +105,7 @@ class Config:
 
     @property
     def num_sequences(self) -> int:
-        """The chunks of all environments' rollouts."""
+        """The number of chunks in the rollouts of all environments."""
         return self.num_envs * self.rollout_length // self.hyper.recurrent_chunk_size
 
 
@@ -120,7 +129,7 @@ class TrainState(NamedTuple):
     hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
-    timestep: TimeStep  # (E, ...), whose observation is acted on next
+    timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: Carry
 
 
@@ -151,13 +160,13 @@ class Batch(NamedTuple):
     steps: Transition  # (B, C, ...)
     advantage: Array  # (B, C, N)
     target: Array  # (B, C, N)
-    factor: Array  # (B, C, 1) of the agents trained so far
+    factor: Array  # (B, C, 1) F, of the agents trained so far
     carry: Carry  # (B, ...) before the first step
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything static."""
+    """The static parts of the system, the same for all members."""
 
     config: Config
     spec: EnvSpec
@@ -176,8 +185,8 @@ def advantages(
 ) -> tuple[Array, Array]:
     """Return generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
 
-    The end of a terminated episode is worth 0, that of a truncated one the value of its last
-    observation; the trace is cut at both.
+    A terminated episode's end is worth 0, a truncated episode's end the value of its last
+    observation. The trace is cut at both.
     """
     next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
     if transitions.terminal_value is not None:
@@ -199,7 +208,7 @@ def advantages(
 def actor_loss(
     hyper: Hyper, policy: Distribution, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
-    """Return PPO's clipped surrogate loss of one agent, after those before it (Algorithm 4)."""
+    """Return one agent's clipped surrogate loss times F (Algorithm 4), with an entropy bonus."""
     log_ratio = policy.log_prob(batch.steps.action) - batch.steps.log_prob
     chex.assert_equal_shape((log_ratio, batch.advantage, batch.factor))
     ratio = jnp.exp(log_ratio)
@@ -230,7 +239,7 @@ def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metric
 
 
 def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
-    """Act for T steps, and keep the carry at the start of each chunk."""
+    """Act for T steps and keep the carry at the start of each chunk."""
     config = setup.config
     envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
     actor = partial(setup.actor.step, state.params.actor)
@@ -279,7 +288,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
 
 
 def sequences(hyper: Hyper, collected: Rollout) -> Batch:
-    """Split a rollout into its chunks, with their advantages, normalised over all of them."""
+    """Split a rollout into chunks, with value targets and advantages normalised over the batch."""
     steps = collected.transitions
     advantage, target = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -326,7 +335,7 @@ def loss_of(
     batch: Batch,
     key: Array,
 ) -> tuple[Array, Metrics]:
-    """Run one agent's actor, or the critic, along the sequences."""
+    """Run one agent's actor, or the critic, along the sequences and return its loss."""
     if network == "actor":
         return actor_loss(hyper, policy_of(setup, params, batch), batch, key)
     inputs = batch.steps.observation, batch.steps.reset_before
@@ -357,7 +366,7 @@ def train(
     batch: Batch,
     key: Array,
 ) -> tuple[Trained, Metrics]:
-    """Train one agent's actor, or the critic, for `ppo_epochs`; metrics are means."""
+    """Train one agent's actor, or the critic, for `ppo_epochs`; metrics are means over them."""
     adam = getattr(optimisers(hyper), network)
     grad = jax.grad(partial(loss_of, network), has_aux=True)
 
@@ -383,7 +392,7 @@ def train(
 def update_actors(
     setup: Setup, hyper: Hyper, actors: Trained, batch: Batch, key: Array
 ) -> tuple[Trained, Metrics]:
-    """Train the agents' actors (N, ...) one after the other, each with the factor so far."""
+    """Train the actors (N, ...) one after the other, each with the F of those before it."""
     key_order, key_agents = jax.random.split(key)
     order = jnp.arange(setup.spec.num_agents)
     if not hyper.fixed_order:
@@ -407,7 +416,7 @@ def update_actors(
 
 
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
-    """Collect a rollout, and train each actor and the critic on it for `ppo_epochs`."""
+    """Collect a rollout and train each actor and the critic on it for `ppo_epochs`."""
     state, collected = rollout(setup, env, state)
     hyper, batch = state.hyper, sequences(state.hyper, collected)
     key, key_actors, key_critic = jax.random.split(state.key, 3)
@@ -423,7 +432,7 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:
-    """Return everything that changes, before the first update."""
+    """Return the state before the first update: everything that training changes."""
     batch_shape, hyper = (setup.config.num_envs,), setup.config.hyper
     key, key_env, key_actor, key_critic = jax.random.split(key, 4)
     env_state, timestep = AutoReset(env, *batch_shape).reset(key_env)
@@ -443,14 +452,14 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
 
 
 def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
-    """Run the updates between two evaluations; metrics are (U,) each."""
+    """Run the U updates between two evaluations; each metric is (U,)."""
     return jax.lax.scan(
         lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """Return the actors' parameters (N, ...): what is evaluated, kept as best and deployed."""
+    """Return the actors' parameters (N, ...), which are evaluated, kept as best and deployed."""
     return state.params.actor
 
 
@@ -462,12 +471,12 @@ def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> Array:
 def act(
     setup: Setup, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Array]:
-    """Return actions (B, N[, A]), each from one agent's observation, and the carry after them."""
+    """Return actions (B, N[, A]), each from one agent's observation, and the next carry."""
     return setup.actor.act(params, carry, observation, key, greedy)
 
 
 def main() -> None:
-    """`python -m magpo.systems.happo env=<suite>/<task> key=value ...`"""
+    """Run `python -m magpo.systems.happo env=<suite>/<task> key=value ...`."""
     experiment.main(__file__)
 
 

@@ -1,19 +1,26 @@
 """MAGPO: multi-agent guided policy optimisation.
 
 A centralised *guider*, autoregressive over the agents (Sable or MAT), collects the experience and
-is trained by PPO. Decentralised *learners*, one recurrent policy shared by all agents, imitate it,
-each from its own observations. The guider's ratio to the learners is clipped to `delta`, and a KL
-term pulls it back where it has left that bound, so that it finds no coordination that the learners
-cannot follow. Only the learners are evaluated and deployed.
+is trained by PPO. Decentralised *learners*, one recurrent policy shared by all agents, imitate the
+guider, each from its own observations. The guider's ratio to the learners is clipped to `delta`,
+and a KL term pulls the guider back where the ratio has left this bound, so that the guider finds no
+coordination that the learners cannot follow. Only the learners are evaluated and deployed.
 
-Source: "Multi-Agent Guided Policy Optimization". In its symbols, mu_phi is `guider`, pi_theta is
-`learner`, mu_old is the guider that collected the rollout:
-    `guider_loss`   Eq. 9, double clipping Eq. 10, KL mask m
-    `learner_loss`  Eq. 11 and 12; the paper's lambda is `rl_coef`
-    `advantages`    generalised advantage estimation from the guider's values
-Beyond the paper, as in its released code: a value loss and an entropy bonus in the guider's loss.
-Unlike that code: KL(pi || mu), as Eq. 11 prints it (`learner_kl`), bootstrapping of truncated
-episodes, and feed-forward layers of the guider that train (`network.guider.ffn`).
+Source: "Multi-Agent Guided Policy Optimization". The paper's mu_phi is `guider`, its pi_theta is
+`learner`, and its mu_old is the guider that collected the rollout.
+
+- `guider_loss`: Eq. 9 with the double clipping of Eq. 10 and the KL mask m
+- `learner_loss`: Eq. 11 and 12; the paper's lambda is `rl_coef`
+- `advantages`: generalised advantage estimation from the guider's values
+
+As in the released code, but not in the paper, the guider's loss includes a value loss and an
+entropy bonus. Differences from the released code:
+
+- The learners minimise KL(pi || mu), as printed in Eq. 11 (`learner_kl`).
+- Truncated episodes bootstrap.
+- The guider's feed-forward layers train (`network.guider.ffn`).
+
+Run:
 
     python -m magpo.systems.magpo env=rware/tiny-4ag
 """
@@ -54,7 +61,7 @@ CARD = Card(
 
 @hyperparameters
 class Hyper:
-    """`system.*`"""
+    """The hyperparameters, `system.*`."""
 
     actor_lr: PositiveFloat
     ppo_epochs: PositiveInt
@@ -72,7 +79,7 @@ class Hyper:
 
 @dataclass(frozen=True)
 class GuiderConfig:
-    """`network.guider.*`"""
+    """The guider's settings, `network.guider.*`."""
 
     kind: Literal["sable", "mat"]
     embed_dim: PositiveInt
@@ -88,7 +95,7 @@ class GuiderConfig:
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """`network.learner.*`"""
+    """The learner's settings, `network.learner.*`."""
 
     hidden_dim: PositiveInt
 
@@ -134,7 +141,7 @@ class TrainState(NamedTuple):
     hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
-    timestep: TimeStep  # (E, ...), whose observation is acted on next
+    timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: Carry
 
 
@@ -160,7 +167,7 @@ class Rollout(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B sequences of C steps, an environment's whole rollout each; minibatches are drawn from B."""
+    """B sequences of C steps, each an environment's whole rollout; minibatches are drawn from B."""
 
     steps: Transition  # (B, C, ...)
     advantage: Array  # (B, C, N)
@@ -170,7 +177,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything static."""
+    """The static parts of the system, the same for all members."""
 
     config: Config
     spec: EnvSpec
@@ -193,8 +200,8 @@ def advantages(
 ) -> tuple[Array, Array]:
     """Return generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
 
-    The end of a terminated episode is worth 0, that of a truncated one the value of its last
-    observation; the trace is cut at both.
+    A terminated episode's end is worth 0, a truncated episode's end the value of its last
+    observation. The trace is cut at both.
     """
     next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
     if transitions.terminal_value is not None:
@@ -221,12 +228,15 @@ def guider_loss(
     batch: Batch,
     key: Array,
 ) -> tuple[Array, Metrics]:
-    """Eq. 9 and 10: PPO, doubly clipped, with a KL to the learner where the ratio left delta."""
+    """Return the guider's loss (Eq. 9 and 10): doubly clipped PPO and a masked KL to the learner.
+
+    The KL applies where the guider's ratio to the learner has left `delta`.
+    """
     steps, learner = batch.steps, jax.lax.stop_gradient(learner)
     log_guider, log_learner = guider.log_prob(steps.action), learner.log_prob(steps.action)
     log_ratio, log_distance = log_guider - steps.log_prob, log_guider - log_learner
     chex.assert_equal_shape((log_ratio, log_distance, batch.advantage, value, batch.target))
-    ratio, log_delta = jnp.exp(log_ratio), jnp.log(jnp.asarray(hyper.delta))  # null: infinity
+    ratio, log_delta = jnp.exp(log_ratio), jnp.log(jnp.asarray(hyper.delta))  # null: infinite
     within_delta = jnp.clip(log_distance, -log_delta, log_delta)
     clipped = jnp.exp(within_delta + log_learner - steps.log_prob)
     clipped = jnp.clip(clipped, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
@@ -257,7 +267,7 @@ def guider_loss(
 def learner_loss(
     hyper: Hyper, guider: Distribution, learner: Distribution, batch: Batch
 ) -> tuple[Array, Metrics]:
-    """Eq. 11 and 12: imitate the guider, and improve on its experience by a PPO term."""
+    """Return the learner's loss (Eq. 11 and 12): a KL to imitate the guider, and a PPO term."""
     guider = jax.lax.stop_gradient(guider)
     reverse_kl = learner.kl(guider)
     kl = guider.kl(learner) if hyper.learner_kl == "guider_to_learner" else reverse_kl
@@ -273,7 +283,7 @@ def learner_loss(
 
 
 def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
-    """Act with the guider for T steps, and step the learners along."""
+    """Act with the guider for T steps, then run the learners along the rollout."""
     config, params = setup.config, state.params.guider
     envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
 
@@ -321,7 +331,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
 
 
 def sequences(hyper: Hyper, collected: Rollout) -> Batch:
-    """Return a rollout's sequences, with their advantages."""
+    """Split a rollout into sequences, with their advantages and value targets."""
     steps = collected.transitions
     estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
     steps, (advantage, target) = split_time((steps, estimates), len(steps.reward))
@@ -331,7 +341,7 @@ def sequences(hyper: Hyper, collected: Rollout) -> Batch:
 def losses(
     params: Params, setup: Setup, hyper: Hyper, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
-    """Run each network once along the sequences; each loss moves its own network only."""
+    """Run both networks along the sequences and add their losses; each trains its own network."""
     steps, carry = batch.steps, batch.carry
     of_guider = carry.guider, steps.observation, steps.action, steps.reset_before
     value, guider = spread(setup.guider.apply, params.guider, *of_guider)
@@ -345,7 +355,7 @@ def losses(
 def update_minibatch(
     setup: Setup, state: TrainState, batch: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
-    """Take a gradient step of each network, on advantages normalised over the minibatch."""
+    """Take a gradient step with each network, on advantages normalised over the minibatch."""
     hyper, advantage = state.hyper, batch.advantage
     normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     batch = batch._replace(advantage=normalised)
@@ -386,7 +396,7 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:
-    """Return everything that changes, before the first update."""
+    """Return the state before the first update: everything that training changes."""
     config, hyper = setup.config, setup.config.hyper
     key, key_env, key_guider, key_learner = jax.random.split(key, 4)
     env_state, timestep = AutoReset(env, config.num_envs).reset(key_env)
@@ -411,14 +421,14 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
 
 
 def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
-    """Run the updates between two evaluations; metrics are (U,) each."""
+    """Run the U updates between two evaluations; each metric is (U,)."""
     return jax.lax.scan(
         lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """Return the learner's parameters: what is evaluated, kept as best and deployed."""
+    """Return the learner's parameters, which are evaluated, kept as best and deployed."""
     return state.params.learner
 
 
@@ -430,12 +440,12 @@ def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> Array:
 def act(
     setup: Setup, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Array]:
-    """Return actions (B, N[, A]), each from one agent's observation, and the carry after them."""
+    """Return actions (B, N[, A]), each from one agent's observation, and the next carry."""
     return setup.learner.act(params, carry, observation, key, greedy)
 
 
 def main() -> None:
-    """`python -m magpo.systems.magpo env=<suite>/<task> key=value ...`"""
+    """Run `python -m magpo.systems.magpo env=<suite>/<task> key=value ...`."""
     experiment.main(__file__)
 
 

@@ -1,16 +1,23 @@
 """MAPPO: proximal policy optimisation with a centralised critic.
 
 Decentralised recurrent actors share one set of parameters and act on their own observations. A
-recurrent critic reads the global state once a timestep and returns one value for each agent. With
-`critic_input: observation` it reads each agent's own observations instead: IPPO.
+recurrent critic reads the global state once per timestep and returns one value per agent. With
+`critic_input: observation`, it reads each agent's own observations instead, which is IPPO.
 
-Source: "The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games" (Yu et al., 2022):
-    `actor_loss`    the clipped surrogate objective and the entropy bonus
-    `critic_loss`   the clipped value loss
-    `advantages`    generalised advantage estimation
-Unlike the released code of the MAGPO paper: the critic reads the state once instead of one copy for
-each agent, every agent has its own value, truncated episodes bootstrap, and chunks of
-`recurrent_chunk_size` steps are contiguous.
+Source: "The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games" (Yu et al., 2022).
+
+- `actor_loss`: the clipped surrogate objective and the entropy bonus
+- `critic_loss`: the clipped value loss
+- `advantages`: generalised advantage estimation
+
+Differences from the released code of the MAGPO paper:
+
+- The critic reads the state once instead of one copy per agent.
+- Every agent has its own value.
+- Truncated episodes bootstrap.
+- Chunks of `recurrent_chunk_size` steps are contiguous.
+
+Run:
 
     python -m magpo.systems.mappo env=rware/tiny-4ag
 """
@@ -44,7 +51,7 @@ CARD = Card(
 
 @hyperparameters
 class Hyper:
-    """`system.*`"""
+    """The hyperparameters, `system.*`."""
 
     actor_lr: PositiveFloat
     critic_lr: PositiveFloat
@@ -62,7 +69,7 @@ class Hyper:
 
 @dataclass(frozen=True)
 class RecurrentConfig:
-    """`network.actor.*`, `network.critic.*`"""
+    """The settings of a network, `network.actor.*` or `network.critic.*`."""
 
     hidden_dim: PositiveInt
 
@@ -90,12 +97,12 @@ class Config:
 
     @property
     def num_sequences(self) -> int:
-        """The chunks of all environments' rollouts."""
+        """The number of chunks in the rollouts of all environments."""
         return self.num_envs * self.rollout_length // self.hyper.recurrent_chunk_size
 
     @property
     def needs_global_state(self) -> bool:
-        """True if the critic reads the global state."""
+        """Whether the critic reads the global state."""
         return self.hyper.critic_input == "global_state"
 
 
@@ -107,7 +114,7 @@ class Params(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """Hidden states of E running episodes; K = 1 critic on the state, or one for each agent."""
+    """Hidden states of E running episodes; K = 1 critic on the global state, or K = N."""
 
     actor: Array  # (E, N, H)
     critic: Array  # (E, K, H)
@@ -119,7 +126,7 @@ class TrainState(NamedTuple):
     hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
-    timestep: TimeStep  # (E, ...), whose observation is acted on next
+    timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: Carry
 
 
@@ -155,7 +162,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything static."""
+    """The static parts of the system, the same for all members."""
 
     config: Config
     spec: EnvSpec
@@ -175,8 +182,8 @@ def advantages(
 ) -> tuple[Array, Array]:
     """Return generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
 
-    The end of a terminated episode is worth 0, that of a truncated one the value of its last
-    observation; the trace is cut at both.
+    A terminated episode's end is worth 0, a truncated episode's end the value of its last
+    observation. The trace is cut at both.
     """
     next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
     if transitions.terminal_value is not None:
@@ -227,7 +234,7 @@ def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metric
 
 
 def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
-    """Act for T steps, and keep the carry at the start of each chunk."""
+    """Act for T steps and keep the carry at the start of each chunk."""
     config = setup.config
     envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
     actor = partial(setup.actor.step, state.params.actor)
@@ -276,7 +283,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
 
 
 def sequences(hyper: Hyper, collected: Rollout) -> Batch:
-    """Split a rollout into its chunks, with their advantages."""
+    """Split a rollout into chunks, with their advantages and value targets."""
     steps = collected.transitions
     estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
     carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), collected.carry)
@@ -287,7 +294,7 @@ def sequences(hyper: Hyper, collected: Rollout) -> Batch:
 def losses(
     params: Params, setup: Setup, hyper: Hyper, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
-    """Run both networks along the sequences; each loss moves its own network only."""
+    """Run both networks along the sequences and add their losses; each trains its own network."""
     inputs = batch.steps.observation, batch.steps.reset_before
     _, policy = spread(setup.actor.unroll, params.actor, batch.carry.actor, *inputs)
     _, value = spread(setup.critic.unroll, params.critic, batch.carry.critic, *inputs)
@@ -307,7 +314,7 @@ def optimisers(hyper: Hyper) -> Params:
 def update_minibatch(
     setup: Setup, state: TrainState, batch: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
-    """Take a gradient step of each network, on advantages normalised over the minibatch."""
+    """Take a gradient step with each network, on advantages normalised over the minibatch."""
     hyper, advantage = state.hyper, batch.advantage
     normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     batch = batch._replace(advantage=normalised)
@@ -347,7 +354,7 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:
-    """Return everything that changes, before the first update."""
+    """Return the state before the first update: everything that training changes."""
     batch_shape, hyper = (setup.config.num_envs,), setup.config.hyper
     key, key_env, key_actor, key_critic = jax.random.split(key, 4)
     env_state, timestep = AutoReset(env, *batch_shape).reset(key_env)
@@ -365,14 +372,14 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
 
 
 def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
-    """Run the updates between two evaluations; metrics are (U,) each."""
+    """Run the U updates between two evaluations; each metric is (U,)."""
     return jax.lax.scan(
         lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """Return the actor's parameters: what is evaluated, kept as best and deployed."""
+    """Return the actor's parameters, which are evaluated, kept as best and deployed."""
     return state.params.actor
 
 
@@ -384,12 +391,12 @@ def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> Array:
 def act(
     setup: Setup, params: Any, carry: Array, observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, Array]:
-    """Return actions (B, N[, A]), each from one agent's observation, and the carry after them."""
+    """Return actions (B, N[, A]), each from one agent's observation, and the next carry."""
     return setup.actor.act(params, carry, observation, key, greedy)
 
 
 def main() -> None:
-    """`python -m magpo.systems.mappo env=<suite>/<task> key=value ...`"""
+    """Run `python -m magpo.systems.mappo env=<suite>/<task> key=value ...`."""
     experiment.main(__file__)
 
 

@@ -1,15 +1,19 @@
 """MAT: the multi-agent transformer, trained by PPO.
 
-One network, centralised in acting as in training: an encoder reads the observations of all agents
-at one timestep and gives each agent's value; a decoder gives one agent's policy after the other,
-from the encoding and the actions of the agents before it. There is no memory over time.
+One network is centralised both in training and in acting. An encoder reads all agents' observations
+of one timestep and returns each agent's value. A decoder returns one agent's policy after the
+other, from the encoding and the actions of the agents before it. There is no memory over time.
 
-Source: "Multi-Agent Reinforcement Learning is a Sequence Modeling Problem" (Wen et al., 2022); the
+Source: "Multi-Agent Reinforcement Learning is a Sequence Modeling Problem" (Wen et al., 2022). The
 network is `magpo.networks.mat`.
-    `ppo_loss`      the clipped surrogate objective for each agent, Eq. 5; its values' loss, Eq. 4
-    `advantages`    generalised advantage estimation from the encoder's values
-Acting caches keys and values: each agent's turn reads one token. Unlike the released code of the
-MAGPO paper, truncated episodes bootstrap.
+
+- `ppo_loss`: the clipped surrogate objective per agent, Eq. 5, and the loss of the values, Eq. 4
+- `advantages`: generalised advantage estimation from the encoder's values
+
+Acting caches keys and values, so each agent's turn reads one token. Unlike in the released code of
+the MAGPO paper, truncated episodes bootstrap.
+
+Run:
 
     python -m magpo.systems.mat env=rware/tiny-4ag
 """
@@ -46,7 +50,7 @@ CARD = Card(
 
 @hyperparameters
 class Hyper:
-    """`system.*`"""
+    """The hyperparameters, `system.*`."""
 
     actor_lr: PositiveFloat
     ppo_epochs: PositiveInt
@@ -61,7 +65,7 @@ class Hyper:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """`network.*`"""
+    """The network's settings, `network.*`."""
 
     embed_dim: PositiveInt
     n_head: PositiveInt
@@ -86,7 +90,7 @@ class Config:
 
     @property
     def num_timesteps(self) -> int:
-        """Timesteps of a rollout, from which minibatches are drawn."""
+        """The number of timesteps in a rollout, from which minibatches are drawn."""
         return self.num_envs * self.rollout_length
 
 
@@ -96,7 +100,7 @@ class TrainState(NamedTuple):
     hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
-    timestep: TimeStep  # (E, ...), whose observation is acted on next
+    timestep: TimeStep  # (E, ...) with the observation to act on next
 
 
 class Transition(NamedTuple):
@@ -119,7 +123,7 @@ class Rollout(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B timesteps, sequences of C = 1 step; minibatches are drawn from B."""
+    """B timesteps, as sequences of C = 1 step; minibatches are drawn from B."""
 
     steps: Transition  # (B, C, ...)
     advantage: Array  # (B, C, N)
@@ -128,7 +132,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything static."""
+    """The static parts of the system, the same for all members."""
 
     config: Config
     spec: EnvSpec
@@ -146,8 +150,8 @@ def advantages(
 ) -> tuple[Array, Array]:
     """Return generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
 
-    The end of a terminated episode is worth 0, that of a truncated one the value of its last
-    observation; the trace is cut at both.
+    A terminated episode's end is worth 0, a truncated episode's end the value of its last
+    observation. The trace is cut at both.
     """
     next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
     if transitions.terminal_value is not None:
@@ -227,7 +231,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
 
 
 def sequences(hyper: Hyper, collected: Rollout) -> Batch:
-    """Split a rollout into timesteps, with their advantages."""
+    """Split a rollout into timesteps, with their advantages and value targets."""
     steps = collected.transitions
     estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
     steps, (advantage, target) = split_time((steps, estimates), length=1)
@@ -237,7 +241,7 @@ def sequences(hyper: Hyper, collected: Rollout) -> Batch:
 def losses(
     params: Any, setup: Setup, hyper: Hyper, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
-    """Run the network once along the sequences."""
+    """Run the network along the sequences and return its loss."""
     steps = batch.steps
     inputs = (), steps.observation, steps.action, None
     value, policy = spread(setup.network.apply, params, *inputs)
@@ -288,7 +292,7 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:
-    """Return everything that changes, before the first update."""
+    """Return the state before the first update: everything that training changes."""
     config, hyper = setup.config, setup.config.hyper
     key, key_env, key_network = jax.random.split(key, 3)
     env_state, timestep = AutoReset(env, config.num_envs).reset(key_env)
@@ -304,14 +308,14 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
 
 
 def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
-    """Run the updates between two evaluations; metrics are (U,) each."""
+    """Run the U updates between two evaluations; each metric is (U,)."""
     return jax.lax.scan(
         lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """Return the network's parameters: what is evaluated, kept as best and deployed."""
+    """Return the network's parameters, which are evaluated, kept as best and deployed."""
     return state.params
 
 
@@ -324,13 +328,13 @@ def initial_carry(setup: Setup, batch_shape: tuple[int, ...]) -> tuple[()]:
 def act(
     setup: Setup, params: Any, carry: tuple[()], observation: Observation, key: Array, greedy: bool
 ) -> tuple[Array, tuple[()]]:
-    """Return all agents' actions (B, N[, A]), from all their observations, and the carry."""
+    """Return all agents' actions (B, N[, A]), from all observations, and the next carry."""
     joint = setup.network.apply(params, carry, observation, None, key, greedy, method="act")
     return executed_action(joint.action, setup.spec.action_kind), carry
 
 
 def main() -> None:
-    """`python -m magpo.systems.mat env=<suite>/<task> key=value ...`"""
+    """Run `python -m magpo.systems.mat env=<suite>/<task> key=value ...`."""
     experiment.main(__file__)
 
 

@@ -1,16 +1,23 @@
 """Sable: retention over all agents and all steps of an episode, trained by PPO.
 
-One network, centralised in acting as in training: an encoder reads all agents' observations and
-gives each agent's value; a decoder gives one agent's policy after the other, from the encoding and
-the actions of the agents before it. Retention remembers the episode at a cost per step that does
-not grow with it. `network.memory: false` drops the time axis: each timestep stands alone.
+One network is centralised both in training and in acting. An encoder reads all agents' observations
+and returns each agent's value. A decoder returns one agent's policy after the other, from the
+encoding and the actions of the agents before it. Retention remembers the whole episode at a
+constant cost per step. With `network.memory: false`, each timestep stands alone.
 
 Source: "Sable: a Performant, Efficient and Scalable Sequence Model for MARL" (Mahjoub et al.,
-2025); the network is `magpo.networks.sable`.
-    `ppo_loss`      the clipped surrogate objective, the entropy bonus and the clipped value loss
-    `advantages`    generalised advantage estimation from the encoder's values
-Unlike the released code: the feed-forward layers train (`network.ffn`), the agents keep their order
-in training, and truncated episodes bootstrap.
+2025). The network is `magpo.networks.sable`.
+
+- `ppo_loss`: the clipped surrogate objective, the entropy bonus and the clipped value loss
+- `advantages`: generalised advantage estimation from the encoder's values
+
+Differences from the released code:
+
+- The feed-forward layers train (`network.ffn`).
+- The agents keep their order in training.
+- Truncated episodes bootstrap.
+
+Run:
 
     python -m magpo.systems.sable env=rware/tiny-4ag
 """
@@ -46,7 +53,7 @@ CARD = Card(
 
 @hyperparameters
 class Hyper:
-    """`system.*`"""
+    """The hyperparameters, `system.*`."""
 
     actor_lr: PositiveFloat
     ppo_epochs: PositiveInt
@@ -61,7 +68,7 @@ class Hyper:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """`network.*`"""
+    """The network's settings, `network.*`."""
 
     embed_dim: PositiveInt
     n_head: PositiveInt
@@ -94,7 +101,7 @@ class Config:
 
     @property
     def sequence_length(self) -> int:
-        """Steps of what a minibatch is drawn from."""
+        """The length of the sequences from which minibatches are drawn."""
         return self.rollout_length if self.network.memory else 1
 
     @property
@@ -108,7 +115,7 @@ class TrainState(NamedTuple):
     hyper: Hyper  # floats () each
     key: Array
     env_state: Any  # (E, ...)
-    timestep: TimeStep  # (E, ...), whose observation is acted on next
+    timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: SableCarry  # (E, ...)
 
 
@@ -136,7 +143,7 @@ class Rollout(NamedTuple):
 class Batch(NamedTuple):
     """B sequences of C steps; minibatches are drawn from B.
 
-    With memory an environment's whole rollout is one (B = E, C = T), else each step.
+    With memory, each is an environment's whole rollout (B = E, C = T), otherwise a single step.
     """
 
     steps: Transition  # (B, C, ...)
@@ -147,7 +154,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything static."""
+    """The static parts of the system, the same for all members."""
 
     config: Config
     spec: EnvSpec
@@ -165,8 +172,8 @@ def advantages(
 ) -> tuple[Array, Array]:
     """Return generalised advantage estimates and value targets, (T, E, N) (Schulman et al., 2016).
 
-    The end of a terminated episode is worth 0, that of a truncated one the value of its last
-    observation; the trace is cut at both.
+    A terminated episode's end is worth 0, a truncated episode's end the value of its last
+    observation. The trace is cut at both.
     """
     next_value = jnp.concatenate([transitions.value[1:], last_value[None]])  # (T, E, N)
     if transitions.terminal_value is not None:
@@ -255,7 +262,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
 
 
 def sequences(setup: Setup, hyper: Hyper, collected: Rollout) -> Batch:
-    """Split a rollout into sequences, with their advantages."""
+    """Split a rollout into sequences, with their advantages and value targets."""
     steps = collected.transitions
     estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
     steps, (advantage, target) = split_time((steps, estimates), setup.config.sequence_length)
@@ -265,7 +272,7 @@ def sequences(setup: Setup, hyper: Hyper, collected: Rollout) -> Batch:
 def losses(
     params: Any, setup: Setup, hyper: Hyper, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
-    """Run the network once along the sequences."""
+    """Run the network along the sequences and return its loss."""
     steps = batch.steps
     inputs = batch.carry, steps.observation, steps.action, steps.reset_before
     value, policy = spread(setup.network.apply, params, *inputs)
@@ -316,7 +323,7 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:
-    """Return everything that changes, before the first update."""
+    """Return the state before the first update: everything that training changes."""
     config, hyper = setup.config, setup.config.hyper
     key, key_env, key_network = jax.random.split(key, 3)
     env_state, timestep = AutoReset(env, config.num_envs).reset(key_env)
@@ -334,14 +341,14 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
 
 
 def train_chunk(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
-    """Run the updates between two evaluations; metrics are (U,) each."""
+    """Run the U updates between two evaluations; each metric is (U,)."""
     return jax.lax.scan(
         lambda state, _: update(setup, env, state), state, length=setup.config.updates_per_chunk
     )
 
 
 def policy_params(state: TrainState) -> Any:
-    """Return the network's parameters: what is evaluated, kept as best and deployed."""
+    """Return the network's parameters, which are evaluated, kept as best and deployed."""
     return state.params
 
 
@@ -359,14 +366,14 @@ def act(
     key: Array,
     greedy: bool,
 ) -> tuple[Array, SableCarry]:
-    """Return all agents' actions (B, N[, A]), from all their observations, and the carry."""
+    """Return all agents' actions (B, N[, A]), from all observations, and the next carry."""
     no_reset = jnp.zeros(observation.step_count.shape, bool)
     joint = setup.network.apply(params, carry, observation, no_reset, key, greedy, method="act")
     return executed_action(joint.action, setup.spec.action_kind), joint.carry
 
 
 def main() -> None:
-    """`python -m magpo.systems.sable env=<suite>/<task> key=value ...`"""
+    """Run `python -m magpo.systems.sable env=<suite>/<task> key=value ...`."""
     experiment.main(__file__)
 
 

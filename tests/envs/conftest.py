@@ -10,9 +10,9 @@ from magpo.types import Environment, TimeStep
 
 
 class Play(NamedTuple):
-    """B environments under random legal actions, with no restarts."""
+    """Episodes of B environments under random legal actions, without restarts."""
 
-    keys: jax.Array  # (B,) given to reset
+    keys: jax.Array  # (B,) passed to reset
     first: TimeStep  # (B, ...)
     actions: np.ndarray  # (T, B, N[, A])
     timesteps: TimeStep  # (T, B, ...)
@@ -20,7 +20,7 @@ class Play(NamedTuple):
 
 
 def random_actions(env, key, mask):
-    """Uniform over the legal actions; mask (..., A)."""
+    """Draw uniformly from the legal actions; mask (..., A)."""
     if env.action_kind == "continuous":
         return jax.random.uniform(key, mask.shape, minval=-1.0)
     return jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf)).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""`magpo.envs.check` names each thing that an environment of one's own does otherwise."""
+"""`magpo.envs.check`: it reports every rule that a user's environment breaks."""
 
 import dataclasses
 
@@ -11,12 +11,9 @@ from magpo.types import Observation, StepType, TimeStep, restart
 N, A, F, LIMIT = 3, 4, 2, 5
 
 
-LIBRARYS = ["coordsum/3x10-30", "lbf/8x8-2p-2f-coop", "mpe/simple_spread_3ag"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """Correct; `wrong` is what one of its copies does otherwise."""
+    """A correct environment, unless `wrong` names the rule that it breaks."""
 
     wrong: str = ""
     name: str = "own/walk"
@@ -89,14 +86,14 @@ def test_a_correct_environment_passes():
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_one_is_told_what_it_must_be(wrong):
+def test_each_broken_rule_is_reported(wrong):
     with pytest.raises(ValueError, match=rf"^Walk: .*{WRONG[wrong]}") as error:
         envs.check(Walk(wrong))
     lines = str(error.value).split("\n")
-    assert len(lines) <= 2  # reset's and step's
+    assert len(lines) <= 2  # one for reset, one for step
 
 
-def test_headline_and_attributes():
+def test_wrong_attributes_are_reported():
     with pytest.raises(ValueError, match=r"headline must be one of .*distance, not 'win_rate'"):
         envs.check(Walk(headline="win_rate"))
     with pytest.raises(ValueError, match=r"time_limit must be a whole number, at least 1, not 2.5"):
@@ -108,5 +105,5 @@ def test_headline_and_attributes():
 @pytest.mark.parametrize(
     "task", ["coordsum/3x10-30", "lbf/8x8-2p-2f-coop", "mpe/simple_spread_3ag"]
 )
-def test_the_librarys_own_pass(task):
+def test_library_environments_pass(task):
     envs.check(envs.make(task, global_state=True))

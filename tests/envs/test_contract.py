@@ -1,4 +1,4 @@
-"""What every environment promises: all tasks traced, those of different code or size played."""
+"""The contract of every environment: all tasks are traced, a selection of them is played."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from magpo.envs.wrappers import AutoReset
 from magpo.types import EnvSpec, StepType, action_spec, spec
 
 B = 6
-# Shorter episodes, that the batch see some end; coverage of a suite's options.
+# Shorter episodes, so that some end, and options that differ from the defaults.
 SHORT = {"rware": {"time_limit": 60}, "mabrax": {"time_limit": 25}, "coordsum": {"time_limit": 30}}
 OPTIONS = {
     "coordsum/5x20-80": {"opponent_history": "released", "observation": "one_hot"},
@@ -25,7 +25,7 @@ OPTIONS = {
     "mabrax/humanoid-9-8": {"mapping": "corrected"},
     "smax/smacv2_5_units": {"ends": "released"},
 }
-# Played under auto-reset and random legal actions: all code, and of one code a small and a large.
+# Played with auto-reset and random legal actions: tasks that cover all code, small and large.
 PLAYED = [
     *OPTIONS,
     *("coordsum/3x10-30", "lbf/15x15-4p-5f", "connector/con-5x5x3a", "connector/con-10x10x10a"),
@@ -62,8 +62,8 @@ class Played:
 
 
 @pytest.mark.parametrize("task", envs.tasks())
-def test_a_scan_can_carry_the_state_and_sees_what_was_promised(task):
-    """Same structure, shapes and dtypes after reset and step, and nothing weakly typed."""
+def test_a_scan_can_carry_the_state_and_the_spec_holds(task):
+    """Compare structure, shapes and dtypes after reset and step; allow no weak types."""
     env = envs.make(task, global_state=True, **OPTIONS.get(task, {}))
     state, first = jax.eval_shape(env.reset, jax.random.key(0))
     after = jax.eval_shape(env.step, state, action_spec(env))
@@ -91,7 +91,7 @@ def played(request):
     return Played(request.param)
 
 
-def test_shapes_and_dtypes_are_the_specs(played):
+def test_shapes_and_dtypes_match_the_spec(played):
     env, (_, first) = played.env, jax.eval_shape(played.env.reset, jax.random.key(0))
     assert played.actions.shape[2:] == action_spec(env).shape
     for timestep, lead in ((played.first, (B,)), (played.timesteps, (played.T, B))):
@@ -107,7 +107,7 @@ def test_shapes_and_dtypes_are_the_specs(played):
     assert played.first.metrics.keys() == played.timesteps.metrics.keys()
 
 
-def test_values_are_sound(played):
+def test_values_are_valid(played):
     env = played.env
     for timestep in (played.first, played.timesteps):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(timestep))
@@ -123,8 +123,8 @@ def test_values_are_sound(played):
     assert (played.first.observation.step_count == 0).all()
 
 
-def test_episodes_end_where_they_should_and_begin_again(played):
-    """Against an account with lists, environment by environment."""
+def test_episodes_end_and_restart_correctly(played):
+    """Count lengths and returns in Python, environment by environment."""
     env, steps = played.env, played.timesteps
     assert steps.last().any()
     for e in range(B):
@@ -146,10 +146,10 @@ def test_episodes_end_where_they_should_and_begin_again(played):
                 assert at.observation.step_count == length < env.time_limit
 
 
-def test_the_same_key_is_the_same_episode(played):
+def test_a_key_determines_its_episodes(played):
     first, actions, timesteps = played.run(1)
     found, expected = (first, actions, timesteps), (played.first, played.actions, played.timesteps)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     other, _, _ = played.run(2)
-    if played.env.name not in ("coordsum/3x10-30",):  # 30 targets: they may be the same
+    if played.env.name not in ("coordsum/3x10-30",):  # its 30 targets may coincide
         assert (other.observation.agents_view != first.observation.agents_view).any()

@@ -15,7 +15,7 @@ E, T = 3, 60
 
 
 def slow_rewards(targets, actions, ends, row_of):
-    """The rewards of one environment, played with lists; `row_of` names a target's history."""
+    """Compute one environment's rewards with lists; `row_of` maps a target to its history."""
     histories, rewards = {}, []
     for target, action, end in zip(targets, actions, ends, strict=True):
         past = histories.setdefault(row_of(target), [])
@@ -31,7 +31,7 @@ def slow_rewards(targets, actions, ends, row_of):
 
 @pytest.fixture(scope="module")
 def games():
-    """Per history the targets (T, E), actions (T, E, N), rewards (T, E, N) and ends (T, E)."""
+    """Return targets (T, E), actions and rewards (T, E, N) and ends (T, E), by history."""
     actions = jax.random.randint(jax.random.key(0), (T, E, SMALL["num_agents"]), 0, 3)
 
     def run(history):
@@ -45,7 +45,7 @@ def games():
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_rewards_equal_a_slow_account(games, history):
+def test_rewards_match_the_slow_model(games, history):
     targets, actions, rewards, ends = games[history]
     assert ends.sum() == T // 20 * E
     for e in range(E):
@@ -66,7 +66,7 @@ def test_targets_are_uniform_and_change(games):
     views = jax.vmap(lambda key: env.reset(key)[1].observation.agents_view)(keys)
     counts = np.bincount(np.asarray(views[:, 0, 3], int))
     assert len(counts) == 30  # 0 .. max_target - 1
-    assert counts.min() > 60  # of 100
+    assert counts.min() > 60  # 100 expected
     assert counts.max() < 140
     targets = games["per_target"][0]
     assert len(np.unique(targets[:20, 0])) > 3

@@ -1,4 +1,4 @@
-"""MPE, SMAX and MABrax against jaxmarl's own, stepped by hand with the same actions."""
+"""MPE, SMAX and MABrax checked against jaxmarl's simulators, given the same actions."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ B = 4
 
 
 def by_hand(simulator, reset_keys, step_keys, actions):
-    """The first observations (B, ...), then each step's, its rewards and its dones (T, B, ...),
-    all by agent, and the states, first one included.
+    """Step a simulator with actions (T, B, N[, A]); `step_keys` maps a step to its B keys.
 
-    `step_keys` gives a step's B keys; actions are (T, B, N[, A]).
+    Return the first observations (B, ...), each step's observations, rewards and dones (T, B, ...),
+    all by agent, and T + 1 states.
     """
     first, state = jax.jit(jax.vmap(simulator.reset))(reset_keys)
     step = jax.jit(jax.vmap(simulator.step_env))
@@ -29,18 +29,18 @@ def by_hand(simulator, reset_keys, step_keys, actions):
 
 
 def stacked(by_agent, simulator):
-    """(..., B, N, ...) from what is (..., B, ...) for each agent."""
+    """Stack each agent's array (..., B, ...) into (..., B, N, ...)."""
     lead = 1 if np.shape(by_agent[simulator.agents[0]])[0] == B else 2
     return np.stack([by_agent[agent] for agent in simulator.agents], axis=lead)
 
 
 def until_end(played):
-    """(T, B) bool: the steps up to each episode's end."""
+    """Return a (T, B) mask of the steps up to each episode's end."""
     return np.arange(len(played.actions))[:, None] <= played.ends
 
 
 @pytest.mark.parametrize("action_range", ["box", "released"])
-def test_mpe_is_jaxmarls(play, action_range):
+def test_mpe_matches_jaxmarl(play, action_range):
     env = envs.make("mpe/simple_spread_5ag", global_state=True, action_range=action_range)
     played = play(env, 1, B)
     simulator = simulators.load("mpe").SimpleSpreadMPE(5, 5, action_type="Continuous")
@@ -53,7 +53,7 @@ def test_mpe_is_jaxmarls(play, action_range):
     np.testing.assert_allclose(seen, stacked(views, simulator), atol=1e-5)
     np.testing.assert_allclose(ours.reward, stacked(rewards, simulator), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(ours.last(), dones["__all__"])
-    assert (np.ptp(ours.reward, axis=-1) > 0).any()  # collisions are each agent's own
+    assert (np.ptp(ours.reward, axis=-1) > 0).any()  # agents collide separately
     assert (played.ends == 25).all() and ours.truncated()[25].all()
 
 
@@ -69,7 +69,7 @@ def battle(play):
     return played, simulator, by_hand(simulator, begin, lambda t: step_keys(key, t), played.actions)
 
 
-def test_smax_is_jaxmarls(battle):
+def test_smax_matches_jaxmarl(battle):
     played, simulator, (first, views, rewards, dones, states) = battle
     seen, ours = played.timesteps.observation, played.timesteps
     until = until_end(played)
@@ -87,12 +87,12 @@ def test_smax_is_jaxmarls(battle):
     assert (expected > 0).any()
 
 
-def test_smax_tells_a_dead_team_from_the_limit(battle, play):
+def test_smax_distinguishes_a_dead_team_from_the_time_limit(battle, play):
     played, _, (*_, states) = battle
     for b, end in enumerate(played.ends):
         alive = np.asarray(states[end + 1].state.unit_alive[b])
         allies, enemies = alive[:3].any(), alive[3:].any()
-        assert not (allies and enemies) and end < 100  # random play loses long before
+        assert not (allies and enemies) and end < 100  # random play loses well before the limit
         assert played.timesteps.discount[end, b] == 0
         assert played.timesteps.metrics["win_rate"][end, b] == (allies and not enemies)
     short = play(envs.make("smax/3m", time_limit=4), 1, B)
@@ -102,8 +102,8 @@ def test_smax_tells_a_dead_team_from_the_limit(battle, play):
     assert (play(released, 1, B).timesteps.discount[3] == 0).all()
 
 
-def test_smax_win_is_the_enemies_death():
-    """One marine left on each side, the enemy's about to die."""
+def test_smax_is_won_when_all_enemies_are_dead():
+    """Leave one marine on each side, the enemy's about to die."""
     env = envs.make("smax/3m")
     state, _ = jax.jit(env.reset)(jax.random.key(0))
     units = state.battle.state
@@ -114,7 +114,7 @@ def test_smax_win_is_the_enemies_death():
         unit_positions=units.unit_positions.at[3].set(units.unit_positions[0] + 1.0),
     )
     state = state._replace(battle=state.battle.replace(state=units))
-    shoot = jnp.array([5 + 2, 4, 4])  # enemies are listed from the last
+    shoot = jnp.array([0, 4, 4])  # the first agent shoots each enemy in turn
     outcomes = {a: jax.jit(env.step)(state, shoot.at[0].set(a))[1] for a in range(5, 8)}
     won = [int(a) for a, t in outcomes.items() if t.metrics["win_rate"] == 1]
     assert len(won) == 1
@@ -122,7 +122,7 @@ def test_smax_win_is_the_enemies_death():
     assert outcomes[won[0]].reward[0] >= 1
 
 
-def test_mabrax_is_jaxmarls(play):
+def test_mabrax_matches_jaxmarl(play):
     env = envs.make("mabrax/hopper-3x1", global_state=True, time_limit=30)
     played = play(env, 1, B)
     simulator = simulators.load("mabrax").Hopper(
@@ -168,15 +168,15 @@ def test_with_the_corrected_mapping_an_agent_sees_the_joint_it_moves(task, first
         assert not others
 
 
-def test_the_corrected_humanoid_reads_nothing_that_is_not_there():
+def test_the_corrected_humanoid_reads_only_existing_features():
     jaxmarls, env = (
         envs.make("mabrax/humanoid-9-8", mapping=mapping) for mapping in ("jaxmarl", "corrected")
     )
     size = env.simulator.env.observation_size
-    assert max(max(seen) for seen in jaxmarls._seen) >= size  # clamped: the last one, many times
+    assert max(max(seen) for seen in jaxmarls._seen) >= size  # clamped to the last feature
     for seen in env._seen:
         assert seen.max() < size and len(set(seen.tolist())) == len(seen)
-    arms = set(range(22 + 17, 22 + 23))  # their velocities, after 22 positions
+    arms = set(range(22 + 17, 22 + 23))  # the arms' velocities, after 22 positions
     assert arms <= set(env._seen[0].tolist()) and not arms & set(env._seen[1].tolist())
 
 

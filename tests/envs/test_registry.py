@@ -15,7 +15,7 @@ from magpo.types import action_spec, spec
 
 ROOT = Path(__file__).parents[2]
 
-# num_agents, features without the agent id, num_actions, time_limit; ENVIRONMENTS tables.
+# num_agents, features without the agent id, num_actions, time_limit
 TASKS = {
     "connector/con-5x5x3a": (3, 54, 5, 25),
     "connector/con-7x7x5a": (5, 54, 5, 49),
@@ -104,14 +104,14 @@ def made(task):
     return registry.make(task)
 
 
-def test_tasks_are_the_papers_and_two_more():
+def test_tasks_are_those_of_the_papers_and_two_more():
     papers = {row.task for row in published.rows()}
     assert len(papers) == 49
     assert sorted(envs.tasks()) == sorted(TASKS) == sorted(papers | {"smax/3m", "smax/1s1z"})
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_has_its_sizes(task):
+def test_every_task_has_the_listed_sizes(task):
     num_agents, num_features, num_actions, time_limit = TASKS[task]
     env = made(task)
     assert (env.name, env.num_agents, env.time_limit) == (task, num_agents, time_limit)
@@ -145,8 +145,8 @@ def test_boards(task):
     )
 
 
-def test_options_are_the_file_s_and_overrides_replace_them(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the files are found from anywhere
+def test_options_come_from_the_file_and_overrides_replace_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the files are found from any folder
     assert envs.options("coordsum/3x10-30") == {
         "num_agents": 3,
         "num_actions": 10,
@@ -160,7 +160,7 @@ def test_options_are_the_file_s_and_overrides_replace_them(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_s_file_has_what_differs_from_its_suite_s(task):
+def test_a_tasks_file_lists_only_what_differs_from_its_suite(task):
     root = ROOT / "configs" / "env"
     suite = yaml.safe_load((root / f"{task.partition('/')[0]}.yaml").read_text())
     own = yaml.safe_load((root / f"{task}.yaml").read_text())
@@ -170,7 +170,7 @@ def test_a_task_s_file_has_what_differs_from_its_suite_s(task):
     assert list(envs.options(task).items()) == list((suite | own).items())
 
 
-def test_a_task_that_leaves_out_a_value_is_one_clear_line(tmp_path, monkeypatch):
+def test_a_task_without_a_required_value_gives_one_clear_line(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs" / "env", tmp_path / "env")
     (tmp_path / "env" / "lbf" / "9x9.yaml").write_text("grid_size: 9\nfov: 9\n")
     monkeypatch.setattr(files, "configs", lambda: tmp_path)
@@ -178,15 +178,15 @@ def test_a_task_that_leaves_out_a_value_is_one_clear_line(tmp_path, monkeypatch)
         envs.options("lbf/9x9")
 
 
-def test_the_same_task_is_an_equal_environment():
-    """So that jit does not compile again for a second object."""
+def test_two_environments_of_a_task_are_equal():
+    """Check that jit need not compile again for a second object."""
     first, second = envs.make("lbf/10x10-3p-3f"), envs.make("lbf/10x10-3p-3f")
     assert first == second
     assert hash(first) == hash(second)
     assert first != envs.make("lbf/10x10-3p-3f", fov=3)
 
 
-def test_the_global_state_is_on_request():
+def test_the_global_state_is_given_on_request():
     env = envs.make("rware/tiny-4ag", global_state=True)
     assert spec(env).num_state_features == 4 * 66
 
@@ -250,7 +250,7 @@ def test_the_global_state_is_on_request():
         ("mabrax/ant-4x2", {"mapping": "correct"}, ["did you mean 'corrected'"]),
     ],
 )
-def test_bad_requests_are_one_clear_line(task, overrides, parts):
+def test_bad_requests_give_one_clear_line(task, overrides, parts):
     with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
         envs.make(task, **overrides)
     message = str(caught.value)
@@ -259,14 +259,14 @@ def test_bad_requests_are_one_clear_line(task, overrides, parts):
         assert part in message
 
 
-def test_an_integer_will_do_for_a_real_number():
+def test_an_integer_is_accepted_for_a_float():
     assert envs.make("lbf/8x8-2p-2f-coop", penalty=1).penalty == 1
 
 
 MISSING = "mabrax needs brax, which is not installed: pip install 'magpo[mabrax]'"
 
 
-def test_a_missing_library_is_named_with_what_installs_it():
+def test_a_missing_library_error_says_how_to_install_it():
     code = "import sys; sys.modules['brax'] = None; from magpo import commands, envs\n"
     code += "envs.make('mpe/simple_spread_3ag'); envs.make('mabrax/ant-4x2')"
     command = [sys.executable, "-c", code]
@@ -277,7 +277,7 @@ def test_a_missing_library_is_named_with_what_installs_it():
     )
 
 
-def test_the_table_leaves_out_what_is_not_installed(monkeypatch, capsys):
+def test_the_table_leaves_out_suites_that_are_not_installed(monkeypatch, capsys):
     def make(task):
         if task.startswith("mabrax/"):
             raise ValueError(MISSING)
@@ -290,7 +290,7 @@ def test_the_table_leaves_out_what_is_not_installed(monkeypatch, capsys):
     assert err.splitlines() == [f"left out: {MISSING}"]
 
 
-def test_the_readmes_table_is_the_commands(monkeypatch, capsys):
+def test_the_readme_has_the_commands_table(monkeypatch, capsys):
     monkeypatch.setattr(envs, "make", made)
     monkeypatch.setattr(sys, "argv", ["magpo.envs", "--markdown"])
     commands.run(tasks_table.__doc__, tasks_table.main)
@@ -299,14 +299,14 @@ def test_the_readmes_table_is_the_commands(monkeypatch, capsys):
     assert len(table.splitlines()) == 2 + len(envs.tasks())
 
 
-def test_help_builds_no_task(monkeypatch, capsys):
+def test_help_makes_no_environment(monkeypatch, capsys):
     monkeypatch.setattr(envs, "make", None)
     monkeypatch.setattr(sys, "argv", ["magpo.envs", "--help"])
     commands.run(tasks_table.__doc__, tasks_table.main)
     assert "--markdown" in capsys.readouterr().out
 
 
-def test_only_the_chosen_suite_s_library_is_imported():
+def test_only_the_chosen_suites_library_is_imported():
     code = "import sys; from magpo import envs; envs.make('coordsum/3x10-30'); print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True

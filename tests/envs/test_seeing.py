@@ -1,4 +1,4 @@
-"""What is shown of the environments: pictures, the README's example."""
+"""Pictures of episodes, and the README's example of an environment."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ def rendered(monkeypatch, capsys, *arguments):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_episode_is_a_gif_with_a_frame_for_each_state(task, tmp_path, monkeypatch, capsys):
+def test_a_gif_has_a_frame_for_each_state(task, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a.gif"
     printed = rendered(monkeypatch, capsys, f"env={task}", "steps=3", f"out={out}")
     steps = int(re.search(r"(\d+) steps, return", printed)[1])
@@ -40,16 +40,16 @@ def test_an_episode_is_a_gif_with_a_frame_for_each_state(task, tmp_path, monkeyp
     for frame in range(picture.n_frames):
         picture.seek(frame)
         frames.append(picture.convert("RGB").tobytes())
-    assert len(set(frames)) == steps + 1  # at least the step's number and reward change
+    assert len(set(frames)) == steps + 1  # at least the step number and the reward change
 
 
-def test_mabrax_is_a_page_of_braxs(tmp_path, monkeypatch, capsys):
+def test_mabrax_is_rendered_as_a_brax_page(tmp_path, monkeypatch, capsys):
     out = tmp_path / "a.html"
     rendered(monkeypatch, capsys, "env=mabrax/hopper-3x1", "steps=2", f"out={out}")
     assert "<html" in out.read_text()[:200].lower()
 
 
-def test_a_trained_policy_is_shown(tmp_path, monkeypatch, capsys):
+def test_a_trained_policy_is_rendered(tmp_path, monkeypatch, capsys):
     overrides = [*cases.short_run("magpo", cases.LBF), f"results_dir={tmp_path}"]
     folder = experiment.run(system, config.load("magpo", overrides)).folder
     out = tmp_path / "a.gif"
@@ -75,7 +75,7 @@ def test_a_trained_policy_is_shown(tmp_path, monkeypatch, capsys):
         (["run=nowhere"], "no run there"),
     ],
 )
-def test_bad_requests_are_one_line(arguments, message, monkeypatch, capsys):
+def test_bad_requests_give_one_line(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["render", *arguments])
     with pytest.raises(SystemExit) as stop:
         commands.run(render.__doc__, render.main)
@@ -83,7 +83,7 @@ def test_bad_requests_are_one_line(arguments, message, monkeypatch, capsys):
     assert stop.value.code == 2 and err.count("\n") == 1 and message in err
 
 
-def test_the_readmes_own_environment_trains(tmp_path):
+def test_the_readmes_environment_trains(tmp_path):
     _, _, section = README.partition("### Your own environment")
     (tmp_path / "rendezvous.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
     short = [

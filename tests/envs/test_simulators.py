@@ -1,4 +1,4 @@
-"""RWARE, LBF and Connector against jumanji, stepped by hand with the same actions."""
+"""RWARE, LBF and Connector checked against jumanji's simulators, given the same actions."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from magpo.envs.wrappers import AutoReset
 
 
 def by_hand(simulator, keys, actions):
-    """The simulator's own timesteps, (T + 1, B, ...)."""
+    """Return the simulator's own timesteps, (T + 1, B, ...)."""
     state, timestep = jax.jit(jax.vmap(simulator.reset))(keys)
     step, timesteps = jax.jit(jax.vmap(simulator.step)), [timestep]
     for action in actions:
@@ -26,14 +26,14 @@ def by_hand(simulator, keys, actions):
 
 
 def with_ids(views):
-    """(..., N, F) -> (..., N, N + F), the agents' one-hot ids first."""
+    """Prepend the agents' one-hot ids: (..., N, F) -> (..., N, N + F)."""
     ids = np.broadcast_to(np.eye(views.shape[-2]), (*views.shape[:-1], views.shape[-2]))
     return np.concatenate([ids, views], axis=-1)
 
 
 @pytest.fixture(scope="module")
 def warehouse(play):
-    """Our episodes in a small warehouse where nearly every shelf is requested, and jumanji's."""
+    """Play our small warehouse, with nearly every shelf requested, and jumanji's."""
     sizes = {"shelf_rows": 1, "shelf_columns": 3, "column_height": 2, "num_agents": 2}
     sizes |= {"sensor_range": 1, "request_queue_size": 7}
     env = envs.make("rware/tiny-2ag", global_state=True, time_limit=60, **sizes)
@@ -42,7 +42,7 @@ def warehouse(play):
     return played, raw
 
 
-def test_rware_is_jumanji_s(warehouse):
+def test_rware_matches_jumanji(warehouse):
     played, raw = warehouse
     first, timesteps = played.first, played.timesteps
     views, masks = with_ids(raw.observation.agents_view), raw.observation.action_mask
@@ -58,7 +58,7 @@ def test_rware_is_jumanji_s(warehouse):
     assert raw.reward.sum() > 0
 
 
-def test_rware_ends_by_collision_and_by_the_limit(warehouse):
+def test_rware_terminates_by_collision_and_at_the_time_limit(warehouse):
     played, _ = warehouse
     assert 0 < (played.ends == 59).sum() < 32
     assert played.ends.max() == 59
@@ -67,7 +67,7 @@ def test_rware_ends_by_collision_and_by_the_limit(warehouse):
 
 @pytest.fixture(scope="module")
 def board():
-    """AutoReset's steps on a small board, and jumanji's for its first episodes."""
+    """Play a small board with AutoReset, and its first episodes in jumanji."""
     sizes = {"grid_size": 5, "fov": 2, "num_agents": 3, "num_food": 1}
     env = envs.make("lbf/10x10-3p-3f", **sizes)
     batch, key = AutoReset(env, 8), jax.random.key(1)
@@ -91,7 +91,7 @@ def board():
     return first, timesteps, by_hand(simulator, keys, actions)
 
 
-def test_lbf_is_jumanji_s(board):
+def test_lbf_matches_jumanji(board):
     first, timesteps, raw = board
     views = with_ids(raw.observation.agents_view)
     np.testing.assert_array_equal(first.observation.agents_view, views[0])
@@ -109,7 +109,7 @@ def test_lbf_is_jumanji_s(board):
         np.testing.assert_array_equal(seen.step_count, np.arange(1, end + 2))
 
 
-def test_lbf_terminates_when_all_is_eaten_and_truncates_at_the_limit(board):
+def test_lbf_terminates_when_all_food_is_eaten_and_truncates_at_the_time_limit(board):
     _, timesteps, _ = board
     ends = np.argmax(timesteps.last(), axis=0)
     final = jax.tree.map(lambda leaf: leaf[ends, np.arange(8)], timesteps)
@@ -137,11 +137,11 @@ def wires(play, request):
 
 
 def until_end(played):
-    """(T, B) bool: the steps up to each episode's end."""
+    """Return a (T, B) mask of the steps up to each episode's end."""
     return np.arange(len(played.actions))[:, None] <= played.ends
 
 
-def test_connector_is_jumanji_s(wires):
+def test_connector_matches_jumanji(wires):
     played, raw = wires
     ours, until = played.timesteps, until_end(played)
     np.testing.assert_array_equal(ours.step_type[until], raw.step_type[1:][until])
@@ -170,7 +170,7 @@ def test_connector_terminates_when_all_are_connected_or_stuck_and_truncates_at_t
 
 
 def slow_view(grid, agent):
-    """The 54 features, cell by cell."""
+    """Compute an agent's 54 features cell by cell."""
     size, cell = len(grid), {kind: 3 * agent + kind for kind in (2, 3)}
     (row, column), *_ = np.argwhere(grid == cell[2])
     own_target = [*np.argwhere(grid == cell[3]), np.zeros(2)][0]

@@ -1,4 +1,4 @@
-"""AutoReset against a loop in Python that resets every environment that ended."""
+"""AutoReset checked against a Python loop that resets every environment that ended."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Fleeting:
-    """Episodes of 1 or 2 steps: ends fall together, and spare starts run out at once."""
+    """Episodes of 1 or 2 steps: many end together, and spare starts run out at once."""
 
     truncates: bool
     num_agents: int = N
@@ -64,7 +64,7 @@ step = jax.jit(Fleeting.step, static_argnums=0)
 
 
 def naive(env, key):
-    """The same, one environment after the other: first timesteps, then per step E of them."""
+    """Play one environment at a time; return first timesteps (E, ...), then all (T, E, ...)."""
     starts = [reset(env, jax.random.fold_in(key, e)) for e in range(E)]
     states, begun = [state for state, _ in starts], E
     rewards, rows = [[] for _ in range(E)], []
@@ -96,26 +96,26 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("truncates", [False, True])
-def test_equals_resetting_each(truncates):
+def test_auto_reset_equals_resetting_each_environment(truncates):
     env, key = Fleeting(truncates), jax.random.key(1)
     first, timesteps = jax.jit(run, static_argnums=0)(env, key)
     slow_first, slow = naive(env, key)
     assert_equal(timesteps, slow)
     assert_equal(first.observation, slow_first.observation)
     assert jax.tree.structure(first) == jax.tree.structure(timesteps)
-    assert {1, 3, E} <= set(timesteps.last().sum(axis=1).tolist())  # ends in a step
+    assert {1, 3, E} <= set(timesteps.last().sum(axis=1).tolist())  # ends in one step
     assert timesteps.truncated().any()
     assert (timesteps.terminal_observation is not None) == truncates
 
 
-def test_seeds_in_one_program_are_the_seeds_alone():
+def test_seeds_in_one_program_equal_each_seed_alone():
     env, keys = Fleeting(truncates=True), jax.random.split(jax.random.key(1), 3)
     _, together = jax.jit(jax.vmap(run, in_axes=(None, 0)), static_argnums=0)(env, keys)
     for seed, key in enumerate(keys):
         assert_equal(jax.tree.map(lambda leaf, s=seed: leaf[s], together), naive(env, key)[1])
 
 
-def test_statistics_of_whole_episodes():
+def test_statistics_cover_whole_episodes():
     env = Fleeting(truncates=False)
     _, timesteps = jax.jit(run, static_argnums=0)(env, jax.random.key(1))
     for e in range(E):
@@ -141,15 +141,15 @@ def test_a_scan_can_carry_the_state():
 
 @dataclass(frozen=True)
 class Sorting(Fleeting):
-    """A reset that can be recognised in the compiled program."""
+    """An environment whose reset can be recognised in the compiled program."""
 
     def reset(self, key):
         state, timestep = Fleeting.reset(self, key)
         return state._replace(length=jax.random.permutation(key, jnp.arange(50))[0]), timestep
 
 
-def test_no_reset_is_drawn_outside_the_branch():
-    """Over vmapped seeds, where XLA has moved it before the loop, onto every step."""
+def test_no_reset_is_computed_outside_the_loop():
+    """Vmap over seeds, where XLA once moved resets before the loop, into every step."""
     batch, keys = AutoReset(Sorting(truncates=False), E), jax.random.split(jax.random.key(1), 3)
     states, _ = jax.eval_shape(jax.vmap(batch.reset), keys)
     step = jax.jit(jax.vmap(batch.step, in_axes=(0, None)))
@@ -159,7 +159,7 @@ def test_no_reset_is_drawn_outside_the_branch():
     assert " sort(" not in main
 
 
-def test_starts_differ_where_the_episodes_numbers_overflow():
+def test_starts_differ_when_episode_numbers_overflow():
     batch = AutoReset(Fleeting(truncates=False, longest=1), E)
     state, _ = batch.reset(jax.random.key(0))
     nearly = jnp.int32(2**31 - 12)

@@ -1,4 +1,4 @@
-"""A system whose parameters count its updates, on a task that returns how far they have come."""
+"""A system whose parameters count its updates, on a task whose return depends on the count."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ SYSTEM = sys.modules[__name__]
 
 
 class Count:
-    """The reward is the action: the return tells which parameters acted."""
+    """A task whose reward is the action: the return tells which parameters acted."""
 
     name, num_agents, action_dim, action_kind = "test/count", N, 4, "discrete"
     time_limit, truncates, headline = LENGTH, False, "episode_return"
@@ -53,10 +53,10 @@ class Count:
 
 @hyperparameters
 class Hyper:
-    shift: NonNegativeFloat  # later peaks
-    bound: Annotated[float, Field(gt=1)] | None  # no action is below minus this
+    shift: NonNegativeFloat  # delays the peak
+    bound: Annotated[float, Field(gt=1)] | None  # actions are at least minus this
     repeats: PositiveInt
-    nan: Literal["", "loss/policy", "parameters"]  # becomes NaN at the update that a peak names
+    nan: Literal["", "loss/policy", "parameters"]  # becomes NaN at update peak + shift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ HYPER = Hyper(shift=0.0, bound=None, repeats=1, nan="")
 
 
 class State(NamedTuple):
-    params: dict  # updates: how many were made; peak: the count with the highest return
+    params: dict  # updates: their number so far; peak: the number with the highest return
     hyper: Hyper
     walked: Any  # (E,) steps
 
@@ -109,7 +109,7 @@ def train_chunk(setup, env, state):
 
 
 def policy_params(state):
-    return state.params  # the very buffers that the next chunk takes
+    return state.params  # the same buffers that the next chunk takes
 
 
 def initial_carry(setup, batch_shape):
@@ -182,7 +182,7 @@ def run(config, **changes):
 
 
 def plotted(config):
-    """The same run with its learning curve, a quarter of the time."""
+    """Turn on the learning curve, which takes a quarter of a run's time."""
     return dataclasses.replace(config, logger=dataclasses.replace(config.logger, plot=True))
 
 
@@ -191,5 +191,5 @@ def records(folder):
 
 
 def expected_returns(peak):
-    """The true return after every chunk, for a seed with this peak."""
+    """Return the true return after every chunk, for a seed with this peak."""
     return np.array([-LENGTH * abs(chunk * U - peak) for chunk in range(K + 1)])

@@ -1,4 +1,4 @@
-"""A fork's mistakes are one line that names its file, before anything compiles."""
+"""Mistakes in a fork: one line that names its file, before anything compiles."""
 
 import dataclasses
 from pathlib import Path
@@ -69,7 +69,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_what_a_system_returns_is_checked(config, monkeypatch, name):
+def test_a_systems_return_values_are_checked(config, monkeypatch, name):
     function, wrong, message = MISTAKES[name]
     monkeypatch.setattr(SYSTEM, function, wrong)
     monkeypatch.setattr(loop, "compile_programs", None)
@@ -107,14 +107,14 @@ class Plain:
         (dict, "Config must be a dataclass"),
     ],
 )
-def test_a_config_that_no_run_can_fill_is_one_line(monkeypatch, schema, message):
+def test_a_config_that_no_run_can_fill_gives_one_line(monkeypatch, schema, message):
     monkeypatch.setattr(SYSTEM, "Config", schema)
     with pytest.raises(ConfigError, match=rf"^counting\.py: .*{message}"):
         contract.algorithm(SYSTEM)
 
 
 def test_a_system_that_reads_the_setups_floats_diverges(config, monkeypatch):
-    """Else it would train all settings with the first one's values."""
+    """Check that the setup's floats, those of the first setting, are hidden as NaN."""
     train_chunk = SYSTEM.train_chunk
 
     def reads_setup(setup, env, state):
@@ -126,8 +126,8 @@ def test_a_system_that_reads_the_setups_floats_diverges(config, monkeypatch):
         run(config)
 
 
-def test_ctrl_c_while_the_files_are_finished_loses_none(config, monkeypatch):
-    """Behind the last evaluation, and once only: a second one kills."""
+def test_ctrl_c_while_files_are_completed_loses_none(config, monkeypatch):
+    """Press Ctrl-C once after the last evaluation; a second time would kill."""
     from magpo.report.writer import Writer
 
     class Thread:

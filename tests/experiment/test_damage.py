@@ -1,4 +1,4 @@
-"""Damaged checkpoints: the one before is used, or one line says why none can be."""
+"""Damaged checkpoints: the one before is used, or one line says why none can be used."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from magpo.runs import checkpoint, listing, resume
 
 @pytest.fixture
 def folder(config, monkeypatch):
-    """A finished run with its two last checkpoints."""
+    """Finish a run with its last two checkpoints; return its folder."""
     offer = resume.Saver.offer
 
     def always(self, *args):
@@ -32,7 +32,7 @@ def folder(config, monkeypatch):
 
 @pytest.fixture
 def begin(config, folder):
-    """What a resume does before it compiles: the chunk it would go on from, and all its arrays."""
+    """Return a function that reads what a resume starts from: its chunk and all its arrays."""
     config = dataclasses.replace(config, resume=str(folder))
     programs, shapes = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
     evaluation = programs.evaluate.eval_shape(*shapes.evaluate)
@@ -46,7 +46,7 @@ def sign(path):
 
 
 def spoil(path, rng):
-    """Flip bits of, cut, empty or remove one file, or one folder."""
+    """Flip a bit of, cut, empty or remove a file, or remove or swap folders."""
     files = [*checkpoint._files(path), "manifest.json"]
     file = path / rng.choice(files)
     kind = rng.choice(["flip", "cut", "empty", "remove", "folder", "swap"])
@@ -73,7 +73,7 @@ KINDS = (*KINDS, "nested", "steps", "value", "double", "metric")
 
 
 def falsify(path, other, rng, kind):
-    """An intact checkpoint of something else."""
+    """Turn a checkpoint into an intact one with wrong contents."""
     meta = json.loads((path / "meta.json").read_text())
     arrays = meta["arrays"]["state"]
     name = rng.choice(list(arrays))
@@ -130,7 +130,7 @@ def rewrite(path, part, arrays):
         checkpointer.save(path / part, arrays)
 
 
-def test_damaged_files_mean_the_checkpoint_before(begin, folder, tmp_path):
+def test_after_damage_the_checkpoint_before_is_used(begin, folder, tmp_path):
     newest, before = checkpoint.checkpoints(folder / "checkpoints")
     kept, rng = shutil.copytree(newest, tmp_path / "kept"), random.Random(0)
     whole = begin()
@@ -159,7 +159,7 @@ def test_intact_but_wrong_checkpoints_are_never_used(config, begin, folder, tmp_
 
 
 def test_nothing_in_a_folder_is_executed(begin, folder, tmp_path):
-    """Pickles and YAML that would run code are names and bytes here."""
+    """Plant pickles and YAML that would run code if loaded unsafely."""
     owned = tmp_path / "owned"
     attack = f"!!python/object/apply:pathlib.Path.touch [{owned}]"
     (folder / "config.yaml").write_text(f"run: {attack}\n_target_: os.system\n")

@@ -1,4 +1,4 @@
-"""Seeds and environments over devices: the same run as on one."""
+"""Seeds and environments over several devices: the same run as on one device."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    """A run's results, and what it printed."""
+    """Run on two devices; return the results folder and the printed text."""
     results = tmp_path_factory.mktemp("two")
     return results, on_devices(2, *SMALL, f"results_dir={results}")
 
@@ -82,10 +82,10 @@ def flops(out):
     return float(re.search(r"^flops (.*)$", out, re.M)[1])
 
 
-def test_spread_over_devices_it_is_the_same_run(alone, on_two, tmp_path):
+def test_a_run_spread_over_devices_is_the_same_run(alone, on_two, tmp_path):
     out = on_devices(8, *SMALL, f"results_dir={tmp_path}")
     assert "'member': 2, 'env': 4" in out and "communication True" in out
-    assert flops(out) < 0.5 * flops(on_two[1])  # of one device: they share the work of a member
+    assert flops(out) < 0.5 * flops(on_two[1])  # per device: devices share the work of a member
     (folder,) = tmp_path.glob("*/*/*/*")
     spread = metrics(folder)
     assert spread.keys() == alone.keys()
@@ -95,7 +95,7 @@ def test_spread_over_devices_it_is_the_same_run(alone, on_two, tmp_path):
     )
 
 
-def test_seeds_on_devices_of_their_own_do_not_communicate(alone, on_two):
+def test_seeds_on_separate_devices_do_not_communicate(alone, on_two):
     results, out = on_two
     assert "'member': 2, 'env': 1" in out and "communication False" in out
     (folder,) = results.glob("*/*/*/*")
@@ -108,13 +108,13 @@ def test_seeds_on_devices_of_their_own_do_not_communicate(alone, on_two):
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Lay runs out as on one GPU."""
+    """Lay out runs as on one GPU."""
     gpu = jax.devices()[:1]
     monkeypatch.setattr(devices, "_cpu_is_split", lambda: True)
     monkeypatch.setattr(devices.jax, "devices", lambda: gpu)
 
 
-def test_seeds_batched_in_turns_and_in_threads_are_the_same_run(config, one_device, monkeypatch):
+def test_seeds_batched_in_turn_or_in_threads_give_the_same_run(config, one_device, monkeypatch):
     batched = run(config)
     in_turns = run(config, seeds_per_batch=1)
     monkeypatch.undo()
@@ -164,7 +164,7 @@ def test_sizes_that_do_not_divide_are_refused(config, one_device, monkeypatch):
         run(config)
 
 
-def test_too_much_is_said(tmp_path, capsys):
+def test_an_excessive_memory_footprint_is_reported(tmp_path, capsys):
     run = configuration.load("mappo", SMALL)
     info = Run(tmp_path, "mappo", "a", "b", run.members, "episode_return", 1, "x")
     Console(info, run).footprint(needed=3_000_000_000, available=2_000_000_000)

@@ -33,13 +33,13 @@ cp -a {disk}/mappo {out}/again
 
 @pytest.fixture(params=["", "checkpoint._check_room = lambda *_: None; "], ids=["before", "while"])
 def unforeseen(request):
-    """Python that has a full disk noticed before a checkpoint is written, or only meanwhile."""
+    """Return code that leaves on, or turns off, the check for room before a checkpoint."""
     return request.param
 
 
 @pytest.fixture
 def results(unforeseen, tmp_path):
-    """A run on a disk with room for one checkpoint, then, on a larger one, its continuation."""
+    """Run on a disk with room for one checkpoint, enlarge the disk and resume the run."""
     disk, out = tmp_path / "disk", tmp_path / "out"
     disk.mkdir()
     out.mkdir()
@@ -59,13 +59,13 @@ def last_lines(out, name):
     return (out / f"{name}.txt").read_text(), int((out / f"{name}.code").read_text())
 
 
-def test_a_full_disk_is_said_and_what_was_saved_is_whole(results, unforeseen):
+def test_a_full_disk_is_reported_and_leaves_whole_checkpoints(results, unforeseen):
     printed, code = last_lines(results, "full")
     assert code == 1
     assert printed.count("No space left on device; training goes on") >= 1
     assert "1,280 of 1,280 steps" in printed
     assert "error: not everything could be written: " in printed
-    assert unforeseen or "Traceback" not in printed  # of what is cut short tensorstore prints some
+    assert unforeseen or "Traceback" not in printed  # tensorstore prints some when cut short
     (folder,) = (results / "full").glob("*/*/*")
     found = checkpoint.checkpoints(folder / "checkpoints")
     assert found

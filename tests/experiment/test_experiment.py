@@ -113,7 +113,7 @@ def test_next_chunk_is_dispatched_before_metrics_are_read(config, monkeypatch):
     assert events == [event for index in range(K) for event in ("train", index)] + [K]
 
 
-def test_a_seed_alone_is_the_same_run(config):
+def test_a_seed_alone_gives_the_same_run(config):
     together, alone = run(config), run(config, seeds=(SEEDS[1],))
     assert together.params["peak"][1] == alone.params["peak"][0]
     for a, b in zip(together.measurements, alone.measurements, strict=True):
@@ -136,7 +136,7 @@ def test_evaluation_is_traced_once_for_the_absolute_metric_too(config, monkeypat
     assert len(calls) == 2 * without
 
 
-def test_every_evaluation_has_keys_of_its_own(config, monkeypatch):
+def test_every_evaluation_has_its_own_keys(config, monkeypatch):
     def random(setup, params, carry, observation, key, greedy):
         return jax.random.randint(key, (*observation.step_count.shape, N), 0, 1000), carry
 
@@ -162,7 +162,7 @@ def test_metrics_are_complete_and_in_order(config):
         mine = [line for line in logged if line["seed"] == seed]
         loss = [(r["env_steps"], r["value"]) for r in mine if r["name"] == "loss/policy"]
         assert loss == [(12 * u, u) for u in range(1, U * K + 1)]
-        # every other update of this system finishes no episode: no mean, but a count
+        # every other update finishes no episode: it logs a count but no mean
         means = [r["value"] for r in mine if r["name"] == "rollout/episode_return"]
         assert means == [u for u in range(1, U * K + 1) if u % 2 == 0]
         assert sum(r["name"] == "rollout/episodes" for r in mine) == U * K
@@ -204,13 +204,13 @@ def test_config_is_saved_whole_and_plain(config):
     assert result.folder.parent == result.folder.parents[3] / "counting" / "test" / "count"
 
 
-def test_runs_of_one_second_get_folders_of_their_own(config):
+def test_runs_of_the_same_second_get_separate_folders(config):
     created = [folders.create(config) for _ in range(3)]
     assert len(set(created)) == 3
     assert created == sorted(created)
 
 
-def test_first_nan_is_the_one_named(config):
+def test_the_first_nan_is_named(config):
     reading = recorder.Recorder(config, None, None)
     nan = np.nan
     metrics = {
@@ -226,14 +226,14 @@ def test_first_nan_is_the_one_named(config):
     metrics["loss/a"][1, 0] = 1
     what = reading._diverged(3, np.ones(3, bool), metrics)
     assert "update 6 " in what and "seed 3: loss/a, loss/b " in what
-    assert reading._diverged(4, np.ones(3, bool), metrics) is None  # known by now
+    assert reading._diverged(4, np.ones(3, bool), metrics) is None  # already reported
 
 
 @pytest.mark.parametrize("what", ["loss/policy", "parameters"])
 def test_nan_stops_the_run_and_is_named(config, what, capsys):
     peaks = np.asarray(run(config).params["peak"]).astype(int)
     chunks = -(-peaks // U)
-    if what == "parameters":  # these are seen at the end of a chunk
+    if what == "parameters":  # checked at the end of a chunk
         seed, update = SEEDS[chunks.argmin()], chunks.min() * U
     else:
         seed, update = SEEDS[peaks.argmin()], peaks.min()
@@ -305,7 +305,7 @@ def test_an_interrupt_lost_in_a_garbage_collection_is_raised_again():
     assert done.stdout == "interrupted\n" and "Exception ignored" not in done.stderr
 
 
-def test_a_process_that_does_not_answer_ends(monkeypatch):
+def test_an_unresponsive_process_is_ended(monkeypatch):
     monkeypatch.setattr(interrupts, "_deadline", 0.0)
     monkeypatch.setattr(interrupts, "received", [signal.SIGTERM])
     monkeypatch.setattr(interrupts.os, "_exit", sys.exit)
@@ -414,7 +414,7 @@ def test_precision_and_cache_are_set(config, tmp_path):
 
 
 def test_import_is_light():
-    """What is slow to import, and may not be needed, waits."""
+    """Check that slow imports wait until they are needed."""
     program = "import sys, magpo.experiment; print(*sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

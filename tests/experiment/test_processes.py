@@ -19,7 +19,7 @@ SHORT = [
     *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
     *("eval_episodes=2", "network.actor.hidden_dim=8", "network.critic.hidden_dim=8", *LOGS),
 ]
-# Where only the loop is under test; four chunks.
+# Four chunks of the counting system, where only the loop is under test.
 COUNTED = ["env=test/count", "num_envs=4", "eval_episodes=2", "seeds=[0,1]", *LOGS]
 COUNTED += ["total_steps=96", "num_evaluations=4"]
 COUNT = """
@@ -36,7 +36,7 @@ COUNTING = ("-c", COUNT.format(""))
 
 
 def begin(overrides, environment=None, program=("-m", "magpo.systems.mappo")):
-    """A process that trains with these overrides."""
+    """Start a process that trains with these overrides."""
     command = [sys.executable, *program, *overrides]
     pipe = subprocess.PIPE
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (environment or {})
@@ -52,7 +52,7 @@ def begin_two(overrides, **of_each):
 
 
 def ends(processes, code):
-    """What each printed, once both have ended with this code."""
+    """Wait until all processes end with this code; return what each printed."""
     printed = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [code] * len(processes), printed
     return printed
@@ -63,15 +63,15 @@ def only_run(root):
     return folder
 
 
-CHUNKS = 12  # a signal after the first checkpoint comes before they end
-# Not COUNTED: XLA runs so small a program inside the call. A process one chunk ahead would wait
-# there for the other, and no signal could reach it.
+CHUNKS = 12  # so many that a signal after the first checkpoint arrives before the end
+# COUNTED is too small: XLA runs it inside the call, where a process one chunk ahead would wait for
+# the other, and no signal could reach it.
 LONG = [*SHORT, f"total_steps={64 * CHUNKS}", f"num_evaluations={CHUNKS}"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run of one seed in two tasks of a SLURM step, and what they printed."""
+    """Train one seed in two tasks of a SLURM step; return the run's folder and their output."""
     root = tmp_path_factory.mktemp("whole")
     step = {"SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
     step |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid())}
@@ -92,7 +92,7 @@ def test_one_seed_over_two_tasks_of_a_slurm_step_is_the_same_run(whole, tmp_path
     )
 
 
-def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(whole, tmp_path):
+def test_a_run_stopped_by_sigterm_and_resumed_equals_an_uninterrupted_one(whole, tmp_path):
     stopped = [*LONG, f"results_dir={tmp_path}", "resume=auto"]
     both = begin_two(stopped)
     while not list(tmp_path.glob("*/*/*/*/checkpoints/0*")):
@@ -113,7 +113,7 @@ def test_stopped_by_sigterm_and_resumed_it_is_the_run_left_alone(whole, tmp_path
         np.testing.assert_array_equal(again[name], expected[name], err_msg=name)
 
 
-# What SIGTERM does to a process after it offers chunk 3 for saving, to the other one before.
+# SIGTERM reaches process `ahead` after it offers chunk 3 for saving, the other one before that.
 ONE_CHUNK_APART = """
 ahead, offer = sys.argv.pop(1), resume.Saver.offer
 
@@ -128,7 +128,7 @@ resume.Saver.offer = stopped
 
 
 @pytest.mark.parametrize("ahead", ["0", "1"])
-def test_stopped_one_chunk_apart_they_keep_the_checkpoint_of_both(tmp_path, ahead):
+def test_processes_stopped_one_chunk_apart_keep_their_common_checkpoint(tmp_path, ahead):
     program = ("-c", COUNT.format(ONE_CHUNK_APART), ahead)
     stopped = [*COUNTED, f"results_dir={tmp_path}"]
     printed = ends(begin_two(stopped, program=program), 143)
@@ -137,7 +137,7 @@ def test_stopped_one_chunk_apart_they_keep_the_checkpoint_of_both(tmp_path, ahea
     assert sorted(int(folder.name) for folder in checkpoints) == [1, 2]
 
 
-def test_waiting_for_the_others_is_said_and_can_be_ended(tmp_path):
+def test_waiting_for_other_processes_is_reported_and_can_be_ended(tmp_path):
     alone, other = begin_two([*COUNTED, f"results_dir={tmp_path}"], program=COUNTING)
     other.kill()
     assert "waiting, at most 5 minutes, for all processes: localhost:" in alone.stderr.readline()
@@ -146,7 +146,7 @@ def test_waiting_for_the_others_is_said_and_can_be_ended(tmp_path):
     assert alone.wait(timeout=20) == -signal.SIGTERM
 
 
-def test_what_the_first_process_refuses_ends_all(tmp_path):
+def test_an_error_in_the_first_process_ends_all(tmp_path):
     (tmp_path / "file").write_text("")
     refused = [*COUNTED, f"results_dir={tmp_path / 'file'}"]
     printed = ends(begin_two(refused, program=COUNTING), 2)
@@ -163,7 +163,7 @@ def test_what_the_first_process_refuses_ends_all(tmp_path):
         (["coordinator=a:1", "num_processes=2", "process_id=2"], "process_id must be below num_"),
     ],
 )
-def test_half_said_is_refused(overrides, message):
+def test_incomplete_distributed_settings_are_refused(overrides, message):
     from magpo.config.compose import load
     from magpo.errors import ConfigError
 

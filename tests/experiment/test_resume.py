@@ -1,4 +1,4 @@
-"""Resuming a run: the same bits, the same logs; or one line that says why not."""
+"""Resumed runs: the same bits and logs, or one line that says why not."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def _a_checkpoint_after_every_chunk(monkeypatch):
 
 
 def stop_after(monkeypatch, config, chunk):
-    """Run until this chunk's evaluation was shown, and no further; the run's folder."""
+    """Run until this chunk's evaluation is shown; return the run's folder."""
     update = Console.update
 
     def stop(self, measurement):
@@ -71,7 +71,7 @@ def same_logs(folder, other):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, K])
-def test_a_resumed_run_is_the_uninterrupted_one(config, monkeypatch, chunk):
+def test_a_resumed_run_equals_the_uninterrupted_one(config, monkeypatch, chunk):
     whole = run(config)
     folder = stop_after(monkeypatch, config, chunk)
     last = checkpoint.checkpoints(folder / "checkpoints")
@@ -93,15 +93,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, monkeypatch, chunk):
     )
 
 
-def test_what_an_interruption_would_lose_is_saved(config, monkeypatch):
+def test_an_interruption_saves_what_it_would_lose(config, monkeypatch):
     folder = stop_after(monkeypatch, dataclasses.replace(config, checkpoint_share=1e-9), 4)
     names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
-    assert names == ["00000003", "00000001"]  # the first is always due
-    run(config, resume=str(folder))  # the log had chunk 4 already
+    assert names == ["00000003", "00000001"]  # the first one is always due
+    run(config, resume=str(folder))  # the log already had chunk 4
     same_logs(folder, run(config).folder)
 
 
-def test_without_a_checkpoint_a_run_begins_again_as_it_was(config, monkeypatch):
+def test_without_a_checkpoint_a_run_starts_again_unchanged(config, monkeypatch):
     folder = stop_after(monkeypatch, config, 0)
     with pytest.raises(ConfigError, match=r"precision: float32, now bfloat16.*allow_changes=\["):
         run(config, resume=str(folder), precision="bfloat16")
@@ -143,7 +143,7 @@ def test_damaged_lines_of_a_log_are_counted(config, monkeypatch, capsys):
     assert f"warning: {log}: damaged lines: 5, missing bytes: 0\n" in capsys.readouterr().out
 
 
-def test_a_removed_folder_is_made_again(config, monkeypatch, capsys):
+def test_a_removed_folder_is_recreated(config, monkeypatch, capsys):
     whole = run(config)
     update = Console.update
 
@@ -187,7 +187,7 @@ def test_a_renamed_run_keeps_its_name(config, monkeypatch, named):
 
 @pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoints", "config.yaml"])
-def test_what_cannot_be_written_is_bad_input(config, monkeypatch, name, chunk):
+def test_an_unwritable_file_is_bad_input(config, monkeypatch, name, chunk):
     folder = stop_after(monkeypatch, config, chunk)
     logger = dataclasses.replace(config.logger, tensorboard=True)
     if name == "tensorboard":
@@ -246,7 +246,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, monkeypat
         run(config, resume=str(folder))
 
 
-def test_what_could_not_be_used_is_never_used_later(config, monkeypatch):
+def test_an_unusable_checkpoint_is_never_used_later(config, monkeypatch):
     whole, folder = run(config).folder, stop_after(monkeypatch, config, 4)
     manifest = folder / "checkpoints/00000003/manifest.json"
     manifest.rename(folder / "away")
@@ -292,7 +292,7 @@ def test_another_version_is_refused(config, monkeypatch):
     run(config, resume=str(folder), allow_changes=("with.magpo",))
 
 
-def test_what_changes_shapes_cannot_change(config, monkeypatch):
+def test_a_setting_that_changes_shapes_cannot_change(config, monkeypatch):
     folder, init = run(config).folder, SYSTEM.init
 
     def other(setup, env, key):
@@ -325,9 +325,9 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_config(config, monkeyp
     assert run(config, resume="auto").folder not in (finished, first, second)
 
 
-def test_a_look_at_a_run_does_not_hide_it(config, monkeypatch):
+def test_listing_a_run_does_not_hide_it(config, monkeypatch):
     folder = stop_after(monkeypatch, config, 2)
-    with folders._try_lock(folder, shared=True):  # as a listing that has just been here
+    with folders._try_lock(folder, shared=True):  # as a listing does
         assert folders.status(folder) == "interrupted"
         assert folders.newest_unfinished(config) == folder
     with folders.working(folder), folders._try_lock(folder, shared=True) as free:
@@ -337,7 +337,7 @@ def test_a_look_at_a_run_does_not_hide_it(config, monkeypatch):
     assert not (folder / ".lock").exists()
 
 
-def test_one_process_at_a_time(config, monkeypatch):
+def test_only_one_process_works_on_a_run(config, monkeypatch):
     folder = stop_after(monkeypatch, config, 2)
     with folders.working(folder):
         assert folders.status(folder) == "running"

@@ -28,7 +28,7 @@ def listed(monkeypatch, capsys):
     return call
 
 
-def test_a_run_is_listed_with_its_end_and_how_to_resume_it(config, listed):
+def test_a_run_is_listed_with_its_status_and_how_to_resume_it(config, listed):
     result = run(config)
     folder = result.folder
     (summary,) = listing.summaries(folder.parents[3])
@@ -53,7 +53,7 @@ def test_a_run_listed_from_inside_has_a_name(config, listed, monkeypatch):
     assert folder.name in listed(".")
 
 
-def test_a_killed_run_is_stopped(config):
+def test_a_killed_run_is_listed_as_stopped(config):
     folder = folders.create(config)
     (folder / "metrics.jsonl").write_text("")
     (summary,) = listing.summaries(folder)
@@ -63,10 +63,16 @@ def test_a_killed_run_is_stopped(config):
     assert listing.summaries(folder)[0].last_return == 2
 
 
-def test_what_is_no_run_is_left_out(config, tmp_path, listed):
+def test_other_folders_are_left_out(config, tmp_path, listed):
     folder = folders.create(dataclasses.replace(config, results_dir=str(tmp_path)))
-    (folder / "config.yaml").unlink()
+    config_yaml = (folder / "config.yaml").rename(tmp_path / "kept")
     assert listed(tmp_path) == f"no runs under {tmp_path}\n"
+    (folder / "metrics.jsonl").write_text(RECORD)  # two of a run's files are a run
+    assert "unknown" in listed(tmp_path)
+    config_yaml.rename(folder / "config.yaml")
+    (folder / "run.json").unlink()
+    assert "unknown  " in listed(tmp_path) and "test/count" in listed(tmp_path)
+    (folder / "metrics.jsonl").unlink()
     with pytest.raises(SystemExit) as stop:
         listed(tmp_path / "none")
     assert stop.value.code == 2
@@ -78,7 +84,7 @@ def test_what_is_no_run_is_left_out(config, tmp_path, listed):
 def test_the_last_returns_are_found_in_a_log_of_any_length(config, listed):
     folder = folders.create(config)
     other = json.dumps({"name": "loss/policy", "value": 1}) + "\n"
-    for rows in (0, 10, 500, 50_000):  # around the ends that are read first
+    for rows in (0, 10, 500, 50_000):  # around the lengths of the end that is read first
         text = "".join(RECORD.replace("2}", f"{value}}}") for value in (7, 2, 3, 4))
         (folder / "metrics.jsonl").write_text(text + other * rows)
         (summary,) = listing.summaries(folder)
@@ -127,7 +133,7 @@ def test_a_damaged_run_is_listed_and_so_are_the_others(
 
 @pytest.fixture
 def study(config, tmp_path):
-    """Four runs of two systems on two tasks: their folders, by what they return."""
+    """Create four runs of two systems on two tasks; map each run's return to its folder."""
     found = {}
 
     def begin(value, status, **changes):
@@ -146,7 +152,7 @@ def study(config, tmp_path):
     return found
 
 
-def test_settings_are_shown_where_runs_of_a_task_differ(study, tmp_path, listed):
+def test_settings_in_which_runs_of_a_task_differ_are_shown(study, tmp_path, listed):
     header, *rows = listed(tmp_path).splitlines()
     assert header.split()[-1] == "settings"
     shown = {row.split()[0]: row.split("  ")[-1].strip() for row in rows}
@@ -158,7 +164,7 @@ def test_settings_are_shown_where_runs_of_a_task_differ(study, tmp_path, listed)
     ]
 
 
-def test_equal_names_are_told_apart_and_many_settings_are_counted():
+def test_equal_names_are_distinguished_and_many_settings_are_counted():
     base = listing.Summary(Path(), "own", "a/b", 1, (), "finished", 0, 0, None, None, {})
     changes = {f"system.x{i}": i for i in range(9)}
     runs = [
@@ -194,7 +200,7 @@ def test_runs_are_sorted(study, tmp_path, listed):
         return [record["return"] for record in json.loads(listed(tmp_path, *arguments, "--json"))]
 
     assert returns() == returns("sort=time") == list(study)
-    assert returns("sort=return") == [-3, 5, 8, 1]  # task by task, the highest last
+    assert returns("sort=return") == [-3, 5, 8, 1]  # by task, the highest last
 
 
 def test_records_are_complete(study, config, tmp_path, listed):
@@ -229,7 +235,7 @@ def test_records_are_complete(study, config, tmp_path, listed):
         ("steps=3", "unknown key 'steps'"),
     ],
 )
-def test_bad_requests_are_one_line(study, tmp_path, monkeypatch, capsys, argument, line):
+def test_bad_requests_give_one_line(study, tmp_path, monkeypatch, capsys, argument, line):
     for arguments in ([argument], ["--json", argument]):
         monkeypatch.setattr(sys, "argv", ["runs", str(tmp_path), *arguments])
         with pytest.raises(SystemExit) as stop:

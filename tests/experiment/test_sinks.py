@@ -1,4 +1,4 @@
-"""A logger of the user's own, as the README has it."""
+"""A user's own logger, passed as `sinks=`."""
 
 import csv
 
@@ -37,14 +37,14 @@ def rows(folder):
         return [(int(seed), int(steps), float(value)) for seed, steps, value in csv.reader(file)]
 
 
-def test_it_receives_every_evaluation(config):
+def test_a_sink_receives_every_evaluation(config):
     folder = experiment.run(SYSTEM, config, Count(), sinks=[Table]).folder
     evaluations = [r for r in records(folder) if r["name"] == "eval/episode_return"]
     assert rows(folder) == [(r["seed"], r["env_steps"], r["value"]) for r in evaluations]
     assert len(evaluations) == len(SEEDS) * (K + 1)
 
 
-def test_a_resumed_run_gives_it_the_earlier_evaluations(config, monkeypatch):
+def test_a_resumed_run_gives_its_sinks_the_earlier_evaluations(config, monkeypatch):
     import dataclasses
 
     folder = stop_after(monkeypatch, config, 3)
@@ -55,6 +55,6 @@ def test_a_resumed_run_gives_it_the_earlier_evaluations(config, monkeypatch):
     )
 
 
-def test_it_never_stops_training(config):
+def test_a_broken_sink_is_reported(config):
     with pytest.raises(LoggingError, match="Broken: no route to host"):
         experiment.run(SYSTEM, config, Count(), sinks=[Broken])

@@ -1,4 +1,4 @@
-"""Distributions against closed forms; masks, also in gradients."""
+"""Distributions checked against closed forms; action masks, also in gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_categorical_kl_is_the_sum_over_actions():
     np.testing.assert_allclose(p.kl(p), 0, atol=1e-7)
 
 
-def test_tanh_normal_integrates_to_one_and_pads_nothing():
+def test_tanh_normal_integrates_to_one_and_ignores_padding():
     mean, std = jnp.array([0.3, 5.0]), jnp.array([0.7, 0.1])
     distribution = TanhNormal(mean, std, jnp.array([True, False]))
     action = np.linspace(-1 + 1e-6, 1 - 1e-6, 200_001)
@@ -53,7 +53,7 @@ def test_tanh_normal_integrates_to_one_and_pads_nothing():
     assert (distribution.sample(KEY)[1], distribution.mode()[1]) == (0, 0)
     density = np.exp(distribution.log_prob(raw))
     assert abs(np.trapezoid(density, action) - 1) < 1e-3
-    # At saturation the log-prob stays finite, and its ratio to itself is exactly 1.
+    # At saturation the log-prob stays finite and the probability ratio is exactly 1.
     far = jnp.array([[40.0, 0.0]])
     assert np.isfinite(distribution.log_prob(far)).all()
     assert jnp.exp(distribution.log_prob(far) - distribution.log_prob(far)) == 1

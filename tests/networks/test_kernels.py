@@ -1,4 +1,4 @@
-"""Kernels against their references, values and gradients; the GRU also against a NumPy model."""
+"""Values and gradients of kernels, checked against references; the GRU also against NumPy."""
 
 from functools import partial
 
@@ -50,7 +50,7 @@ def same(kernel, reference, *arguments):
     chex.assert_trees_all_close(gradients(kernel), gradients(reference), rtol=1e-4, atol=1e-4)
 
 
-def test_the_gru_is_the_slow_one():
+def test_the_gru_reference_matches_numpy():
     arguments = HIDDEN, INPUTS, RESETS, KERNEL, BIAS
     slow = slow_gru(*(np.asarray(x, np.float64) for x in arguments))
     np.testing.assert_allclose(gru.gru_reference(*arguments), slow, atol=1e-5)
@@ -66,7 +66,7 @@ def test_gru():
 
 
 @pytest.mark.parametrize("seeds", [None, 2])
-def test_a_gpu_computes_the_same_gru(monkeypatch, seeds):
+def test_the_gpu_gru_matches_its_reference(monkeypatch, seeds):
     def interpreted(function, steps, width):
         return partial(getattr(gru_gpu, function.__name__), interpret=True)
 
@@ -93,7 +93,7 @@ def test_the_gru_rejects_a_hidden_state_that_would_broadcast():
 
 
 def test_look_up():
-    action = jax.random.randint(KEYS[0], (T, B, N), 0, 2)  # repeats rows and leaves row 2 out
+    action = jax.random.randint(KEYS[0], (T, B, N), 0, 2)  # repeats rows 0 and 1, never row 2
     table = jax.random.normal(KEYS[1], (N, 3, H))
     same(
         lambda x: kernels.look_up(x, action), lambda x: kernels.look_up_reference(x, action), table
@@ -102,7 +102,7 @@ def test_look_up():
 
 def test_sum_of_others():
     same(kernels.sum_of_others, kernels.sum_of_others_reference, INPUTS)
-    x = jnp.ones((N, H)).at[0].set(1e30)  # subtracted from the sum of all, 1e30 would leave 0
+    x = jnp.ones((N, H)).at[0].set(1e30)  # subtracting 1e30 from the sum of all would leave 0
     np.testing.assert_array_equal(kernels.sum_of_others(x)[0], N - 1)
 
 
@@ -131,7 +131,7 @@ def test_apply_blocks():
     ours = blocks(kernels.apply_blocks)
     same(ours, blocks(kernels.apply_blocks_reference), HIDDEN, weights, states)
     out, reverse_pass = jax.vjp(ours, HIDDEN, weights, states)
-    assert "tanh" in str(jax.make_jaxpr(reverse_pass)(out))  # computed again
+    assert "tanh" in str(jax.make_jaxpr(reverse_pass)(out))  # recomputed
 
 
 def test_add_bias():

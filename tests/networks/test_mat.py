@@ -1,4 +1,4 @@
-"""MAT: acting one agent after the other agrees with training, and nothing leaks backwards."""
+"""MAT: agents act in turn as they are trained in parallel; no action leaks to earlier agents."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def acted(request):
     return model, params, observation, out
 
 
-def test_queries_keys_and_values_each_begin_orthogonal():
+def test_attention_projections_are_initialised_orthogonal():
     layer = Attention(embed_dim=8, n_head=2)
     token = jnp.ones((1, N, 8))
     params = layer.init(jax.random.key(0), token, token, False)["params"]
@@ -41,9 +41,9 @@ def test_queries_keys_and_values_each_begin_orthogonal():
         np.testing.assert_allclose(kernel @ kernel.T, 1e-4 * np.eye(8), atol=1e-9)
 
 
-def test_acting_is_training(acted):
+def test_acting_agrees_with_training(acted):
     model, params, observation, out = acted
-    never = jnp.zeros(B, bool)  # ignored, as None is
+    never = jnp.zeros(B, bool)  # MAT ignores resets, and accepts None
     value, distribution = jax.jit(model.apply)(params, (), observation, out.action, never)
     np.testing.assert_allclose(distribution.log_prob(out.action), out.log_prob, atol=1e-4)
     np.testing.assert_allclose(value, out.value, atol=1e-5)
@@ -58,7 +58,7 @@ def test_greedy_actions_are_the_most_likely(acted):
     np.testing.assert_allclose(likely.action, distribution.mode(), atol=1e-5)
 
 
-def test_an_agent_reads_the_actions_before_it_and_everyones_view(acted):
+def test_an_agent_depends_on_earlier_actions_and_all_views(acted):
     model, params, observation, out = acted
 
     @jax.jit
@@ -71,10 +71,10 @@ def test_an_agent_reads_the_actions_before_it_and_everyones_view(acted):
     view = observation.agents_view
     value, distribution = outputs(view, out.action)
     other_value, other = outputs(view, out.action.at[:, 1].set(1 - out.action[:, 1]))
-    same = np.asarray(other == distribution).all(-1)  # to the bit: attention starts small
+    same = np.asarray(other == distribution).all(-1)  # compared exactly: attention starts small
     assert same[:, :2].all() and not same[:, 2:].all(axis=0).any()
     np.testing.assert_array_equal(other_value, value)
     other_value, other = outputs(view.at[:, 3, 0].add(1.0), out.action)
     for new, old in ((other_value[..., None], value[..., None]), (other, distribution)):
         same = np.asarray(new == old).all(-1)  # (B, N)
-        assert not same.all(axis=0).any()  # every agent is reached, in some environment
+        assert not same.all(axis=0).any()  # the change reaches every agent in some environment

@@ -1,4 +1,4 @@
-"""Recurrent policies and critics: sequences against single steps, agents against one another."""
+"""Recurrent policies and critics: sequences equal single steps, and agents are independent."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def sequences():
-    """Observations (B, C, ...) and episode starts (B, C)."""
+    """Return observations (B, C, ...) and episode starts (B, C)."""
     keys = jax.random.split(jax.random.key(0), 4)
     observation = Observation(
         agents_view=jax.random.normal(keys[0], (B, C, N, O)),
@@ -48,7 +48,7 @@ def at(tree, step):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_sequence_in_one_go_is_step_by_step(name, sequences):
+def test_unrolling_equals_stepping(name, sequences):
     network = NETWORKS[name]
     params = network.init(jax.random.key(1))
     start = jax.tree.map(jnp.ones_like, network.initial_carry((B,)))
@@ -63,7 +63,7 @@ def test_a_sequence_in_one_go_is_step_by_step(name, sequences):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_a_critic_of_actions_too(sequences):
+def test_unrolling_an_action_critic_equals_stepping(sequences):
     observation, reset_before = sequences
     critic = ActionCritic(SPEC, H, sees_actions=True)
     action = jax.random.randint(jax.random.key(2), (B, C, N), 0, A)
@@ -82,7 +82,7 @@ def test_a_critic_of_actions_too(sequences):
 
 @pytest.mark.parametrize("name", ["shared", "each agent's own"])
 def test_an_agent_acts_on_its_own_view_with_its_own_parameters(name, sequences):
-    """Another agent's view changes nothing; greedy actions are the distributions' modes."""
+    """Check also that greedy actions are the policies' modes."""
     actors, (observation, _) = NETWORKS[name], at(sequences, 0)
     params, carry = actors.init(jax.random.key(1)), jnp.ones((B, N, H))
     act = jax.jit(actors.act, static_argnums=4)

@@ -1,4 +1,4 @@
-"""Retention against a slow NumPy model; acting agent by agent agrees with training by chunks."""
+"""Retention checked against NumPy; agents act in turn as they are trained by chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from magpo.types import EnvSpec, Observation
 
 B, T, N, H, D, O, A = 5, 6, 3, 2, 4, 7, 4
 RESETS = np.zeros((B, T), bool)
-RESETS[0, 0] = RESETS[1, 3] = RESETS[2, (1, 2)] = RESETS[3, 5] = True  # row 4: none
+RESETS[0, 0] = RESETS[1, 3] = RESETS[2, (1, 2)] = RESETS[3, 5] = True  # row 4 has none
 
 
 def slow_retention(query, key, value, state, kappa, causal):
-    """Per token: the state decays once a timestep, every token adds its outer product."""
+    """Decay the state once per timestep; add each token's outer product before reading it."""
     out = np.zeros_like(query)
     for b, h in np.ndindex(B, H):
         s = state[b, h].copy()
@@ -33,7 +33,7 @@ def slow_retention(query, key, value, state, kappa, causal):
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 6])
 @pytest.mark.parametrize("causal", [True, False])
-def test_chunkwise_retention_is_the_slow_one(chunk_size, causal):
+def test_chunkwise_retention_matches_the_slow_model(chunk_size, causal):
     layer = Retention(embed_dim=H * D, n_head=H)
     keys = jax.random.split(jax.random.key(0), 4)
     x_query, x_key = jax.random.normal(keys[0], (2, B, T, N, H * D))
@@ -73,7 +73,7 @@ def sable(chunk_size: int, action_kind: str = "discrete", **changes) -> Sable:
 
 @pytest.fixture(scope="module", params=["discrete", "continuous"])
 def acted(request):
-    """A trajectory with episode ends in it, acted out timestep by timestep."""
+    """Act timestep by timestep over episode ends; return the trajectory."""
     model = sable(3, request.param)
     keys = jax.random.split(jax.random.key(0), 5)
     mask = jax.random.bernoulli(keys[0], 0.7, (B, T, N, A)).at[..., 1].set(True)
@@ -104,7 +104,7 @@ def acted(request):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 6])
-def test_acting_is_training(acted, chunk_size):
+def test_acting_agrees_with_training(acted, chunk_size):
     kind, params, carry, observation, (action, log_prob, value, value_alone) = acted
     model = sable(chunk_size, kind)
     apply = jax.jit(model.apply)
@@ -114,7 +114,7 @@ def test_acting_is_training(acted, chunk_size):
     np.testing.assert_allclose(value_alone, value, atol=1e-4)
 
 
-def test_any_chunk_size_takes_a_single_timestep(acted):
+def test_any_chunk_size_accepts_a_single_timestep(acted):
     kind, params, carry, observation, (action, log_prob, *_) = acted
     one = jax.tree.map(lambda x: x[:, :1], (observation, action, jnp.asarray(RESETS)))
     _, distribution = sable(3, kind).apply(params, carry, *one)
@@ -141,13 +141,13 @@ def test_nothing_leaks_from_later_agents_later_steps_or_other_episodes(acted):
     view = observation.agents_view
     value, distribution = outputs(view, action)
 
-    # Row 1: its second episode begins at step 3. Agent 1 acts otherwise at step 4.
+    # Row 1's second episode begins at step 3. Agent 1 acts differently at step 4.
     _, other = outputs(view, action.at[1, 4, 1].set(1 - action[1, 4, 1]))
     same = np.isclose(other, distribution, atol=1e-6).all(-1)
     assert same[1, :4].all() and same[1, 4, :2].all() and not same[1, 4, 2]
     assert not same[1, 5].all() and same[(0, 2, 3, 4), :].all()
 
-    # What agent 2 sees at step 2 of the first episode reaches that step's values, and no later one.
+    # Agent 2's view at step 2, the end of the first episode, changes only that step's values.
     other_value, other = outputs(view.at[1, 2, 2].add(1.0), action)
     same = np.isclose(other_value, value, atol=1e-6)
     assert same[1, :2].all() and not same[1, 2].any() and same[1, 3:].all()
@@ -177,5 +177,5 @@ def test_feed_forward_layers_train_or_are_absent():
     )
     structure = str(jax.tree_util.tree_structure(without))
     assert "feed_forward" not in structure
-    # The norm behind it stays: released, it follows the layer that adds nothing.
+    # The layer's norm stays, as in the released code, where the layer then adds nothing.
     assert structure.count("norms_") == str(jax.tree_util.tree_structure(params)).count("norms_")

@@ -1,4 +1,4 @@
-"""The orthogonal initialiser against QR, and on the two cores where batched QR stops."""
+"""The orthogonal initialiser: it equals QR, and runs batched on two cores, where QR hangs."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ jax.block_until_ready(jax.jit(jax.vmap(init))(jax.random.split(jax.random.key(0)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (40, 12), (12, 40), (7, 1), (1, 7), (1, 1)])
-def test_kernels_are_those_of_qr(shape):
+def test_kernels_equal_those_of_qr(shape):
     for seed in range(4):
         key = jax.random.key(seed)
         kernel, qr = (f(2**0.5)(key, shape) for f in (orthogonal, jax.nn.initializers.orthogonal))
@@ -32,7 +32,7 @@ def test_kernels_are_those_of_qr(shape):
         np.testing.assert_allclose(product, 2 * np.eye(min(shape)), atol=3e-6)
 
 
-def test_parts_are_initialised_each_from_its_own_key():
+def test_each_part_is_initialised_from_its_own_key():
     key = jax.random.key(0)
     kernel = parts(orthogonal(), 3)(key, (8, 24))
     for part, own_key in zip(jnp.split(kernel, 3, axis=1), jax.random.split(key, 3), strict=True):

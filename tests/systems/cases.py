@@ -1,4 +1,4 @@
-"""The systems, as small as they get, and what the tests have to know of each."""
+"""Tiny configurations of every system, and the differences that tests must know."""
 
 import importlib
 import inspect
@@ -51,13 +51,13 @@ class Small(NamedTuple):
 
     system: str
     own: list[str]
-    probed: tuple[str, ...] | list[str] = ()  # what it solves the probes with
+    probed: tuple[str, ...] | list[str] = ()  # overrides for the probes
 
 
 # Every system by its name, then variants.
 CASES = {
     "magpo": Small("magpo", GUIDED, PROBED_GUIDED),
-    # Some seeds of what only imitates need twice the steps for their last wrong actions.
+    # On some seeds, imitation alone needs twice the steps to correct its last wrong actions.
     "ctds": Small("ctds", GUIDED, [*PROBED_GUIDED, "total_steps=46080"]),
     "mappo": Small("mappo", [*RECURRENT, "system.recurrent_chunk_size=4"], PROBED_RECURRENT),
     "happo": Small("happo", [*RECURRENT, "system.recurrent_chunk_size=4"], PROBED_RECURRENT),
@@ -82,7 +82,7 @@ SYSTEMS = plugins.of_package()
 
 
 def short_run(name: str, task: str) -> list[str]:
-    """Overrides of a run of two chunks, two seeds and four settings."""
+    """Return overrides for a run of two chunks, two seeds and four settings."""
     return [
         *(*SHARED, *CASES[name].own, f"env={task}", "env.time_limit=9", "num_evaluations=2"),
         *("seeds=[7,2]", "vary.system.actor_lr=[0.0002,0.01]", "vary.system.gamma=[0.9,0.8]"),
@@ -98,7 +98,7 @@ class Case(NamedTuple):
 
 @cache
 def build(name: str, task: str = LBF, *overrides: str) -> Case:
-    """A system on episodes that are cut off at 5 steps: a rollout of 8 has ends in it."""
+    """Make a system with a time limit of 5 steps, so that a rollout of 8 contains ends."""
     system, own, _ = CASES[name]
     options = config.load(system, [f"env={task}", *SHARED, *own, *overrides])
     values = options.env.options | {"time_limit": 5}
@@ -109,7 +109,7 @@ def build(name: str, task: str = LBF, *overrides: str) -> Case:
 
 
 def stagger(state: Any) -> Any:
-    """Episodes of LBF under way, which end at different steps."""
+    """Advance episodes of LBF so that they end at different steps."""
     num_envs = state.timestep.step_type.shape[0]
     steps = jnp.arange(num_envs, dtype=jnp.int32) % 5
     lbf = state.env_state.env.replace(step_count=steps)
@@ -117,25 +117,25 @@ def stagger(state: Any) -> Any:
 
 
 def sharpened(state: Any) -> Any:
-    """Policies that are not uniform, or a wrong mask could hide."""
+    """Make policies less uniform, so that a wrong mask shows."""
     return state._replace(params=jax.tree.map(lambda x: x * 2.0, state.params))
 
 
 @cache
 def jitted(function: Any) -> Any:
-    """Of a system, compiled once for whatever calls it."""
+    """Compile a system's function, once for all callers."""
     return jax.jit(function, static_argnums=(0, 1))
 
 
 def differences(case: Case, state: Any) -> dict[str, jax.Array]:
-    """Between what a rollout from `state` stored and what training recomputes of it: all zero."""
+    """Compare what training recomputes with what a rollout from `state` stored: all zero."""
     _, collected, *_ = jitted(case.module.rollout)(case.setup, case.env, state)
     return jax.jit(partial(_recomputed, case.module, case.setup))(state, collected)
 
 
 def _recomputed(module: Any, setup: Any, state: Any, collected: Any) -> dict[str, jax.Array]:
     key, hyper = jax.random.key(0), state.hyper
-    if hasattr(module, "estimate"):  # what the others store, GPAE recomputes for its old rollouts
+    if hasattr(module, "estimate"):  # GPAE recomputes for old rollouts what others store
         estimates, _ = module.estimate(setup, state.params, collected)
         fields = dict.fromkeys(module.Batch._fields, estimates.value)
         fields |= {"steps": collected.steps, "carry": collected.carry}
@@ -148,7 +148,7 @@ def _recomputed(module: Any, setup: Any, state: Any, collected: Any) -> dict[str
     takes_setup = "setup" in inspect.signature(module.sequences).parameters
     batch = module.sequences(*([setup] if takes_setup else []), hyper, collected)
     batch = batch._replace(target=batch.steps.value)
-    if hasattr(module, "of_agent"):  # no loss of all agents together
+    if hasattr(module, "of_agent"):  # no loss over all agents together
 
         def log_ratio(agent):
             part = module.of_agent(batch, agent)

@@ -1,7 +1,7 @@
-"""Probe environments: games so small that a system which fails one has a fault of a known kind.
+"""Probe environments: games so small that failing one reveals a known kind of fault.
 
-One environment of one shape; which game it plays, its `kind`, may be a traced number, so that all
-games are trained side by side in one program.
+All games are one environment of one shape. Its `kind` selects the game and may be traced, so that
+one program trains all games side by side.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ LENGTH = 3  # steps of an episode
 
 
 class Kind(IntEnum):
-    CONSTANT = 0  # 1 a step, whatever happens
-    OBSERVED = 1  # at the end what the agents see at every step, whatever they do
-    DELAYED = 2  # 1 at the end, nothing to see
+    CONSTANT = 0  # 1 per step, whatever happens
+    OBSERVED = 1  # the bit, at the end; agents see it at every step
+    DELAYED = 2  # 1 at the end; agents do not see the bit
     ACTED = 3  # the share of agents that choose action 1
-    COPIED = 4  # 1 where all agents choose what they see
-    COORDINATED = 5  # 1 where the agents choose the same
-    REMEMBERED = 6  # 1 where all agents choose at the end what they saw at the beginning
-    TRUNCATED = 7  # CONSTANT, but the end is a cut: worth 1 / (1 - gamma)
-    COMPLEMENTED = 8  # 1 where the agents choose differently
+    COPIED = 4  # 1 if all agents choose the bit that they see
+    COORDINATED = 5  # 1 if the agents choose the same action
+    REMEMBERED = 6  # 1 at the end if all agents then choose the bit seen first
+    TRUNCATED = 7  # CONSTANT, but truncated: the value is 1 / (1 - gamma)
+    COMPLEMENTED = 8  # 1 if the agents choose different actions
 
 
 class State(NamedTuple):

@@ -1,4 +1,4 @@
-"""What holds for all systems: identities, advantages, shapes, seeds, no callbacks."""
+"""Properties of all systems: identities, advantages, shapes, seeds, no callbacks."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ from systems.cases import LBF
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_before_an_update_training_recomputes_what_acting_stored(name):
-    """Log-probs and values, in the middle of episodes and behind their ends."""
+    """Compare log-probs and values, in the middle of episodes and after their ends."""
     case = cases.build(name)
 
     @jax.jit
@@ -40,7 +40,7 @@ def test_before_an_update_training_recomputes_what_acting_stored(name):
 
 
 @pytest.mark.parametrize("name", [*cases.SYSTEMS, "magpo, mat"])
-def test_before_an_update_continuous_actions_too(name):
+def test_before_an_update_training_recomputes_continuous_actions_too(name):
     case = cases.build(name, "mpe/simple_spread_3ag")
     state = cases.jitted(case.module.init)(case.setup, case.env, jax.random.key(0))
     for what, difference in cases.differences(case, state).items():
@@ -48,7 +48,7 @@ def test_before_an_update_continuous_actions_too(name):
 
 
 def primitives(jaxpr):
-    """How often each occurs, in whatever it is nested."""
+    """Count each primitive of a jaxpr, nested ones included."""
     counts = Counter(equation.primitive.name for equation in jaxpr.eqns)
     for equation in jaxpr.eqns:
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
@@ -64,13 +64,13 @@ def with_values(name, actor_lr, gamma):
 
 
 class Traced(NamedTuple):
-    """`train_chunk` as it is traced for a system's first values."""
+    """`train_chunk` of a system, traced with the first of VALUES."""
 
     name: str
     case: cases.Case
     state: Any  # shapes
     program: Any
-    train_chunk: Any  # jitted; another trace is an error
+    train_chunk: Any  # jitted; a second trace is an error
 
 
 @pytest.fixture(scope="module", params=cases.SYSTEMS)
@@ -83,8 +83,8 @@ def traced(request):
     return Traced(request.param, case, state, train_chunk.trace(setup, env, state), train_chunk)
 
 
-def test_training_keeps_its_shapes_and_calls_nobody(traced):
-    """One trace serves all chunks, at any rollout length; nothing in it talks to the host."""
+def test_training_keeps_its_shapes_and_has_no_callbacks(traced):
+    """Check that one trace serves all chunks, and is no larger for longer rollouts."""
     module, setup, env = traced.case
     after, _ = traced.program.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
@@ -100,14 +100,14 @@ def test_training_keeps_its_shapes_and_calls_nobody(traced):
     assert short == primitives(long.jaxpr)
 
 
-def test_another_value_is_the_same_program(traced):
+def test_another_value_gives_the_same_program(traced):
     module, setup, env = with_values(traced.name, *VALUES[1])
     other = jax.jit(module.train_chunk, static_argnums=(0, 1)).trace(setup, env, traced.state)
     ours, theirs = traced.program.lower().as_text(), other.lower().as_text()
     assert ours == theirs
 
 
-def test_another_value_traces_nothing(traced):
+def test_another_value_causes_no_trace(traced):
     _, setup, env = traced.case
     for values in VALUES:
         hyper = as_data(with_values(traced.name, *values).setup.config.hyper)
@@ -115,7 +115,7 @@ def test_another_value_traces_nothing(traced):
 
 
 def test_users_may_map_over_seeds_and_settings_themselves():
-    """In a new process: batches of LAPACK's QR never end on a machine with few cores."""
+    """Train in a new process: batched LAPACK QR would hang on a machine with few cores."""
     code = """
 import dataclasses, jax, jax.numpy as jnp
 from systems import cases
@@ -137,7 +137,7 @@ assert loss.shape == (8, setup.config.updates_per_chunk) and jnp.isfinite(loss).
 
 
 def slow_advantages(t, last_value, gamma, gae_lambda):
-    """Generalised advantages as a sum over the future, one number at a time."""
+    """Compute generalised advantages as sums over the future, one number at a time."""
     T, E, N = t["value"].shape
     out = np.zeros((T, E, N))
     for e, n in np.ndindex(E, N):
@@ -160,7 +160,7 @@ def slow_advantages(t, last_value, gamma, gae_lambda):
 
 @pytest.mark.parametrize("truncates", [True, False])
 @pytest.mark.parametrize("name", cases.SYSTEMS)
-def test_advantages_are_the_slow_ones(name, truncates):
+def test_advantages_match_the_slow_model(name, truncates):
     T, E, N = 6, 5, 3
     rng = np.random.default_rng(0)
     ended = rng.random((T, E)) < 0.3

@@ -1,4 +1,4 @@
-"""Fork an algorithm: copy one file and its YAML under another name, anywhere, and train."""
+"""A fork of an algorithm: one file and its YAML, copied anywhere under another name."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""GPAE: what its critic may see, its traces, its buffer, forced stops."""
+"""GPAE: the inputs of its critic, its traces, its buffer and forced stops."""
 
 import dataclasses
 from functools import partial
@@ -36,11 +36,11 @@ def test_the_critic_sees_all_actions_but_the_agents_own(kind):
     for agent in range(N):
         other = values(action.at[:, :, agent].add(1))
         same = np.asarray(other == values(action))
-        assert same[..., agent].all()  # to the bit
+        assert same[..., agent].all()  # exactly
         assert not np.delete(same, agent, axis=-1).any()
 
 
-def test_without_actions_the_value_is_the_states_alone():
+def test_without_actions_the_value_depends_on_the_state_alone():
     critic = PerAgentCritic(N, A, "discrete", 8, sees_actions=False)
     key = jax.random.key(0)
     given = jnp.ones((5, 8)), jax.random.normal(key, (2, 5, 7))
@@ -56,7 +56,7 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize("trace", ["dt", "st", "it", "none"])
-def test_the_traces_are_those_of_equation_8(trace):
+def test_the_traces_follow_equation_8(trace):
     rng = np.random.default_rng(0)
     ratio = np.exp(rng.normal(size=(4, 5, N)))
     c = gpae.traces(settings(trace=trace, eta=1.05, gae_lambda=0.9), jnp.log(ratio))
@@ -73,8 +73,8 @@ def test_the_traces_are_those_of_equation_8(trace):
     np.testing.assert_allclose(on_policy, 0.9, rtol=1e-6)
 
 
-def test_off_policy_advantages_are_the_slow_sum():
-    """Eq. 7 and 11, one number at a time: the trace of a step weighs what comes from it on."""
+def test_off_policy_advantages_match_the_slow_sum():
+    """Sum Eq. 7 and 11 one number at a time; a step's trace weighs it and all later steps."""
     rng, (B, T), gamma = np.random.default_rng(1), (5, 6), 0.9
     value, following, reward, log_ratio = rng.normal(size=(4, B, T, N))
     ended = rng.random((B, T)) < 0.2
@@ -100,8 +100,10 @@ def test_off_policy_advantages_are_the_slow_sum():
 
 @pytest.fixture(params=["sample", "all"])
 def updates(request, monkeypatch):
-    """Four updates of a run of three, which keep three rollouts: the states before and after each,
-    and the minibatches it trained on. Half of the ends in the buffer become terminations."""
+    """Make four updates in a run of three, keeping three rollouts; half of the ends terminate.
+
+    Return the states before and after each update, with its minibatches.
+    """
     minibatches, train = [], gpae.update_minibatch
 
     def recorded(setup, state, batch, key):
@@ -126,7 +128,7 @@ def updates(request, monkeypatch):
     return request.param, setup, found
 
 
-def test_each_epoch_trains_on_each_rollout_at_most_once_while_others_wait(updates):
+def test_no_epoch_repeats_a_rollout_while_others_wait(updates):
     reuse_epochs, _, found = updates
     for number, (_, after, minibatches) in enumerate(found, 1):
         filled = min(number, 3)
@@ -135,12 +137,12 @@ def test_each_epoch_trains_on_each_rollout_at_most_once_while_others_wait(update
         drawn = drawn.reshape(2, -1, log_prob.shape[1])  # by epoch
         assert drawn.shape[1] == {"sample": 6, "all": 18}[reuse_epochs]
         times = (drawn[:, :, None] == log_prob).all(-1).sum(1)  # (epochs, rollouts)
-        assert (times.sum(1) == drawn.shape[1]).all()  # nothing that was never collected
+        assert (times.sum(1) == drawn.shape[1]).all()  # only collected rollouts
         assert (times.max(1) - times.min(1) <= 1).all()
-        assert (times[0] != times[1]).any() or times.max() == times.min()  # another draw
+        assert (times[0] != times[1]).any() or times.max() == times.min()  # epochs draw anew
 
 
-def test_a_buffer_of_several_policies_is_estimated_as_slowly_step_by_step(updates):
+def test_estimates_over_several_policies_match_the_slow_model(updates):
     _, setup, found = updates
     before, after, minibatches = found[-1]
     rollouts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), after.buffer)
@@ -155,14 +157,14 @@ def test_a_buffer_of_several_policies_is_estimated_as_slowly_step_by_step(update
             np.testing.assert_allclose(getattr(batch, name), slow[rows], atol=2e-5, err_msg=name)
 
 
-def test_step_sizes_are_zero_after_the_steps_that_a_run_takes(updates):
+def test_step_sizes_are_zero_after_the_last_update_of_a_run(updates):
     _, _, found = updates
     bias = [[s.params.actor["params"]["gru"]["bias"] for s in (x, y)] for x, y, _ in found]
     assert [not np.array_equal(*pair) for pair in bias] == [True, True, True, False]
 
 
 def slow_estimates(setup, state, rollouts):
-    """Ratios, advantages and targets (B, C, N) of Eq. 7, 8 (dt) and 11, in loops over time."""
+    """Compute ratios, advantages and targets (B, C, N) of Eq. 7, 8 (dt) and 11 step by step."""
     params, hyper, (steps, last, carry) = state.params, state.hyper, rollouts
     never = np.zeros(len(steps.ended), bool)
     actor_step, value_of = jax.jit(setup.actor.step), jax.jit(setup.critic.step)
@@ -194,7 +196,7 @@ def slow_estimates(setup, state, rollouts):
 
 @pytest.fixture(scope="module")
 def stopped():
-    """A rollout of SMAX 3m in which a third of the steps has one agent stopped."""
+    """Collect SMAX 3m with one agent stopped in a third of the steps, and update once."""
     forced = ["system.anomaly_probability=0.3", "env.time_limit=101"]
     _, setup, env = cases.build("gae", "smax/3m", *forced)
 
@@ -218,11 +220,11 @@ def test_forced_stops_are_legal_and_stored_with_the_policys_own_probability(stop
     np.testing.assert_allclose(steps.log_prob[steps.forced], -np.log(legal.sum(-1)), atol=0.3)
 
 
-def test_gae_blames_nobody(stopped):
+def test_gae_gives_all_agents_the_same_advantage(stopped):
     assert stopped[1]["gpae/advantage_gap"] == 0.0
     assert stopped[1]["gpae/delta_c"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_only_smax_has_agents_that_stop():
+def test_only_smax_agents_can_be_stopped():
     with pytest.raises(ConfigError, match="anomaly_probability is for smax"):
         cases.build("gpae_mappo", "lbf/2s-8x8-2p-2f-coop", "system.anomaly_probability=0.1")

@@ -1,4 +1,4 @@
-"""HAPPO: the order of its agents, their factor, and parameters of their own."""
+"""HAPPO: the order of its agents, their factors and their separate parameters."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ LEARNING_RATE = ["system.actor_lr=0.01", "system.fixed_order=true", "system.ppo_
 
 @pytest.fixture(scope="module")
 def updated():
-    """Three agents, trained once in their order on one rollout."""
+    """Train three agents once, in fixed order, on one rollout."""
     _, setup, env = cases.build("happo", "lbf/15x15-3p-5f", *LEARNING_RATE)
 
     @jax.jit
@@ -32,7 +32,7 @@ def updated():
 
 
 def log_ratios(setup, batch, params):
-    """New over old, of every agent by its own `params`, (N, ...)."""
+    """Return every agent's log-ratio, new over old, under its own `params`, (N, ...)."""
 
     def of(agent):
         part = happo.of_agent(batch, agent)
@@ -42,8 +42,8 @@ def log_ratios(setup, batch, params):
     return jnp.stack([of(agent) for agent in range(setup.spec.num_agents)])  # (N, B, C, 1)
 
 
-def test_each_agent_finds_the_product_of_the_new_ratios_before_it(updated):
-    """An agent's training, repeated by hand with that factor, ends where it ended."""
+def test_an_agents_factor_is_the_product_of_earlier_agents_new_ratios(updated):
+    """Train each agent alone with that factor; its parameters must be the same."""
     setup, batch, before, after, _ = updated
     factors = jnp.exp(jnp.cumsum(log_ratios(setup, batch, after.params), axis=0))
     assert factors.std() > 1e-3
@@ -65,21 +65,21 @@ def test_each_agent_finds_the_product_of_the_new_ratios_before_it(updated):
     assert any(not np.allclose(x, y[2], atol=1e-5) for x, y in leaves)
 
 
-def test_agents_begin_and_end_with_parameters_of_their_own(updated):
+def test_agents_have_separate_parameters_before_and_after_training(updated):
     _, _, before, after, _ = updated
     for leaf in [*jax.tree.leaves(before.params), *jax.tree.leaves(after.params)]:
         if leaf.ndim > 2 and leaf.shape[-1] > 1:  # kernels
             assert not np.allclose(leaf[0], leaf[1])
 
 
-def test_the_order_is_drawn_anew_unless_it_is_fixed():
-    """Later agents' first factors spread; with a fixed order the first agent's never does."""
+def test_the_order_of_the_agents_is_random():
+    """Check that orders differ, and that the first agent of each is trained as if alone."""
     _, setup, env = cases.build("happo", "lbf/15x15-3p-5f", *LEARNING_RATE)
     hyper = dataclasses.replace(setup.config.hyper, fixed_order=False)
 
     @jax.jit
     def first_trained(key):
-        """Which agents moved as if nobody had been before them."""
+        """Return the order drawn, and how far its first agent is from training alone."""
         state = happo.init(setup, env, key)
         batch = happo.sequences(hyper, happo.rollout(setup, env, state)[1])
         before = happo.Trained(state.params.actor, state.opt_state.actor)

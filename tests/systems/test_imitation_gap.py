@@ -1,8 +1,9 @@
-"""The MAGPO paper's Section 3: what a joint policy can do, independent ones may not.
+"""The MAGPO paper's Section 3: independent policies cannot imitate every joint policy.
 
-Two agents are paid for choosing differently. With an entropy bonus the best joint policy lets the
-first agent draw and the second take the other: each agent alone is a coin, and two coins differ
-half of the time. CTDS distils just that. MAGPO's guider is held where its learners can follow.
+Two agents are rewarded for choosing different actions. With an entropy bonus the best joint policy
+lets the first agent choose at random and the second take the other action. Each agent alone then
+flips a coin, and two independent coins differ half of the time: CTDS distils exactly this policy.
+MAGPO keeps its guider where the learners can follow.
 """
 
 from dataclasses import replace
@@ -22,11 +23,13 @@ from systems.probe import LENGTH, Kind, Probe
 
 @pytest.fixture(scope="module")
 def shares():
-    """Shares of rewarded steps, of the guider's and of the learners', each (2, S): of MAGPO and of
-    CTDS, which is MAGPO without delta and rl_coef (test_magpo.py), so that both are one program."""
-    # A slower rate than the probes' and four times the environments: once every reward is the same,
-    # normalised advantages are noise, and where that outweighs the entropy bonus the guider's coin
-    # drifts to one side, where learners can follow (16 environments: to the end in 1 seed of 32).
+    """Return the guider's and the learners' shares of rewarded steps, (2, S): MAGPO, then CTDS.
+
+    CTDS is MAGPO without delta and rl_coef (test_magpo.py), so one program trains both.
+    """
+    # A lower learning rate than the probes' and four times the environments: once all rewards are
+    # equal, normalised advantages are noise. If it outweighs the entropy bonus, the guider's coin
+    # drifts to one side, where learners can follow (fully in 1 seed of 32 with 16 environments).
     own = ["system.actor_lr=0.001", "system.ent_coef=0.1", "total_steps=76800"]
     shared = ["num_envs=64", "rollout_length=12", "num_evaluations=1"]
     task = ["env=lbf/2s-8x8-2p-2f-coop", "tuned=false"]
@@ -54,7 +57,7 @@ def test_ctds_distils_a_coordination_that_its_learners_cannot_follow(shares):
     assert (learners < 0.8).all()
 
 
-def test_magpo_keeps_to_one_that_they_can(shares):
+def test_magpo_keeps_to_one_that_its_learners_can_follow(shares):
     guider, learners = (x[0] for x in shares)
     assert (guider > 0.9).all()
     assert (learners > 0.9).all()

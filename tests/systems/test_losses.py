@@ -1,4 +1,4 @@
-"""The losses of the other systems on fixed numbers, and what each may move."""
+"""Losses of all systems but MAGPO on fixed numbers, and their stopped gradients."""
 
 import dataclasses
 import importlib
@@ -26,7 +26,7 @@ def policy_of(*probabilities) -> Categorical:
 
 
 def batch_of(batch_class, **fields):
-    """One step in which action 0 was taken; what is not given is None."""
+    """Return a batch of one step with action 0; fields that are not given are None."""
     fields = {name: jnp.array([x]) for name, x in fields.items()}
     if "log_prob" in fields:
         fields["log_prob"] = jnp.log(fields["log_prob"])
@@ -35,28 +35,28 @@ def batch_of(batch_class, **fields):
     return batch_class(**dict.fromkeys(batch_class._fields) | fields | {"steps": steps})
 
 
-# The ratio is new / 0.5; clipping ends at 0.8 and 1.2.
+# The ratio is new / 0.5, clipped to [0.8, 1.2].
 SURROGATES = [
-    (0.5, 1.0, 1.0),  # nothing moved
-    (0.6, 1.0, 1.2),  # at the edge
-    (0.7, 1.0, 1.2),  # beyond it
+    (0.5, 1.0, 1.0),  # unchanged policy
+    (0.6, 1.0, 1.2),  # at the clip edge
+    (0.7, 1.0, 1.2),  # beyond the edge
     (0.7, -1.0, -1.4),  # pessimistic: a bad action keeps its gradient
     (0.2, 1.0, 0.4),
     (0.2, -1.0, -0.8),
 ]
 
 
-# MAGPO's losses depend on its learner, GPAE does not clip values: they have tests of their own.
+# MAGPO's losses depend on its learner, GPAE does not clip values: each has separate tests.
 PPO = sorted({*cases.SYSTEMS} - {"magpo", "gpae_mappo"})
 
 
 def loss_of_both(module):
-    """Of a policy and a value that are of one network."""
+    """Return the loss of a policy and a value that share a network."""
     return module.guider_loss if hasattr(module, "guider_loss") else module.ppo_loss
 
 
 def surrogate_loss(name, module, new, advantage, **more):
-    """The policy's loss alone, with an old probability of 0.5."""
+    """Return the policy's loss alone, with an old probability of 0.5."""
     batch = batch_of(module.Batch, log_prob=0.5, advantage=advantage, value=0.0, target=0.0, **more)
     values, policy = settings(name), policy_of(new)
     if hasattr(module, "actor_loss"):
@@ -86,15 +86,15 @@ def test_happos_factor_scales_the_surrogate_and_not_the_entropy(new, advantage, 
 @pytest.mark.parametrize(
     ("center", "new", "advantage", "surrogate"),
     [
-        ("current", 0.9, 1.0, 1.8),  # what it was before the update
-        ("current", 0.95, 1.0, 1.9),  # within 0.2 of it
-        ("current", 0.7, -1.0, -1.6),  # below it
+        ("current", 0.9, 1.0, 1.8),  # the ratio before the update
+        ("current", 0.95, 1.0, 1.9),  # within 0.2 of that ratio
+        ("current", 0.7, -1.0, -1.6),  # below the clip range
         ("behaviour", 0.9, 1.0, 1.2),  # JaxMARL's loss on old data
         ("behaviour", 0.7, -1.0, -1.4),
     ],
 )
-def test_gpae_clips_around_the_present_or_the_old_policy(center, new, advantage, surrogate):
-    """The policy that collected gave 0.5, the one before the update 0.9."""
+def test_gpae_clips_around_the_current_or_the_behaviour_policy(center, new, advantage, surrogate):
+    """Use probabilities of 0.5 when collected and 0.9 before the update."""
     batch = batch_of(gpae_mappo.Batch, log_prob=0.5, ratio=1.8, advantage=advantage)
     values = settings("gpae_mappo", clip_center=center)
     loss, _ = gpae_mappo.actor_loss(values, policy_of(new), batch, KEY)
@@ -114,8 +114,8 @@ def test_gpaes_gradient_is_finite_where_the_ratio_is_not(advantage):
 
 @pytest.mark.parametrize("name", PPO)
 @pytest.mark.parametrize("value", [1.0, 0.1, 1.9, -3.0])
-def test_the_value_loss_takes_the_worse_of_free_and_clipped(name, value):
-    """The old value is 0, the target 2, and the value held within 0.2 of the old one."""
+def test_the_value_loss_takes_the_larger_of_unclipped_and_clipped(name, value):
+    """Set the old value to 0, the target to 2 and the clip range to 0.2."""
     module = importlib.import_module(f"magpo.systems.{name}")
     batch = batch_of(module.Batch, value=0.0, target=2.0, log_prob=0.5, advantage=0.0)
     values, given = settings(name, vf_coef=0.5), jnp.array([value])

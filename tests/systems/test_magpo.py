@@ -1,4 +1,4 @@
-"""MAGPO: its learner along the rollout, terminal values, both losses on fixed numbers."""
+"""MAGPO: the learner along the rollout, terminal values, both losses on fixed numbers."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ def case():
 
 @pytest.fixture(scope="module")
 def collected(case):
-    """The second rollout: it starts in the middle of episodes, which end at different steps."""
+    """Collect a second rollout: it starts in episodes that end at different steps."""
     _, setup, env = case
     state = jax.jit(magpo.init, static_argnums=(0, 1))(setup, env, jax.random.key(0))
     state = cases.sharpened(cases.stagger(state))
@@ -32,8 +32,8 @@ def collected(case):
     return before, after, out
 
 
-def test_the_learner_in_training_is_the_learner_that_acts(case, collected):
-    """Its carry along the rollout, its KL in the loss, and `act`, one agent and step at a time."""
+def test_the_learner_acts_as_it_is_trained(case, collected):
+    """Recompute the learner's carry, KL and actions, one agent and one step at a time."""
     setup, (before, after, out) = case.setup, collected
     params, transitions = before.params.learner, out.transitions
 
@@ -65,8 +65,7 @@ def test_the_learner_in_training_is_the_learner_that_acts(case, collected):
     np.testing.assert_allclose(metrics["policy/kl_guider_to_learner"], expected, rtol=1e-4)
 
 
-def test_a_truncated_episode_is_worth_its_last_observation(collected):
-    """The stored terminal values are those of the guider's carry before the reset."""
+def test_terminal_values_are_stored_at_truncations(collected):
     _, _, out = collected
     t = out.transitions
     assert (t.terminal_value[~np.asarray(t.ended)] == 0).all()
@@ -75,7 +74,7 @@ def test_a_truncated_episode_is_worth_its_last_observation(collected):
 
 
 def test_without_delta_and_rl_coef_magpo_is_ctds():
-    """One update of both files from the same state."""
+    """Compare one update of both systems from the same state."""
     settings = ["system.rl_coef=0", "system.gamma=0.9"]
     _, setup, env = cases.build("magpo", "lbf/2s-8x8-2p-2f-coop", *settings, "system.delta=null")
     other = cases.build("ctds", "lbf/2s-8x8-2p-2f-coop", *settings)
@@ -112,9 +111,9 @@ def fixed_batch(log_prob, advantage, value=0.0, target=0.0):
 @pytest.mark.parametrize(
     ("guider", "learner", "old", "advantage", "surrogate", "masked"),
     [
-        (0.5, 0.5, 0.5, 1.0, 1.0, False),  # nothing moved
+        (0.5, 0.5, 0.5, 1.0, 1.0, False),  # unchanged policies
         (0.6, 0.5, 0.5, 1.0, 1.2, False),  # at PPO's upper edge
-        (0.7, 0.5, 0.5, 1.0, 1.2, False),  # beyond it: clipped
+        (0.7, 0.5, 0.5, 1.0, 1.2, False),  # beyond the edge: clipped
         (0.7, 0.5, 0.5, -1.0, -1.4, False),  # pessimistic: a bad action keeps its gradient
         (0.9, 0.5, 0.9, 1.0, 0.5 * 1.5 / 0.9, True),  # clipped by delta although the ratio is 1
         (0.2, 0.5, 0.2, 1.0, 1.0, True),  # below 1/delta: min takes the ratio
@@ -134,7 +133,7 @@ def test_guider_loss_on_fixed_numbers(guider, learner, old, advantage, surrogate
     ("value", "expected"),
     [(1.0, 0.5), (0.1, 0.5 * 1.9**2), (1.9, 0.5 * 1.8**2)],  # old 0, target 2, clip 0.2
 )
-def test_value_loss_takes_the_worse_of_free_and_clipped(value, expected):
+def test_value_loss_takes_the_larger_of_unclipped_and_clipped(value, expected):
     values = settings(ent_coef=0.0, vf_coef=1.0, clip_eps=0.2)
     even = policy_of([0.5, 0.5])
     batch = fixed_batch([0.5], [0.0], value=0.0, target=2.0)
@@ -154,7 +153,7 @@ def test_learner_loss_on_fixed_numbers(direction):
     np.testing.assert_allclose(loss, (np.asarray(p.kl(q)) - 2.0 * surrogate).mean(), rtol=1e-5)
 
 
-def test_each_loss_moves_its_own_network_only():
+def test_each_loss_trains_only_its_own_network():
     values, key = settings(delta=1.1), jax.random.key(0)
     batch = fixed_batch([0.5, 0.4, 0.6], [1.0, -2.0, 0.5])
     logits = jax.random.normal(key, (2, 3, 4))

@@ -1,4 +1,4 @@
-"""MAPPO: contiguous chunks, and what its critic reads."""
+"""MAPPO: contiguous chunks, and the inputs of its critic."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ from magpo.systems import mappo
 from systems import cases
 
 
-def test_chunks_are_contiguous_and_whole():
-    """Every sequence is one environment's, its steps in order, and begins with its own memory."""
+def test_chunks_are_contiguous_and_complete():
+    """Check that a sequence is one environment's steps in order, with its own first carry."""
     setup = cases.build("mappo").setup  # 6 environments, 8 steps, chunks of 4
     T, E, N = 8, 6, 2
     time, env = jnp.meshgrid(jnp.arange(T), jnp.arange(E), indexing="ij")
@@ -28,7 +28,7 @@ def test_chunks_are_contiguous_and_whole():
 
 
 def values(name):
-    """What is stored for a rollout, and again with agent 0 seeing something else throughout."""
+    """Return the first values, and those with agent 0's view and the global state changed."""
     _, setup, env = cases.build(name, "lbf/2s-8x8-2p-2f-coop", "network.critic.hidden_dim=32")
 
     @jax.jit
@@ -47,12 +47,12 @@ def values(name):
     return run(jax.random.key(0))
 
 
-def test_a_critic_of_observations_sees_its_own_agent_only():
+def test_an_observation_critic_sees_only_its_own_agent():
     before, after = values("ippo")
     same = np.isclose(before, after, atol=1e-6)
     assert not same[..., 0].any() and same[..., 1].all()
 
 
-def test_a_critic_of_the_state_sees_all_of_it():
+def test_a_state_critic_sees_the_global_state():
     before, after = values("mappo")
     assert not np.isclose(before, after, atol=1e-6).any()

@@ -1,4 +1,4 @@
-"""Every system solves every probe."""
+"""The probes, each of which every system must solve."""
 
 import importlib
 
@@ -18,14 +18,14 @@ GAMMA = 0.7
 
 
 def values(setup, state):
-    """What the critic expects of the state that training stopped in, (E, N)."""
+    """Return the critic's values of the observations after training, (E, N)."""
     inputs = state.timestep.observation, state.timestep.last()
     params, carry = state.params, getattr(state, "carry", ())
     if hasattr(setup, "guider"):
         return setup.guider.apply(params.guider, carry.guider, *inputs, method="value")
     if hasattr(setup, "network"):
         return setup.network.apply(params, carry, *inputs, method="value")
-    if isinstance(setup.critic, ActionCritic):  # whatever the others do
+    if isinstance(setup.critic, ActionCritic):  # any actions will do
         observation, reset_before = inputs
         action = jnp.zeros(observation.action_mask.shape[:2], int)
         inputs = observation.global_state, action, reset_before
@@ -34,7 +34,7 @@ def values(setup, state):
 
 @pytest.fixture(scope="module", params=cases.SYSTEMS)
 def trained(request):
-    """The system, mean returns of what it deploys, its critic's values, and what they are of."""
+    """Train a system; return its mean returns, and values with their step counts and bits."""
     module = importlib.import_module(f"magpo.systems.{request.param}")
     shared = ["num_envs=16", "rollout_length=12", "num_evaluations=1", "total_steps=23040"]
     own = cases.CASES[request.param].probed
@@ -50,12 +50,12 @@ def trained(request):
         params = module.policy_params(state)
         scores = evaluate(module, setup, env, params, key, 64)
         observation = state.timestep.observation
-        seen = observation.agents_view[:, 0, 2]  # behind the agent id
+        seen = observation.agents_view[:, 0, 2]  # after the agent id
         value = values(setup, state)
         return scores["episode_return"].mean(), value, observation.step_count, seen
 
     keys = jax.random.split(jax.random.key(0), len(Kind))
-    # Optimised a little: this runs long enough.
+    # Some optimisation pays here: this runs long.
     compiled = jax.jit(jax.vmap(train), compiler_options={"xla_backend_optimization_level": 1})
     return module, *compiled(jnp.arange(len(Kind)), keys)
 
@@ -64,18 +64,18 @@ def trained(request):
     ("kind", "best"),
     [(Kind.ACTED, LENGTH), (Kind.COPIED, LENGTH), (Kind.COORDINATED, LENGTH), (Kind.REMEMBERED, 1)],
 )
-def test_the_policy_is_good(trained, kind, best):
+def test_the_policy_is_near_optimal(trained, kind, best):
     module, returns, *_ = trained
     if module.CARD.carry == "none" and kind == Kind.REMEMBERED:
-        assert returns[kind] < 0.75  # without memory, and the bit is one half
+        assert returns[kind] < 0.75  # without memory the bit is a guess
     else:
         assert returns[kind] > 0.9 * best
 
 
 @pytest.mark.parametrize("kind", [Kind.CONSTANT, Kind.OBSERVED, Kind.DELAYED, Kind.TRUNCATED])
-def test_the_values_are_right(trained, kind):
+def test_the_values_are_near_the_true_ones(trained, kind):
     value, step_count, seen = (np.asarray(x[kind]) for x in trained[2:])
-    left = LENGTH - step_count  # steps to the end, that of the reward included
+    left = LENGTH - step_count  # steps to the end, the rewarded one included
     expected = {
         Kind.CONSTANT: (1 - GAMMA**left) / (1 - GAMMA),
         Kind.OBSERVED: np.where(seen > 0, GAMMA ** (left - 1), 0),

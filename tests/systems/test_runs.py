@@ -1,4 +1,4 @@
-"""Every system as an experiment: run, resumed, loaded, one agent at a time where that can be."""
+"""Every system in an experiment: run, resumed, loaded, and deployed agent by agent if it can be."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ TASK, N, B = "coordsum/3x10-30", 3, 2  # the task that compiles fastest
 
 @pytest.fixture(scope="module", params=cases.SYSTEMS)
 def run(request, tmp_path_factory):
-    """A run and its name."""
+    """Run a system briefly; return its name, its module and the run's folder."""
     results = f"results_dir={tmp_path_factory.mktemp('runs')}"
     overrides = [*cases.short_run(request.param, TASK), "env.observation=scaled", results]
     module = cases.build(request.param).module
@@ -30,7 +30,7 @@ def run(request, tmp_path_factory):
 
 
 def records(folder):
-    """All records but the wall-clock ones."""
+    """Return all records without wall-clock times."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [
         {key: x for key, x in line.items() if key != "wall_s"}
@@ -52,15 +52,15 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
 
 
-def test_a_member_trains_the_same_alone(run):
-    """Its seed, and its hyperparameters, which are data of one program."""
+def test_a_member_trained_alone_is_the_same(run):
+    """Train one seed with its own hyperparameters, which the run holds as data."""
     _, module, folder = run
     settings, place = policy.read(folder).config, 5
     seed, setting = settings.members[place]
     env = experiment.make_env(settings)
     setup = module.make(settings.algorithm_of(setting), spec(env))
     inputs = experiment.member_inputs(settings)
-    # Without the mesh in its type, with which the second chunk would be compiled anew.
+    # A key whose type has the run's mesh would make the second chunk compile again.
     key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(inputs.train_keys[place])))
     state = cases.jitted(module.init)(setup, env, key)
     state = state._replace(hyper=as_data(setup.config.hyper))
@@ -90,8 +90,8 @@ def observation_of(env):
     return Observation(jnp.asarray(views), mask, jnp.zeros(B, jnp.int32))
 
 
-def test_what_is_deployed_is_what_the_card_says(run):
-    """A decentralised policy is one agent's function of its own view; a joint one is not given."""
+def test_the_deployed_policy_is_what_the_card_says(run):
+    """Check that a decentralised policy acts for one agent alone and a joint one refuses."""
     _, module, folder = run
     together, key = magpo.load_policy(folder, seed=2), jax.random.key(0)
     observation = observation_of(together.env)

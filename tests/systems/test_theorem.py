@@ -1,9 +1,9 @@
-"""Theorem 4.1 of the MAGPO paper, exactly and in tables: the learners' value never falls.
+"""Theorem 4.1 of the MAGPO paper, exact and tabular: the learners' value never falls.
 
-Data collection, guider training (policy mirror descent, Eq. 3), learner training (projection onto
-decentralised policies) and backtracking, in small cooperative Markov games; a matrix game is one
-of a single state. The theorem is about the projection that minimises KL(pi || mu); the other
-direction, which the released code computes, does not always improve.
+Each iteration consists of data collection, guider training (policy mirror descent, Eq. 3), learner
+training (projection onto decentralised policies) and backtracking, in small cooperative Markov
+games; a matrix game has a single state. The theorem is about the projection that minimises
+KL(pi || mu); the other direction, which the released code computes, does not always improve.
 """
 
 import numpy as np
@@ -13,13 +13,13 @@ A, GAMMA, STEP_SIZE = 3, 0.9, 3.0
 
 
 def random_game(rng, num_states):
-    """Rewards (S, A, A) and transitions (S, A, A, S) of a two-agent game."""
+    """Draw rewards (S, A, A) and transitions (S, A, A, S) of a two-agent game."""
     transition = rng.dirichlet(np.ones(num_states), size=(num_states, A, A))
     return rng.normal(size=(num_states, A, A)), transition
 
 
 def evaluate(game, pi):
-    """Exact Q (S, A, A) and V (S,) of decentralised policies pi (2, S, A)."""
+    """Return the exact Q (S, A, A) and V (S,) of decentralised policies pi (2, S, A)."""
     reward, transition = game
     joint = np.einsum("sa,sb->sab", *pi)
     kernel = np.einsum("sab,sabz->sz", joint, transition)
@@ -33,13 +33,13 @@ def normalised(logits):
 
 
 def mirror_descent(q, pi):
-    """The guider (S, A, A): the closed form of Eq. 3 from mu_k = pi_k."""
+    """Return the guider (S, A, A): the closed form of Eq. 3 from mu_k = pi_k."""
     logits = np.log(np.einsum("sa,sb->sab", *pi)) + STEP_SIZE * q
     return normalised(logits.reshape(len(q), -1)).reshape(q.shape)
 
 
 def project_learner_to_guider(mu, pi):
-    """argmin KL(pi || mu) by coordinate descent, one agent given the other, from pi_k."""
+    """Return argmin KL(pi || mu) by coordinate descent over the agents, from pi_k."""
     first, second = pi
     for _ in range(20):
         first = normalised(np.einsum("sb,sab->sa", second, np.log(mu)))
@@ -48,7 +48,7 @@ def project_learner_to_guider(mu, pi):
 
 
 def project_guider_to_learner(mu, pi):
-    """argmin KL(mu || pi): the guider's marginals."""
+    """Return argmin KL(mu || pi): the guider's marginals."""
     return np.stack([mu.sum(2), mu.sum(1)])
 
 
@@ -75,7 +75,7 @@ def test_the_papers_projection_never_makes_the_learners_worse(num_states):
 
 
 @pytest.mark.parametrize("num_states", [1, 4])
-def test_the_other_direction_sometimes_does(num_states):
+def test_the_other_direction_sometimes_makes_the_learners_worse(num_states):
     worse = games_that_got_worse(project_guider_to_learner, num_states, 300)
     assert 0 < worse < 300
     print(f"KL(mu || pi): {worse} of 300 games with {num_states} states")
