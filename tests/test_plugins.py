@@ -48,9 +48,9 @@ def no_plugins(monkeypatch):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """Work in a folder with the README's environment and a fork of MAPPO."""
-    _, _, section = (ROOT / "README.md").read_text().partition("### Your own environment")
-    (tmp_path / "rendezvous.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
+    """Work in a folder with the guide's environment and a fork of MAPPO."""
+    page = (ROOT / "docs/guides/environment.md").read_text()
+    (tmp_path / "rendezvous.py").write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
     shutil.copy(Path(magpo.__file__).parent / "systems/mappo.py", tmp_path / "mine.py")
     shutil.copy(files.configs() / "mappo.yaml", tmp_path / "mine.yaml")
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 """Trained policies: loaded, played and exported, also where libraries are missing."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -232,6 +233,21 @@ def call(monkeypatch, capsys, module, *arguments):
         code = stop.code
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def test_the_guides_programs_act(folder, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/guides/deploy.md").read_text()
+    load, choose, exported = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(load, names := {"folder": folder})
+    assert names["action"].shape == (32, N)
+    member = 'seed=1, setting={"system.actor_lr": 1e-4}'
+    assert member in choose
+    exec(choose.replace(member, "seed=2"), names)
+    assert names["policy"].member.seed == 2 and names["action"].shape == ()
+    monkeypatch.chdir(tmp_path)
+    export.main(run=folder, out="exported")
+    exec(exported, names := {})
+    assert names["action"].shape == (2,) and names["step"] == 2
 
 
 def test_export_writes_the_policy_and_its_description(folder, monkeypatch, capsys, tmp_path):

@@ -1,12 +1,15 @@
 """MPE, SMAX and MABrax checked against jaxmarl's simulators, given the same actions."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from magpo import envs
-from magpo.envs import simulators
+from magpo.envs import registry, simulators
 
 B = 4
 
@@ -186,3 +189,13 @@ def test_the_padded_action_of_a_smaller_agent_is_masked():
     assert timestep.observation.action_mask.shape == (2, 9)
     mask = np.array(env._mask)
     assert mask[0].all() and mask[1].sum() == 8 and not mask[1, 8]
+
+
+@pytest.mark.parametrize(("block", "options"), [(-2, {}), (-1, {"size": 5, "time_limit": 8})])
+def test_the_guides_wrappers_pass_the_check(block, options, monkeypatch):
+    monkeypatch.setattr(registry, "registered", {})
+    page = (Path(__file__).parents[2] / "docs/guides/environment.md").read_text()
+    program = re.findall(r"```python\n(.*?)```", page, re.S)[block]
+    exec(program, {"__name__": __name__})
+    (task,) = registry.registered
+    envs.check(envs.make(task, global_state=True, **options))

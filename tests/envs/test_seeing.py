@@ -1,4 +1,4 @@
-"""Pictures of episodes, and the README's example of an environment."""
+"""Pictures of episodes, and the guide's example of an environment."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from systems import cases
 from magpo import commands, config, experiment, render
 from magpo.systems import magpo as system
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs/guides/environment.md").read_text()
 TASKS = {
     "coordsum/3x10-30": 3,
     "lbf/2s-8x8-2p-2f-coop": 2,
@@ -83,9 +83,8 @@ def test_bad_requests_give_one_line(arguments, message, monkeypatch, capsys):
     assert stop.value.code == 2 and err.count("\n") == 1 and message in err
 
 
-def test_the_readmes_environment_trains(tmp_path):
-    _, _, section = README.partition("### Your own environment")
-    (tmp_path / "rendezvous.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
+def test_the_guides_environment_trains(tmp_path):
+    (tmp_path / "rendezvous.py").write_text(re.search(r"```python\n(.*?)```", GUIDE, re.S)[1])
     short = [
         *("env=ring/rendezvous", "env.size=3", "budget=quick", "num_envs=16", "rollout_length=16"),
         *("total_steps=15360", "num_evaluations=3", "network.guider.embed_dim=16"),
