@@ -1,4 +1,4 @@
-"""The README and the examples, checked against the code: metrics, commands, systems."""
+"""The README and the documentation, checked against the code: metrics, commands, tables, code."""
 
 import re
 import shlex
@@ -8,13 +8,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from magpo import config, experiment, plugins
+from magpo.envs import registry
 from magpo.evaluate import evaluate
 from magpo.systems import __main__ as systems_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs/systems").glob("*.md"))}
+TASKS = {path.stem: path.read_text() for path in sorted((ROOT / "docs/tasks").glob("*.md"))}
 TASK = "lbf/2s-8x8-2p-2f-coop"
 SMALL = [
     *("env.time_limit=9", "num_envs=4", "rollout_length=12", "total_steps=96", "eval_episodes=2"),
@@ -23,30 +27,27 @@ SMALL = [
 ]
 
 
-def title(name):
-    """Return the heading of a system: its name in any case, with hyphens."""
-    (found,) = re.findall(rf"^### {name.replace('_', '-')}$", README, re.M | re.I)
-    return found
-
-
-def section(title):
+def section(page, title):
     """Return the text below a heading, up to the next one of its level or above."""
     hashes, _, _ = title.partition(" ")
-    after = README.split(f"\n{title}\n")[1]
+    after = page.split(f"\n{title}\n")[1]
     return re.split(rf"\n#{{1,{len(hashes)}}} ", after)[0]
 
 
+def test_every_system_has_a_page():
+    assert set(PAGES) == {"index", *plugins.systems()}
+
+
 @pytest.mark.parametrize("name", plugins.systems())
-def test_the_readme_explains_every_metric(name):
+def test_the_pages_explain_every_metric(name):
     module = import_module(f"magpo.systems.{name}")
     settings = config.load(name, ["env=smax/3m"])  # its agents can stop
     env = experiment.make_env(settings)
     setup = experiment.make_setup(module, env, settings)
     state = jax.eval_shape(lambda key: module.init(setup, env, key), jax.random.key(0))
     _, metrics = jax.eval_shape(lambda state: module.train_chunk(setup, env, state), state)
-    system = section(title(name))
+    system, shared = (section(PAGES[page], "## Metrics") for page in (name, "index"))
     explained = re.findall(r"`((?:loss|policy|gpae)/\w+)`", system)
-    shared = section("## Systems").partition("\n### ")[0]
     explained += re.findall(r"`((?:rollout|policy|value)/\w+)`", shared)
     named = {metric for metric in metrics if not metric.startswith("grad_norm/")}
     assert sorted(explained) == sorted(named - {"rollout/win_rate"})
@@ -55,15 +56,36 @@ def test_the_readme_explains_every_metric(name):
     assert networks and all(f"`{network}`" in shared for network in networks)
 
 
-def test_the_readmes_table_of_systems_matches_the_code(capsys):
+def test_the_table_of_systems_matches_the_code(capsys):
     systems_table.main(markdown=True)
-    assert capsys.readouterr().out in README
+    assert capsys.readouterr().out in PAGES["index"]
+
+
+@pytest.mark.parametrize("suite", registry.SUITES)
+def test_the_pages_explain_every_option(suite):
+    options = OmegaConf.load(ROOT / f"configs/env/{suite}.yaml")
+    told = re.findall(r"^\| `env\.(\w+)` \| ([^|]+) \|", section(TASKS[suite], "## Options"), re.M)
+    assert [name for name, _ in told] == list(options)
+    for name, default in told:
+        value = "the task's" if OmegaConf.is_missing(options, name) else str(options[name])
+        assert default.partition(";")[0].strip("`").lower() == value.lower()
+
+
+def test_the_speed_page_has_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    speed_page = import_module("speed_page")
+    page = speed_page.PAGE.read_text()
+    assert page.count("<!-- table: ") == len(speed_page.TABLES)
+    assert speed_page.filled(page) == page
+
+
+COMMAND = re.compile(r"^python -m (magpo\.systems\.\S+ .*env=.*)$", re.M)
 
 
 @pytest.mark.parametrize(
-    "command", sorted(set(re.findall(r"^python -m (magpo\.systems\.\S+ .*env=.*)$", README, re.M)))
+    "command", sorted(set(COMMAND.findall("\n".join([README, *PAGES.values(), *TASKS.values()]))))
 )
-def test_the_readmes_commands_are_accepted(command):
+def test_the_commands_are_accepted(command):
     module, *overrides = shlex.split(command, comments=True)
     if "--multirun" in overrides:  # check the first job of the sweep
         overrides = [text.partition(",")[0] for text in overrides if not re.match("--|hydra", text)]
@@ -83,9 +105,9 @@ def leaves(params):
 
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (whole,) = re.findall(r"```python\n(.*?)```", section("### From Python"), re.S)
+    (whole,) = re.findall(r"```python\n(.*?)```", section(README, "## Pure functions"), re.S)
     found = execute(whole, {})
-    folder = found["result"].folder
+    folder = experiment.run(found["system"], found["run"]).folder
     assert folder.resolve().is_relative_to(tmp_path)
 
     page = (ROOT / "docs/examples.md").read_text()

@@ -290,12 +290,12 @@ def test_the_table_leaves_out_suites_that_are_not_installed(monkeypatch, capsys)
     assert err.splitlines() == [f"left out: {MISSING}"]
 
 
-def test_the_readme_has_the_commands_table(monkeypatch, capsys):
+def test_the_page_has_the_commands_table(monkeypatch, capsys):
     monkeypatch.setattr(envs, "make", made)
     monkeypatch.setattr(sys, "argv", ["magpo.envs", "--markdown"])
     commands.run(tasks_table.__doc__, tasks_table.main)
     table = capsys.readouterr().out
-    assert table in (ROOT / "README.md").read_text()
+    assert table in (ROOT / "docs/tasks/index.md").read_text()
     assert len(table.splitlines()) == 2 + len(envs.tasks())
 
 
