@@ -9,13 +9,10 @@ release = version = magpo.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.intersphinx",
-    "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
-nitpicky = True
 
 html_theme = "sphinx_book_theme"
 html_title = "magpo"
@@ -27,7 +24,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 600
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
