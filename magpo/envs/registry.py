@@ -36,7 +36,7 @@ registered: dict[str, tuple[Callable[..., Environment], dict[str, Any]]] = {}
 def register(task: str, build: Callable[..., Environment], **options: Any) -> None:
     """Register a task of your own, "suite/task", for `make` and `env=`.
 
-    The task is built by build(name=task, global_state=..., **options), after overrides of the
+    The task is built by `build(name=task, global_state=..., **options)`, after overrides of the
     options. Re-registering a name replaces the earlier task. Raises ValueError if the name is not
     "suite/task" or the suite is one of magpo's.
     """

@@ -132,19 +132,18 @@ class TrainedPolicy:
     score: float  # mean episode return of its evaluation
 
     def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> Any:
-        """Return the recurrent state at the start of an episode, (*batch[, N], ...) each."""
+        """Return the recurrent state at the start of an episode, `(*batch[, N], ...)` each."""
         carry = self.algorithm.initial_carry(self.setup, (int(np.prod(batch_shape)),))
         return jax.tree.map(partial(self._outwards, batch_shape), carry)
 
     def act(
         self, carry: Any, observation: Observation, key: Array, greedy: bool = False
     ) -> tuple[Array, Any]:
-        """Return actions (*batch[, N][, A]) and the recurrent state after the step.
+        """Return actions `(*batch[, N][, A])` and the recurrent state after the step.
 
-        Args:
-            observation: agents_view (*batch[, N], O), action_mask (*batch[, N], A), step_count
-                (*batch); N is absent if the policy is one agent's.
-            greedy: whether to take the most likely action instead of a sampled one.
+        The observation has agents_view `(*batch[, N], O)`, action_mask `(*batch[, N], A)` and
+        step_count `(*batch)`; N is absent if the policy is one agent's. `greedy` takes the most
+        likely action instead of a sampled one.
         """
         acted: tuple[Array, Any] = self._act(self.params, carry, observation, key, greedy)
         return acted
