@@ -1,4 +1,4 @@
-"""Tables on the terminal, as Markdown for the README, and as CSV."""
+"""Tables on the terminal, as Markdown, and as CSV."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence

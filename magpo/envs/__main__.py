@@ -1,4 +1,4 @@
-"""`python -m magpo.envs` prints a table of all tasks; --markdown, as in the README."""
+"""`python -m magpo.envs` prints a table of all tasks; --markdown, as in the documentation."""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`python -m magpo.systems` prints a table of all systems; --markdown, as in the README."""
+"""`python -m magpo.systems` prints a table of all systems; --markdown, as in the documentation."""
 
 from magpo import commands, contract, plugins, tables
 
