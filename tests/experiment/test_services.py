@@ -1,17 +1,26 @@
-"""TensorBoard and Neptune, each read back by its own means."""
+"""TensorBoard, Neptune, Weights & Biases and MLflow, each read back by its own means."""
 
 import dataclasses
+import json
+import os
+import struct
+import threading
 from pathlib import Path
 
+import mlflow
 import neptune
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
 
 from experiment.counting import SEEDS, K, U, records, run
 from magpo.errors import ConfigError
-from magpo.experiment import loop
-from magpo.report import writer
+from magpo.experiment import loop, recorder
+from magpo.report import trackers, writer
 from magpo.runs import resume
+
+SECRET = "correct horse battery staple"
 
 
 def test_tensorboard_has_what_the_log_has(config):
@@ -68,20 +77,159 @@ def test_neptune_without_a_token_writes_to_disk(config, monkeypatch):
     assert "rollout" in operations and "episode_return" in operations
 
 
-def test_a_missing_client_is_said_before_anything_is_written(config, monkeypatch):
+@pytest.fixture
+def without_accounts(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", os.devnull)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    monkeypatch.setenv("NEPTUNE_PROJECT", SECRET)
+    monkeypatch.setenv("UNRELATED_PASSWORD", SECRET)
+
+
+@pytest.fixture
+def tracked(config, without_accounts, monkeypatch):
+    """A run that was stopped two chunks after its checkpoint, and resumed."""
+    logger = dataclasses.replace(config.logger, wandb=True, mlflow=True, tags=("x",))
+    config = dataclasses.replace(config, logger=logger)
+    with monkeypatch.context() as changed:
+        changed.setattr(resume.Saver, "offer", only_after(2))
+        changed.setattr(resume.Saver, "stop", lambda saver: None)
+        changed.setattr(recorder.Recorder, "record", interrupted_after(4))
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    (folder,) = Path(config.results_dir).glob("*/*/*/*")
+    assert json.loads((folder / "wandb/sent.json").read_text()) == [
+        4 * config.steps_per_chunk,
+        False,
+    ]
+    return run(config, resume=str(folder)).folder
+
+
+def only_after(chosen):
+    offer = resume.Saver.offer
+
+    def one(self, chunk, *args):
+        if chunk == chosen:
+            self.next = 0.0
+            offer(self, chunk, *args)
+
+    return one
+
+
+def interrupted_after(last):
+    record = recorder.Recorder.record
+
+    def until(self, index, *args):
+        record(self, index, *args)
+        if index == last:
+            raise KeyboardInterrupt
+
+    return until
+
+
+def logged(folder, seed, absolute=False):
+    """The values of a seed in metrics.jsonl, by name and environment steps."""
+    return {
+        (r["name"], r["env_steps"]): r["value"]
+        for r in records(folder)
+        if r["seed"] == seed
+        and r["value"] is not None
+        and r["name"].startswith("absolute/") == absolute
+    }
+
+
+def wandb_records(file):
+    """Read the records of an offline run: a log in blocks of 32 KiB, as LevelDB's are."""
+    data, place, record = file.read_bytes(), 7, b""
+    while place < len(data):
+        if (left := 2**15 - place % 2**15) < 7:  # no header fits
+            place += left
+            continue
+        _, size, part = struct.unpack_from("<IHB", data, place)
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if part in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def test_trackers_have_each_value_once(tracked):
+    of_wandb(tracked)
+    of_mlflow(tracked)
+    for file in filter(Path.is_file, tracked.parents[3].rglob("*")):
+        assert SECRET.encode() not in file.read_bytes(), file
+
+
+def of_wandb(folder):
+    for place, seed in enumerate(SEEDS):
+        found, summary, ids = [], {}, set()
+        for file in sorted((folder / "wandb").glob(f"offline-run-*-{place}/*.wandb")):
+            for record in wandb_records(file):
+                for item in record.history.item:
+                    name = "/".join([item.key, *item.nested_key]).strip("/")
+                    found.append(((name, record.history.step.num), json.loads(item.value_json)))
+                summary |= {i.key: json.loads(i.value_json) for i in record.summary.update}
+                if record.HasField("run"):
+                    one = record.run
+                    ids.add((one.run_id, one.run_group, one.display_name, one.resume, *one.tags))
+                    of_member = {i.key: json.loads(i.value_json) for i in one.config.update}
+        ((run_id, *about),) = ids  # of both processes
+        assert run_id.endswith(f"-{place}")
+        assert about == [folder.name, f"counting test/count seed {seed}", True, "x"]
+        assert of_member["seed"] == seed and of_member["num_envs"] == 4
+        found = [(key, value) for key, value in found if not key[0].startswith("_")]
+        expected = logged(folder, seed)
+        assert len(found) == len(expected) and dict(found) == pytest.approx(expected)
+        for (name, _), value in logged(folder, seed, absolute=True).items():
+            assert summary[name] == value
+
+
+def of_mlflow(folder):
+    client = mlflow.MlflowClient(f"sqlite:///{folder.parents[3]}/mlflow.db")
+    experiment = client.get_experiment_by_name("magpo").experiment_id
+    runs = client.search_runs([experiment], f"tags.`magpo.run` = '{folder.name}'")
+    assert len(runs) == len(SEEDS)
+    for one in runs:
+        seed = int(one.data.params["seed"])
+        assert one.info.run_name == f"counting test/count seed {seed}"
+        assert one.info.status == "FINISHED" and "x" in one.data.tags
+        expected = logged(folder, seed) | logged(folder, seed, absolute=True)
+        histories = [client.get_metric_history(one.info.run_id, key) for key in one.data.metrics]
+        found = [((m.key, m.step), m.value) for history in histories for m in history]
+        assert len(found) == len(expected) and dict(found) == expected
+
+
+@pytest.mark.parametrize("client", trackers.TRACKERS)
+def test_a_missing_client_is_said_before_anything_is_written(client, config, monkeypatch):
     monkeypatch.setattr(loop, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"install magpo\[neptune\]"):
-        run(config, logger=dataclasses.replace(config.logger, neptune=True))
+    with pytest.raises(ConfigError, match=rf"{client} client: install magpo\[{client}\]"):
+        run(config, logger=dataclasses.replace(config.logger, **{client: True}))
     assert not Path(config.results_dir).exists()
 
 
-def test_a_service_that_fails_does_not_stop_the_run(config, monkeypatch, capsys):
-    def refuse(**options):
+@pytest.mark.parametrize("name", ["Neptune", "WandB", "MLflow"])
+def test_a_service_that_fails_does_not_stop_the_run(name, config, monkeypatch, capsys):
+    def refuse(*args, **options):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(neptune, "init_run", refuse)
-    folder = None
-    with pytest.raises(writer.LoggingError, match="Neptune: no route to host"):
-        folder = run(config, logger=dataclasses.replace(config.logger, neptune=True))
-    assert folder is None
-    assert capsys.readouterr().out.count("warning: Neptune: no route to host") == 1
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(mlflow, "MlflowClient", refuse)
+    logger = dataclasses.replace(config.logger, **{name.lower(): True})
+    with pytest.raises(writer.LoggingError, match=f"{name}: no route to host"):
+        run(config, logger=logger)
+    (folder,) = Path(config.results_dir).glob("*/*/*/*")
+    assert records(folder)[-1]["name"].startswith("absolute/")
+    assert capsys.readouterr().out.count(f"warning: {name}: no route to host") == 1
+
+
+def test_a_service_that_never_answers_delays_nothing(config, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(neptune, "init_run", lambda **options: answer.wait())
+    monkeypatch.setattr(trackers, "PATIENCE_S", 0.1)
+    with pytest.raises(
+        writer.LoggingError, match=r"Neptune: the service did not answer for 0\.1 s"
+    ):
+        run(config, logger=dataclasses.replace(config.logger, neptune=True))
+    answer.set()
