@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlflow
 import neptune
+import numpy as np
 import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,10 +18,10 @@ from wandb.proto import wandb_internal_pb2
 from experiment.counting import SEEDS, K, U, records, run
 from magpo.errors import ConfigError
 from magpo.experiment import loop, recorder
-from magpo.report import trackers, writer
+from magpo.report import measurements, trackers, writer
 from magpo.runs import resume
 
-SECRET = "correct horse battery staple"
+SECRET = "correct_horse_battery_staple_correct_hors"
 
 
 def test_tensorboard_has_what_the_log_has(config):
@@ -78,20 +79,21 @@ def test_neptune_without_a_token_writes_to_disk(config, monkeypatch):
 
 
 @pytest.fixture
-def without_accounts(monkeypatch):
+def secrets(monkeypatch):
+    """An environment with secrets, and without a server."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", os.devnull)
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
-    monkeypatch.setenv("NEPTUNE_PROJECT", SECRET)
-    monkeypatch.setenv("UNRELATED_PASSWORD", SECRET)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "SOME_PASSWORD"):
+        monkeypatch.setenv(name, SECRET)
 
 
 @pytest.fixture
-def tracked(config, without_accounts, monkeypatch):
+def tracked(config, secrets, monkeypatch):
     """A run that was stopped two chunks after its checkpoint, and resumed."""
     logger = dataclasses.replace(config.logger, wandb=True, mlflow=True, tags=("x",))
     config = dataclasses.replace(config, logger=logger)
+    monkeypatch.setattr(trackers, "PATIENCE_S", 300)  # a busy machine starts the clients slowly
     with monkeypatch.context() as changed:
         changed.setattr(resume.Saver, "offer", only_after(2))
         changed.setattr(resume.Saver, "stop", lambda saver: None)
@@ -129,13 +131,14 @@ def interrupted_after(last):
 
 
 def logged(folder, seed, absolute=False):
-    """The values of a seed in metrics.jsonl, by name and environment steps."""
+    """The values of a seed in metrics.jsonl, by name and environment steps, but for times."""
     return {
         (r["name"], r["env_steps"]): r["value"]
         for r in records(folder)
         if r["seed"] == seed
         and r["value"] is not None
         and r["name"].startswith("absolute/") == absolute
+        and not r["name"].startswith("time/")  # another one where a resumed run repeats a chunk
     }
 
 
@@ -178,7 +181,7 @@ def of_wandb(folder):
         assert run_id.endswith(f"-{place}")
         assert about == [folder.name, f"counting test/count seed {seed}", True, "x"]
         assert of_member["seed"] == seed and of_member["num_envs"] == 4
-        found = [(key, value) for key, value in found if not key[0].startswith("_")]
+        found = [(key, value) for key, value in found if not key[0].startswith(("_", "time/"))]
         expected = logged(folder, seed)
         assert len(found) == len(expected) and dict(found) == pytest.approx(expected)
         for (name, _), value in logged(folder, seed, absolute=True).items():
@@ -195,7 +198,8 @@ def of_mlflow(folder):
         assert one.info.run_name == f"counting test/count seed {seed}"
         assert one.info.status == "FINISHED" and "x" in one.data.tags
         expected = logged(folder, seed) | logged(folder, seed, absolute=True)
-        histories = [client.get_metric_history(one.info.run_id, key) for key in one.data.metrics]
+        names = [name for name in one.data.metrics if not name.startswith("time/")]
+        histories = [client.get_metric_history(one.info.run_id, name) for name in names]
         found = [((m.key, m.step), m.value) for history in histories for m in history]
         assert len(found) == len(expected) and dict(found) == expected
 
@@ -222,6 +226,47 @@ def test_a_service_that_fails_does_not_stop_the_run(name, config, monkeypatch, c
     (folder,) = Path(config.results_dir).glob("*/*/*/*")
     assert records(folder)[-1]["name"].startswith("absolute/")
     assert capsys.readouterr().out.count(f"warning: {name}: no route to host") == 1
+
+
+class Kept(trackers.Tracker):
+    """A service that keeps what it is sent."""
+
+    sent = ()
+
+    def begin(self):
+        yield from [[] for _ in self.members]
+
+    def log(self, one, rows):
+        one.append(rows)
+
+    def end(self, one):
+        self.sent += (one,)
+
+
+def test_a_tracker_sends_what_it_has_not_sent_and_nothing_twice(config, tmp_path):
+    members = config.members[:1]
+    facts = measurements.Run(tmp_path, "counting", "a", "b", members, "episode_return", 1, "x")
+
+    def measured(chunk, steps):
+        evaluation = {"episode_return": np.full((1, 2), steps, np.float32)}
+        return measurements.Measurement(chunk, (steps,), 0.0, evaluation, {}, {})
+
+    def sent(*measured, earlier=()):
+        tracker = Kept(facts, "id", config.logger, [{}], earlier)
+        for measurement in measured:
+            tracker.write(measurement)
+        tracker.close()
+        return [rows for one in tracker.sent for rows in one]
+
+    first, second, third = (measured(chunk, 10 * chunk) for chunk in range(3))
+    best = measured(None, 10)
+    name = "eval/episode_return"
+    assert sent(second, earlier=[first]) == [{0: {name: 0.0}}, {10: {name: 10.0}}]
+    absolute = {10: {"absolute/episode_return": 10.0}}
+    assert sent(second, third, best, earlier=[first]) == [{20: {name: 20.0}}, absolute]
+    assert sent(third, best, earlier=[first, second]) == []
+    assert sent(measured(3, 30), best) == [{30: {name: 30.0}}, absolute]
+    assert sent() == []
 
 
 def test_a_service_that_never_answers_delays_nothing(config, monkeypatch):
