@@ -47,6 +47,14 @@ def test_resume_uses_the_configuration_of_the_run(saved):
     assert config.load("magpo", whole) == replace(run, resume=str(folder))
 
 
+def test_a_run_from_before_a_tracker_was_added_can_be_resumed(saved):
+    folder, run = saved
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    del values["logger"]["wandb"], values["logger"]["mlflow"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    assert config.load("magpo", [f"resume={folder}"]) == replace(run, resume=str(folder))
+
+
 def test_resume_below_home(saved, monkeypatch):
     folder, run = saved
     monkeypatch.setenv("HOME", str(folder.parent))

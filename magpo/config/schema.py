@@ -55,6 +55,8 @@ class LoggerConfig:
     tensorboard: bool
     neptune: bool
     neptune_project: str | None
+    wandb: bool
+    mlflow: bool
     tags: tuple[str, ...]
 
 
@@ -255,6 +257,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check(module: ModuleType, values: Mapping[str, Any]) -> RunConfig:
     """Make a RunConfig from plain values under the names of `dump`. Raises ConfigError."""
     values = {"vary": {}, "vary_in_step": False, **OF_THIS_PROCESS, **values, "algorithm": None}
+    if isinstance(values.get("logger"), Mapping):  # earlier versions' files lack these
+        values["logger"] = {"wandb": False, "mlflow": False, **values["logger"]}
     schema = contract.algorithm(module).Config
     floats = contract.float_names(get_type_hints(schema)["hyper"])
     if isinstance(values["vary"], Mapping):

@@ -38,7 +38,8 @@ from magpo.files import complain, flush_output
 from magpo.hardware import devices, processes
 from magpo.report.console import Console
 from magpo.report.measurements import ABSOLUTE_EVALUATIONS, Measurement, Run
-from magpo.report.sinks import JsonLines, LearningCurve, MarlEval, Neptune, Sink, TensorBoard
+from magpo.report.sinks import JsonLines, LearningCurve, MarlEval, Sink, TensorBoard
+from magpo.report.trackers import TRACKERS, Tracker
 from magpo.report.writer import LoggingError, Writer
 from magpo.runs import folders, resume
 from magpo.runs.resume import Saver, Start
@@ -88,8 +89,12 @@ def run(
     """
     algorithm = contract.algorithm(module)
     devices.set_up_jax(config)
-    if config.logger.neptune and find_spec("neptune") is None:
-        raise ConfigError("logger.neptune: needs the neptune client: install magpo[neptune]")
+    for client in TRACKERS:
+        found = getattr(find_spec(client), "origin", None)  # None too for a mere folder
+        if getattr(config.logger, client) and not found:
+            raise ConfigError(
+                f"logger.{client}: needs the {client} client: install magpo[{client}]"
+            )
     env = env or make_env(config)
     _check_env(env, config)
     setup = make_setup(algorithm, env, config)
@@ -234,10 +239,17 @@ def _sinks(
         if config.logger.tensorboard:
             resumed_at = start.chunk * config.steps_per_chunk if config.resume else None
             sinks.append(TensorBoard(info, resumed_at))
-    if config.logger.neptune:
-        configs = [configuration.dump_setting(config, m.setting) for m in config.members]
-        sinks.append(Neptune(info, config.logger.neptune_project, config.logger.tags, configs))
-    return [log, *sinks]
+    return [log, *sinks, *_trackers(info, config, start)]
+
+
+def _trackers(info: Run, config: RunConfig, start: Start) -> list[Tracker]:
+    run_id = folders.about(info.folder)["id"] or info.name  # an early version's had none
+    configs = [configuration.dump_setting(config, m.setting) for m in config.members]
+    return [
+        make(info, run_id, config.logger, configs, start.measurements)
+        for client, make in TRACKERS.items()
+        if getattr(config.logger, client)
+    ]
 
 
 def _check_env(env: Environment, config: RunConfig) -> None:

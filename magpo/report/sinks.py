@@ -4,10 +4,10 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
-from magpo.config.members import Member, label
+from magpo.config.members import label
 from magpo.files import UNREADABLE, write_aside
 from magpo.report.measurements import Measurement, Run, plain, scalars
 
@@ -182,47 +182,3 @@ class TensorBoard:
         """Write what is still queued: `flush` does not wait for it."""
         for writer in self.writers:
             writer.close()
-
-
-class Neptune:
-    """A Neptune run for each member, in a group with the run's name; offline without a token."""
-
-    def __init__(
-        self, run: Run, project: str | None, tags: Sequence[str], configs: Sequence[dict[str, Any]]
-    ) -> None:
-        """Take the configuration of each member."""
-        self.run, self.project, self.tags, self.configs = run, project, list(tags), configs
-        self.runs: list[Any] | None = None
-
-    def _begin(self, member: Member, config: dict[str, Any]) -> Any:
-        import neptune
-
-        os.environ.setdefault("NEPTUNE_DATA_DIRECTORY", str(self.run.folder / "neptune"))
-        captured = ("stdout", "stderr", "hardware_metrics", "traceback")
-        one = neptune.init_run(
-            project=self.project,
-            mode="async" if "NEPTUNE_API_TOKEN" in os.environ else "offline",
-            name=" ".join([self.run.system, f"{self.run.suite}/{self.run.task}", member.name]),
-            tags=self.tags,
-            source_files=[],
-            git_ref=False,
-            **{f"capture_{what}": False for what in captured},
-        )
-        one["sys/group_tags"].add([self.run.name])
-        one["config"] = neptune.utils.stringify_unsupported({**config, "seed": member.seed})
-        return one
-
-    def write(self, measurement: Measurement) -> None:
-        if self.runs is None:
-            self.runs = []  # once is enough: to be refused can take minutes
-            self.runs = list(map(self._begin, self.run.members, self.configs))
-        for place, env_steps, name, value in scalars(self.run, measurement):
-            if self.runs and value is not None:
-                self.runs[place][name].append(value, step=env_steps)
-
-    def save(self) -> None:
-        """Do nothing: the client sends by itself."""
-
-    def close(self) -> None:
-        for one in self.runs or ():
-            one.stop()

@@ -164,7 +164,7 @@ def settings(results_dir):
         imports={},
         precision="float32",
         platform="auto",
-        logger=LoggerConfig(True, False, False, False, None, ()),
+        logger=LoggerConfig(True, False, False, False, None, False, False, ()),
         results_dir=str(results_dir),
         keep=2,
         checkpoint_share=1.0,

@@ -393,7 +393,7 @@ def test_console_has_one_line_per_evaluation_and_the_end(config, capsys):
 
 
 def test_console_can_be_turned_off(config, capsys):
-    run(config, logger=LoggerConfig(False, False, False, False, None, ()))
+    run(config, logger=LoggerConfig(False, False, False, False, None, False, False, ()))
     assert capsys.readouterr().out == ""
 
 

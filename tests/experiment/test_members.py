@@ -37,7 +37,7 @@ from magpo import config as configuration
 from magpo.config import members
 from magpo.errors import ConfigError
 from magpo.plot import read
-from magpo.report import measurements, sinks
+from magpo.report import measurements, trackers
 from magpo.runs import checkpoint, listing, policy, resume
 
 VARY = {"system.shift": (0.0, 3.0), "system.bound": (None, 4.0, 1.5)}
@@ -205,7 +205,7 @@ def test_tensorboard_has_a_folder_for_each_member(vary):
     assert [event.value for event in events.Scalars("eval/episode_return")] == expected
 
 
-def test_neptune_gets_each_members_values(vary, monkeypatch):
+def test_neptune_gets_each_members_values(vary, monkeypatch, tmp_path):
     written = []
 
     class Recorded(dict):
@@ -227,7 +227,8 @@ def test_neptune_gets_each_members_values(vary, monkeypatch):
     info = measurements.Run(Path("x"), "counting", "a", "b", vary.members, "episode_return", 1, "x")
     varied = dataclasses.replace(vary, vary=setting)
     configs = [configuration.dump_setting(varied, m.setting) for m in varied.members]
-    sink = sinks.Neptune(info._replace(members=varied.members), None, (), configs)
+    run = info._replace(members=varied.members, folder=tmp_path)
+    sink = trackers.Neptune(run, "id", vary.logger, configs)
     sink.write(measurements.Measurement(0, (0,) * 4, 0.0, {}, {}, {}))
     sink.close()
     assert [name for name, _ in written] == [

@@ -1,17 +1,27 @@
-"""TensorBoard and Neptune, each read back by its own means."""
+"""TensorBoard, Neptune, Weights & Biases and MLflow, each read back by its own means."""
 
 import dataclasses
+import json
+import os
+import struct
+import threading
 from pathlib import Path
 
+import mlflow
 import neptune
+import numpy as np
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
 
 from experiment.counting import SEEDS, K, U, records, run
 from magpo.errors import ConfigError
-from magpo.experiment import loop
-from magpo.report import writer
+from magpo.experiment import loop, recorder
+from magpo.report import measurements, trackers, writer
 from magpo.runs import resume
+
+SECRET = "correct_horse_battery_staple_correct_hors"
 
 
 def test_tensorboard_has_what_the_log_has(config):
@@ -68,20 +78,203 @@ def test_neptune_without_a_token_writes_to_disk(config, monkeypatch):
     assert "rollout" in operations and "episode_return" in operations
 
 
-def test_a_missing_client_is_said_before_anything_is_written(config, monkeypatch):
+@pytest.fixture
+def secrets(monkeypatch):
+    """An environment with secrets, and without a server."""
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "SOME_PASSWORD"):
+        monkeypatch.setenv(name, SECRET)
+
+
+@pytest.fixture
+def tracked(config, secrets, monkeypatch):
+    """A run that was stopped two chunks after its checkpoint, and resumed."""
+    logger = dataclasses.replace(config.logger, wandb=True, mlflow=True, tags=("x",))
+    config = dataclasses.replace(config, logger=logger)
+    monkeypatch.setattr(trackers, "PATIENCE_S", 300)  # a busy machine starts the clients slowly
+    with monkeypatch.context() as changed:
+        changed.setattr(resume.Saver, "offer", only_after(2))
+        changed.setattr(resume.Saver, "stop", lambda saver: None)
+        changed.setattr(recorder.Recorder, "record", interrupted_after(4))
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    (folder,) = Path(config.results_dir).glob("*/*/*/*")
+    assert json.loads((folder / "wandb/sent.json").read_text()) == [
+        4 * config.steps_per_chunk,
+        False,
+    ]
+    return run(config, resume=str(folder)).folder
+
+
+def only_after(chosen):
+    offer = resume.Saver.offer
+
+    def one(self, chunk, *args):
+        if chunk == chosen:
+            self.next = 0.0
+            offer(self, chunk, *args)
+
+    return one
+
+
+def interrupted_after(last):
+    record = recorder.Recorder.record
+
+    def until(self, index, *args):
+        record(self, index, *args)
+        if index == last:
+            raise KeyboardInterrupt
+
+    return until
+
+
+def logged(folder, seed, absolute=False):
+    """The values of a seed in metrics.jsonl, by name and environment steps, but for times."""
+    return {
+        (r["name"], r["env_steps"]): r["value"]
+        for r in records(folder)
+        if r["seed"] == seed
+        and r["value"] is not None
+        and r["name"].startswith("absolute/") == absolute
+        and not r["name"].startswith("time/")  # another one where a resumed run repeats a chunk
+    }
+
+
+def wandb_records(file):
+    """Read the records of an offline run: a log in blocks of 32 KiB, as LevelDB's are."""
+    data, place, record = file.read_bytes(), 7, b""
+    while place < len(data):
+        if (left := 2**15 - place % 2**15) < 7:  # no header fits
+            place += left
+            continue
+        _, size, part = struct.unpack_from("<IHB", data, place)
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if part in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def test_trackers_have_each_value_once(tracked):
+    of_wandb(tracked)
+    of_mlflow(tracked)
+    for file in filter(Path.is_file, tracked.parents[3].rglob("*")):
+        assert SECRET.encode() not in file.read_bytes(), file
+
+
+def of_wandb(folder):
+    for place, seed in enumerate(SEEDS):
+        found, summary, ids = [], {}, set()
+        for file in sorted((folder / "wandb").glob(f"offline-run-*-{place}/*.wandb")):
+            for record in wandb_records(file):
+                for item in record.history.item:
+                    name = "/".join([item.key, *item.nested_key]).strip("/")
+                    found.append(((name, record.history.step.num), json.loads(item.value_json)))
+                summary |= {i.key: json.loads(i.value_json) for i in record.summary.update}
+                if record.HasField("run"):
+                    one = record.run
+                    ids.add((one.run_id, one.run_group, one.display_name, one.resume, *one.tags))
+                    of_member = {i.key: json.loads(i.value_json) for i in one.config.update}
+        ((run_id, *about),) = ids  # of both processes
+        assert run_id.endswith(f"-{place}")
+        assert about == [folder.name, f"counting test/count seed {seed}", True, "x"]
+        assert of_member["seed"] == seed and of_member["num_envs"] == 4
+        found = [(key, value) for key, value in found if not key[0].startswith(("_", "time/"))]
+        expected = logged(folder, seed)
+        assert len(found) == len(expected) and dict(found) == pytest.approx(expected)
+        for (name, _), value in logged(folder, seed, absolute=True).items():
+            assert summary[name] == value
+
+
+def of_mlflow(folder):
+    client = mlflow.MlflowClient(f"sqlite:///{folder.parents[3]}/mlflow.db")
+    experiment = client.get_experiment_by_name("magpo").experiment_id
+    runs = client.search_runs([experiment], f"tags.`magpo.run` = '{folder.name}'")
+    assert len(runs) == len(SEEDS)
+    for one in runs:
+        seed = int(one.data.params["seed"])
+        assert one.info.run_name == f"counting test/count seed {seed}"
+        assert one.info.status == "FINISHED" and "x" in one.data.tags
+        expected = logged(folder, seed) | logged(folder, seed, absolute=True)
+        names = [name for name in one.data.metrics if not name.startswith("time/")]
+        histories = [client.get_metric_history(one.info.run_id, name) for name in names]
+        found = [((m.key, m.step), m.value) for history in histories for m in history]
+        assert len(found) == len(expected) and dict(found) == expected
+
+
+@pytest.mark.parametrize("client", trackers.TRACKERS)
+def test_a_missing_client_is_said_before_anything_is_written(client, config, monkeypatch):
     monkeypatch.setattr(loop, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"install magpo\[neptune\]"):
-        run(config, logger=dataclasses.replace(config.logger, neptune=True))
+    with pytest.raises(ConfigError, match=rf"{client} client: install magpo\[{client}\]"):
+        run(config, logger=dataclasses.replace(config.logger, **{client: True}))
     assert not Path(config.results_dir).exists()
 
 
-def test_a_service_that_fails_does_not_stop_the_run(config, monkeypatch, capsys):
-    def refuse(**options):
+@pytest.mark.parametrize("name", ["Neptune", "WandB", "MLflow"])
+def test_a_service_that_fails_does_not_stop_the_run(name, config, monkeypatch, capsys):
+    def refuse(*args, **options):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(neptune, "init_run", refuse)
-    folder = None
-    with pytest.raises(writer.LoggingError, match="Neptune: no route to host"):
-        folder = run(config, logger=dataclasses.replace(config.logger, neptune=True))
-    assert folder is None
-    assert capsys.readouterr().out.count("warning: Neptune: no route to host") == 1
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(mlflow, "MlflowClient", refuse)
+    logger = dataclasses.replace(config.logger, **{name.lower(): True})
+    with pytest.raises(writer.LoggingError, match=f"{name}: no route to host"):
+        run(config, logger=logger)
+    (folder,) = Path(config.results_dir).glob("*/*/*/*")
+    assert records(folder)[-1]["name"].startswith("absolute/")
+    assert capsys.readouterr().out.count(f"warning: {name}: no route to host") == 1
+
+
+class Kept(trackers.Tracker):
+    """A service that keeps what it is sent."""
+
+    sent = ()
+
+    def begin(self):
+        yield from [[] for _ in self.members]
+
+    def log(self, one, rows):
+        one.append(rows)
+
+    def end(self, one):
+        self.sent += (one,)
+
+
+def test_a_tracker_sends_what_it_has_not_sent_and_nothing_twice(config, tmp_path):
+    members = config.members[:1]
+    facts = measurements.Run(tmp_path, "counting", "a", "b", members, "episode_return", 1, "x")
+
+    def measured(chunk, steps):
+        evaluation = {"episode_return": np.full((1, 2), steps, np.float32)}
+        return measurements.Measurement(chunk, (steps,), 0.0, evaluation, {}, {})
+
+    def sent(*measured, earlier=()):
+        tracker = Kept(facts, "id", config.logger, [{}], earlier)
+        for measurement in measured:
+            tracker.write(measurement)
+        tracker.close()
+        return [rows for one in tracker.sent for rows in one]
+
+    first, second, third = (measured(chunk, 10 * chunk) for chunk in range(3))
+    best = measured(None, 10)
+    name = "eval/episode_return"
+    assert sent(second, earlier=[first]) == [{0: {name: 0.0}}, {10: {name: 10.0}}]
+    absolute = {10: {"absolute/episode_return": 10.0}}
+    assert sent(second, third, best, earlier=[first]) == [{20: {name: 20.0}}, absolute]
+    assert sent(third, best, earlier=[first, second]) == []
+    assert sent(measured(3, 30), best) == [{30: {name: 30.0}}, absolute]
+    assert sent() == []
+
+
+def test_a_service_that_never_answers_delays_nothing(config, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(neptune, "init_run", lambda **options: answer.wait())
+    monkeypatch.setattr(trackers, "PATIENCE_S", 0.1)
+    with pytest.raises(
+        writer.LoggingError, match=r"Neptune: the service did not answer for 0\.1 s"
+    ):
+        run(config, logger=dataclasses.replace(config.logger, neptune=True))
+    answer.set()
