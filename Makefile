@@ -59,7 +59,7 @@ smoke/%: install
 
 # Warnings are errors. The notebooks among the pages run.
 docs: install
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build/html
 
 package: install
 	rm -rf dist
