@@ -98,7 +98,7 @@ class Score(NamedTuple):
 
 
 class Section(NamedTuple):
-    """What the page says about a task."""
+    """A task's part of the page."""
 
     task: str
     runs: list[Run]
@@ -155,7 +155,7 @@ def _lines(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
 def section(
     number: int, runs: list[Run], lines: list[Line], problems: list[str], colours: Colours
 ) -> Section:
-    """Return what the page says about one task."""
+    """Return one task's part of the page."""
     task = runs[0].summary.task
     states = Counter(run.summary.status for run in runs)
     differ, shared = differences([run.summary for run in runs])
