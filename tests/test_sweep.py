@@ -109,6 +109,43 @@ def test_a_grid_is_covered_once_by_one_run_for_each_structure(monkeypatch, capsy
         assert Path("study", name).stat().st_size > 0
 
 
+def batches(sampler, searched, size, trials):
+    """Draw all batches of a study in memory; return the parameters of each batch's trials."""
+    plugins.load(["counting.py"])
+    distributions = space.distributions(searched, config.load("counting", TINY))
+    found = optuna.create_study(direction="maximize")
+    drawn = []
+    arguments = (found, sampler, distributions, {"system.shift"})
+    while batch := study.batch(*arguments, worker=0, size=size, trials=trials):
+        drawn.append([(t.params["system.repeats"], t.params["system.shift"]) for t in batch])
+        for trial in batch:
+            found.tell(trial.number, 0.0)
+    return drawn
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("repeats", [[1, 2, 3, 4, 5], "1..5"])
+def test_a_batch_shares_its_structure(sampler, repeats):
+    drawn = batches(sampler, {"system.repeats": repeats, "system.shift": "0..5"}, 4, 18)
+    assert [len(batch) for batch in drawn] == [4, 4, 4, 4, 2]
+    assert all(len({count for count, _ in batch}) == 1 for batch in drawn)
+    assert len({count for batch in drawn for count, _ in batch}) > 1
+    assert len({shift for batch in drawn for _, shift in batch}) == 18
+
+
+def test_no_more_trials_share_a_structure_than_there_are_other_values():
+    searched = {"system.repeats": "log:1..1000", "system.shift": [0.0, 1.0]}
+    (batch,) = batches("random", searched, 6, 6)
+    counts = [count for count, _ in batch]
+    assert counts[::2] == counts[1::2] and len(set(counts)) == 3
+
+
+def test_a_grid_is_ordered_by_structure():
+    searched = {"system.shift": [0.0, 1.0, 4.0], "system.repeats": [2, 1]}
+    expected = [[(2, 0), (2, 1), (2, 4), (1, 0)], [(1, 1), (1, 4)]]
+    assert batches("grid", searched, 4, 6) == expected
+
+
 def test_trials_side_by_side_equal_each_trial_alone(monkeypatch):
     several = search(monkeypatch, "trials=3", "parallel=3", "space.system.shift=0..5", "seeds=[3]")
     assert len({t["params"]["system.shift"] for t in several}) == 3

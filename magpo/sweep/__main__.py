@@ -3,7 +3,8 @@
 usage: python -m magpo.sweep <system> env=<suite>/<task> [trials=40] [key=value ...]     search
        python -m magpo.sweep --report <folder> [storage=...]       print the table, draw the plots
 
-Trials that differ only in floats of system.* train in one program. A trial's value is the headline
+The trials of a batch differ only in floats of system.*, so that they train in one program: they
+share the counts, choices and sizes that the first of them draws. A trial's value is the headline
 metric of its run, averaged over seeds: the absolute metric, or the last evaluation if
 absolute_metric=false. The same command continues a sweep that was stopped or killed; a higher
 number of trials extends it.
@@ -141,11 +142,12 @@ def main(
     studies.check_sampler(sampler, distributions)
     spaces.check_values(system, overrides, distributions)
     if sampler == "grid":
-        trials = min(trials, studies.grid_size(distributions))
+        trials = int(min(trials, studies.combinations(distributions)))
     search = make_search(system, overrides, config, study)
     found = studies.load(search.folder, storage, facts(config, space))
     found.set_user_attr("headline", search.env.headline)
-    ask = partial(studies.batch, found, sampler, distributions, worker, parallel, trials)
+    draw = partial(studies.batch, found, sampler, distributions, search.data)
+    ask = partial(draw, worker=worker, size=parallel, trials=trials)
     with at_work(search.folder, worker), reports.Display(found, trials) as display:
         while batch := ask():
             if code := training.train_all(search, found, batch, parallel, prune, display.update):

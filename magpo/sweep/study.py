@@ -1,5 +1,8 @@
 """A study: trials in Optuna's storage, drawn in batches.
 
+A batch's trials share the values of structural keys, which decide the shapes of a program, so that
+they train in one program.
+
 A batch can be drawn again, because each trial's values depend only on the earlier trials, on the
 trial's number and on the worker, and because a trial enters the storage completely or not at all.
 So a killed sweep continues with the trials that it would have drawn.
@@ -7,8 +10,9 @@ So a killed sweep continues with the trials that it would have drawn.
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +20,13 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning, OptunaError
-from optuna.samplers import BaseSampler, CmaEsSampler, GridSampler, RandomSampler, TPESampler
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    PartialFixedSampler,
+    RandomSampler,
+    TPESampler,
+)
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -78,36 +88,73 @@ def check_sampler(name: Sampler, found: Distributions) -> None:
         raise ConfigError("sampler=cmaes: needs cmaes: pip install 'magpo[sweep]'")
 
 
-def grid_size(found: Distributions) -> int:
-    """Return the number of combinations of a space of choices."""
-    return math.prod(
-        len(d.choices) for d in found.values() if isinstance(d, CategoricalDistribution)
+def combinations(found: Distributions) -> float:
+    """Return the number of combinations of the values, infinity if there is a range."""
+    choices = (
+        len(d.choices) if isinstance(d, CategoricalDistribution) else math.inf
+        for d in found.values()
     )
+    return math.prod(choices)
 
 
-def _sampler(name: Sampler, found: Distributions, worker: int, number: int) -> BaseSampler:
-    """Make the sampler of one trial."""
+def _sampler(name: Sampler, worker: int, number: int) -> BaseSampler:
+    """Make the sampler of one trial's values that are not fixed."""
     seed = int(np.random.SeedSequence([worker, number]).generate_state(1)[0])
-    if name == "grid":  # with one order for all trials
-        grid = {
-            k: list(d.choices) for k, d in found.items() if isinstance(d, CategoricalDistribution)
-        }
-        return GridSampler(grid, seed=0)
     if name == "cmaes":
         return CmaEsSampler(seed=seed, warn_independent_sampling=False)
-    if name == "random":
-        return RandomSampler(seed=seed)
-    return TPESampler(seed=seed, constant_liar=True)  # running trials count as bad ones
+    if name == "tpe":
+        return TPESampler(seed=seed, constant_liar=True)  # running trials count as bad ones
+    return RandomSampler(seed=seed)
 
 
-def ask(study: optuna.Study, name: Sampler, found: Distributions, batch: dict[str, int]) -> None:
-    """Draw a trial and add it to a batch.
+def next_point(
+    found: Distributions, data: Collection[str], tried: Sequence[FrozenTrial]
+) -> dict[str, Any]:
+    """Return the first point of a grid that no trial has, or {} after the last one.
+
+    Points with the same structure follow one another.
+    """
+    choices = {k: d.choices for k, d in found.items() if isinstance(d, CategoricalDistribution)}
+    keys = sorted(choices, key=lambda key: key in data)
+    values = product(*(choices[key] for key in keys))
+    points = (dict(zip(keys, point, strict=True)) for point in values)
+    have = [trial.params for trial in tried]
+    return next((point for point in points if point not in have), {})
+
+
+def shared_structure(
+    name: Sampler, found: Distributions, data: Collection[str], batch: Sequence[FrozenTrial]
+) -> dict[str, Any]:
+    """Return the structural values that a batch's next trial takes from an earlier one.
+
+    As many trials share a structure as the other keys have combinations of values. CMA-ES needs the
+    same ranges in all trials, so it draws each count of a range anew.
+    """
+    alike = min(combinations({k: d for k, d in found.items() if k in data}), len(batch) + 1)
+    earlier = batch[int(len(batch) // alike * alike) :]
+    if not earlier:
+        return {}
+    return {
+        key: earlier[0].params[key]
+        for key, d in found.items()
+        if key not in data and (name != "cmaes" or isinstance(d, CategoricalDistribution))
+    }
+
+
+def ask(
+    study: optuna.Study,
+    name: Sampler,
+    found: Distributions,
+    fixed: dict[str, Any],
+    batch: dict[str, int],
+) -> None:
+    """Draw the values that are not fixed, and add the trial to a batch.
 
     The sampler works on a copy in memory, so that one transaction adds the trial.
     """
     memory = optuna.create_study(direction="maximize")
     memory.add_trials(study.get_trials(deepcopy=False))
-    memory.sampler = _sampler(name, found, batch["worker"], len(memory.trials))
+    memory.sampler = PartialFixedSampler(fixed, _sampler(name, batch["worker"], len(memory.trials)))
     memory.ask(dict(found))
     asked = memory.trials[-1]
     study.add_trial(
@@ -122,9 +169,19 @@ def ask(study: optuna.Study, name: Sampler, found: Distributions, batch: dict[st
 
 
 def batch(
-    study: optuna.Study, name: Sampler, found: Distributions, worker: int, size: int, trials: int
+    study: optuna.Study,
+    name: Sampler,
+    found: Distributions,
+    data: Collection[str],
+    *,
+    worker: int,
+    size: int,
+    trials: int,
 ) -> list[FrozenTrial]:
-    """Return the worker's unfinished batch or a new one, or [] once the study has all trials."""
+    """Return the worker's unfinished batch or a new one, or [] once the study has all trials.
+
+    `data` names the keys that are not structural.
+    """
     mine = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("worker") == worker]
     facts = {"worker": worker, "batch": len(study.trials)}
     facts["batch_size"] = min(size, trials - facts["batch"])
@@ -140,4 +197,8 @@ def batch(
         ]
         if len(of_batch) >= facts["batch_size"]:
             return of_batch
-        ask(study, name, found, facts)
+        if name == "grid":
+            fixed = next_point(found, data, study.get_trials(deepcopy=False))
+        else:
+            fixed = shared_structure(name, found, data, of_batch)
+        ask(study, name, found, fixed, facts)
