@@ -63,7 +63,8 @@ def load(folder: Path, storage: str | None, search: dict[str, Any] | None = None
         if found is None:
             study.set_user_attr(SEARCH, search)
     except (OptunaError, SQLAlchemyError, ImportError, OSError, ValueError, KeyError) as error:
-        first = (str(error) or type(error).__name__).strip().partition("\n")[0]
+        cause = error.__cause__ or error  # names the missing driver of a database
+        first = (str(cause) or type(cause).__name__).strip().partition("\n")[0]
         raise ConfigError(f"storage={storage or file}: cannot be used: {first}") from error
     if found is not None and (changed := configuration.differences(found, search)):
         listed = "; ".join(f"{key}: {text}" for key, text in changed.items())
