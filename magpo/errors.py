@@ -11,9 +11,12 @@ class ConfigError(ValueError):
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return "did you mean ...? " for the nearest of the `known` names, or "".
 
-    Among dotted names, one with the same last part is the nearest.
+    Among dotted names, the last part decides first: `lr` is near to `system.actor_lr`.
     """
     leaf = name.rpartition(".")[2]
-    found = [other for other in known if other.rpartition(".")[2] == leaf]
-    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    leaves = {other.rpartition(".")[2]: other for other in reversed(known)}
+    near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+    near += [other for other in leaves if other.endswith(f"_{leaf}")]
+    found = [leaves[other] for other in near]
+    found += difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {found[0]!r}? " if found else ""

@@ -339,6 +339,7 @@ BAD = {
     "unknown_logger": ([TINY, "logger=defalt"], "'default'"),
     "misspelt_key": ([TINY, "system.gama=0.5"], "'system.gamma'"),
     "misspelt_group": ([TINY, "systm.lr=0.5"], "'system.lr'"),
+    "in_another_group": ([TINY, "system.seed=1"], "'seeds'"),
     "forgotten_group": ([TINY, "width=3"], "'network.learner.width'"),
     "misspelt_top_level_key": ([TINY, "num_env=8"], "'num_envs'"),
     "misspelt_choice": ([TINY, "budgett=quick"], "'budget'"),
