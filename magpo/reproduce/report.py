@@ -21,11 +21,11 @@ INTRODUCTION = (
     "[Published rows](guides/figures.md#published-rows) shows how to train them."
 )
 EXPLANATION = (
-    "The column `ours` is the mean over seeds of the absolute metric in MAGPO's table, and of the "
-    "final evaluation in GPAE's tables. Five seeds or more have a 95 % bootstrap interval. The verdict "
-    "is `inside` if our mean, rounded as the paper rounds, is within two published standard "
-    "deviations of the published mean. A dash means that the paper prints no standard deviation. "
-    "`python -m magpo.reproduce --report` writes this page from the CSVs in "
+    "The column `ours` is the mean over seeds of the absolute metric in MAGPO's table, and of "
+    "the final evaluation in GPAE's tables. Five seeds or more have a 95 % bootstrap interval. "
+    "The verdict is `inside` if our mean, rounded as the paper rounds, is within two published "
+    "standard deviations of the published mean. A dash means that the paper prints no standard "
+    "deviation. `python -m magpo.reproduce --report` writes this page from the CSVs in "
     "`scripts/results/published/`."
 )
 COLUMNS = (
