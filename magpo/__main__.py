@@ -15,6 +15,7 @@ python -m magpo.reproduce [<suite>/<task>]    list published results, or repeat 
 python -m magpo.sweep <system> env=<suite>/<task>
                                               search hyperparameters
 python -m magpo.plot <folder> out=<folder>    draw figures and write tables of many runs
+python -m magpo.report [results]              write one HTML page about runs
 
 All take import=<file or module>, for a system or a task of your own."""
 

@@ -49,10 +49,10 @@ TABLES: dict[str, tuple[str, Columns]] = {
         {
             "command": ours,
             "steps/s": number("first_steps_per_s"),
-            "released code": number("second_steps_per_s"),
+            "released: steps/s": number("second_steps_per_s"),
             "ratio (lowest to highest)": ratio,
             "CPU s per update": number("first_cpu_s", ".2f"),
-            "released code ": number("second_cpu_s", ".2f"),
+            "released: CPU s": number("second_cpu_s", ".2f"),
         },
     ),
     "systems": (
@@ -109,7 +109,7 @@ TABLES: dict[str, tuple[str, Columns]] = {
         {
             "command": text("command"),
             "code": lambda row: row["code"],
-            "card": lambda row: row["device"],
+            "GPU": lambda row: row["device"],
             "steps/s": number("steps_per_s"),
             "kernels per update": number("number"),
             "busy (ms)": number("busy_ms"),

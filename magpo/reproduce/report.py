@@ -17,11 +17,16 @@ from magpo.reproduce.results import Key, Seeds
 
 INTRODUCTION = (
     "# Published results, repeated\n\n"
-    "`python -m magpo.reproduce --report` writes this file from the CSVs in "
-    "`scripts/results/published/`. Ours is the mean over seeds of the absolute metric in MAGPO's "
-    "table and of the final evaluation in GPAE's, with its 95 % bootstrap interval where there are "
-    "at least five seeds. It is inside if it lies, rounded as the paper rounds, within two "
-    "published standard deviations of the published mean; a dash means that the paper prints none."
+    "This page compares our results with the tables of the MAGPO and GPAE papers. "
+    "[Published rows](guides/figures.md#published-rows) shows how to train them."
+)
+EXPLANATION = (
+    "The column `ours` is the mean over seeds of the absolute metric in MAGPO's table, and of "
+    "the final evaluation in GPAE's tables. Five seeds or more have a 95 % bootstrap interval. "
+    "The verdict is `inside` if our mean, rounded as the paper rounds, is within two published "
+    "standard deviations of the published mean. A dash means that the paper prints no standard "
+    "deviation. `python -m magpo.reproduce --report` writes this page from the CSVs in "
+    "`scripts/results/published/`."
 )
 COLUMNS = (
     "task",
@@ -103,10 +108,20 @@ def findings(out: Path) -> dict[Key, str]:
 def markdown(out: Path) -> str:
     """Return the report of all CSVs. Raises ConfigError."""
     seeds, texts = results.read_all(out), findings(out)
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, _summary(seeds), EXPLANATION]
     for source, printed_rows in groupby(published.rows(), key=lambda row: row.source):
         parts += [f"## {source}", *_section(list(printed_rows), seeds, texts)]
     return "\n\n".join(parts) + "\n"
+
+
+def _summary(seeds: Mapping[Key, Seeds]) -> str:
+    """Return the sentence that counts the results run so far and their verdicts."""
+    rows = [row for row in results.rows().values() if row.command]
+    run = [(row, found) for row in rows if (found := ours(row, seeds.get(results.key(row), {})))]
+    counts = Counter(verdict(row, found).partition(" ")[0] for row, found in run)
+    verdicts = ", ".join(f"{counts[word]} {word}" for word in sorted(counts) if word != "-")
+    text = f"So far {len(run)} of {len(rows)} results have been run"
+    return f"{text}: {verdicts}." if verdicts else f"{text}."
 
 
 def _section(
