@@ -32,7 +32,7 @@ def make_run(folder, seeds=(5, 2), headline="episode_return", vary=None):
 
 
 def measure(chunk, num_members=2, **metrics):
-    """A measurement with these metrics, (M,) each, the same in two episodes."""
+    """Return a measurement with these metrics, (M,) each, the same in two episodes."""
     metrics = metrics or {"episode_return": np.arange(num_members) + (chunk or 0)}
     evaluation = {k: np.float32([[x, x] for x in v]) for k, v in metrics.items()}
     steps = (128 * (chunk or 0),) * num_members
@@ -76,7 +76,7 @@ def test_writer_error_is_told_once_stops_nobody_and_is_raised_at_the_end():
 
     with pytest.raises(LoggingError, match="Recorded: no chunk 5"):
         work()
-    assert told == ["Recorded: no chunk 3; training goes on"]
+    assert told == ["Recorded: no chunk 3; training continues"]
     assert broken.written == [0, 1, 2, 4, 6, 7, 8]
     assert sound.written == list(range(9))
     assert sound.saves == 1
@@ -226,7 +226,7 @@ def replaced(path):
 
 
 def edited(path):
-    """Without a line, and with another's, as an editor or `sed -i` saves a file."""
+    """Replace the first line with a foreign one, as an editor or `sed -i` saves a file."""
     _, *lines = path.read_text().splitlines(keepends=True)
     path.with_name("new").write_text('{"mine": 1}\n' + "".join(lines).strip())
     path.with_name("new").replace(path)
@@ -299,7 +299,7 @@ def test_learning_curve_is_drawn_for_any_number_of_members(tmp_path, num_seeds, 
     run = make_run(tmp_path, range(num_seeds), "win_rate", vary if num_settings > 1 else {})
     number = num_seeds * num_settings
     sink = LearningCurve(run)
-    sink.save()  # nothing measured yet: no picture
+    sink.save()  # nothing measured yet, so no figure
     assert not list(tmp_path.iterdir())
     for chunk in (0, 1, 2, None):
         scores = np.arange(number) + (chunk or 0)
@@ -355,7 +355,7 @@ def make_console(folder, suite="lbf", budget="quick", headline="episode_return",
 def test_time_left_counts_chunks_evaluations_and_the_absolute_metric(tmp_path, capsys):
     console = make_console(tmp_path)
     console.update(measure(0)._replace(timing={}))
-    assert "left" not in capsys.readouterr().out  # nothing trained yet: no pace
+    assert "left" not in capsys.readouterr().out  # nothing trained yet, so no pace
     for chunk in (1, 2, 3):
         slow = measure(chunk)._replace(timing={"evaluation_s": 1.0, "training_s": 40.0})
         console.update(slow if chunk == 2 else measure(chunk))
@@ -372,7 +372,7 @@ def test_the_time_a_run_took_includes_compiling(tmp_path, capsys, monkeypatch, e
         console.resume(measure(1)._replace(wall_s=float(earlier_s)))
     with console.compiling():
         now += 100
-    now += 400  # training, evaluation, and the absolute metric after it
+    now += 400  # training, evaluation, and the absolute metric
     console.update(measure(2)._replace(wall_s=350.0 + earlier_s))
     measurements = [measure(i) for i in range(3)]
     console.finished(measurements, np.array([2, 2]), None)
@@ -453,7 +453,7 @@ def test_final_table_has_every_seed_and_their_mean(tmp_path, capsys):
 
 
 class Closed:
-    """A stream whose reader has gone."""
+    """A stream whose reader is gone."""
 
     encoding, isatty = "utf-8", staticmethod(lambda: True)
 

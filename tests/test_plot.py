@@ -1,4 +1,4 @@
-"""Runs on disk to pictures and tables: the pooling, the statistics and the files written."""
+"""Figures and tables of runs on disk: the pooling, the statistics and the written files."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from magpo.plot import aggregate, draw, read, table
 
 STEPS = (0, 1000, 2000)
 TASK = "2s-8x8-2p-2f-coop"
-OFF = {"advantage": "gpae", "trace": "dt", "eta": 1.05, "reuse": 4}  # the paper's off-policy GPAE
+OFF = {"advantage": "gpae", "trace": "dt", "eta": 1.05, "reuse": 4}  # off-policy GPAE
 
 
 def write(
@@ -31,8 +31,8 @@ def write(
     absolute=None,
     **settings,
 ):
-    """A run whose curves rise in a line to `finals`, by seed; `absolute` has the seeds' absolute
-    metrics."""
+    """Write a run whose curves rise linearly to `finals`, by seed; `absolute` has the seeds'
+    absolute metrics."""
     folder = root / system / suite / task / name
     folder.mkdir(parents=True)
     config = {"seeds": list(finals), "num_envs": 4, "eval_episodes": 32, "system": {"lr": 0.5}}
@@ -76,7 +76,7 @@ def by_label(root):
 
 
 def slow_iqm(scores):
-    """The mean of the values left when a quarter of them, rounded down, is cut off either end."""
+    """Return the mean without a quarter of the values, rounded down, at each end."""
     values = sorted(float(x) for row in scores for x in row)
     cut = len(values) // 4
     kept = values[cut : len(values) - cut]
@@ -84,13 +84,13 @@ def slow_iqm(scores):
 
 
 def text_of(figure):
-    """All words in a figure."""
+    """Return all words in a figure."""
     found = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
     return " ".join(" ".join(found).split())
 
 
 def test_two_systems_of_three_seeds_appear_at_their_raw_iqms(tmp_path):
-    # Six scores each, of two tasks: the IQM leaves out the smallest and the largest.
+    # With six scores of two tasks, the IQM leaves out the smallest and the largest.
     write(tmp_path, "magpo", {0: 0.1, 1: 0.2, 2: 0.3}, absolute={0: 0.9, 1: 0.86, 2: 0.84})
     write(tmp_path, "mappo", {0: 0.4, 1: 0.5, 2: 0.6}, absolute={0: 0.95, 1: 0.9, 2: 0.8})
     other = {"task": "8x8-2p-2f-coop"}
@@ -123,10 +123,10 @@ def test_aggregates_are_of_tasks_and_seeds():
 
 
 def test_the_bootstrap_keeps_tasks_apart():
-    # Each task's seeds agree: a draw within tasks changes nothing, one across them would.
+    # Each task's seeds agree, so resampling within tasks changes nothing; across tasks it would.
     constant = np.array([[0.0, 0.25, 1.0]] * 4)
     assert aggregate.estimate(np.mean, [constant], 100) == pytest.approx((1.25 / 3,) * 3)
-    # The mean's own error: two tasks drawn apart have 1 / sqrt(2) of the interval of one.
+    # Two tasks resampled separately have an interval 1 / sqrt(2) as wide as that of one.
     x = np.linspace(0, 1, 30)[:, None]
     wide = np.subtract(*aggregate.estimate(np.mean, [x], 4000)[1:])
     narrow = np.subtract(*aggregate.estimate(np.mean, [np.hstack([x, x])], 4000)[1:])
@@ -288,13 +288,13 @@ def test_other_bounds_are_the_extremes_of_all_runs_at_all_steps_and_are_named(tm
         draw.over_steps(aggregate.over_steps(pooled, 5), pooled, draw.colours_of(pooled))
     )
     assert "smallest and largest evaluation of all runs (3x10-30: -20 to 90" in words
-    # A seed's evaluations that other seeds do not have yet count too.
+    # Evaluations count, too, that other seeds do not have yet.
     write(tmp_path, "mappo", {2: -60.0}, **task, name="b", steps=(0, 2000, 4000))
     assert aggregate.bounds(lines(tmp_path))["3x10-30"][:2] == (-120, 90)
 
 
 def test_rewards_beyond_a_tasks_own_bounds_have_those_of_the_runs(tmp_path):
-    write(tmp_path, "magpo", {0: 1.0}, absolute={0: 1.0000001})  # rounding is not beyond
+    write(tmp_path, "magpo", {0: 1.0}, absolute={0: 1.0000001})  # a rounding error
     assert aggregate.bounds(lines(tmp_path))[TASK] == (0, 1, True)
     write(tmp_path, "mappo", {0: 3.0})
     assert aggregate.bounds(lines(tmp_path))[TASK] == (0, 3, False)

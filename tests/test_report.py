@@ -1,4 +1,4 @@
-"""The HTML page about runs: what it says, and what a browser makes of it."""
+"""The HTML page about runs: what it says, and how a browser draws it."""
 
 import json
 import os
@@ -24,7 +24,7 @@ GIF += bytes.fromhex("02440100" + "3b")
 
 
 def write(root, system, finals, *, name, task=TASK, absolute=None, status="finished", **changes):
-    """A run whose curves rise in a line to `finals`, by seed."""
+    """Write a run whose curves rise linearly to `finals`, by seed."""
     folder = root / system / task / name
     folder.mkdir(parents=True)
     published = changes.pop("published", False)
@@ -99,7 +99,7 @@ def written(results):
 
 
 class Tables(HTMLParser):
-    """All tables' rows, as lists of the words in their cells."""
+    """The rows of all tables, as lists of their cells' text."""
 
     def __init__(self, text):
         super().__init__()
@@ -122,13 +122,13 @@ class Tables(HTMLParser):
 
 
 def rows(file):
-    """The page's rows, by their first cell and their number of cells."""
+    """Return the page's rows, by their first cell and their number of cells."""
     text = re.sub(r"<script>.*?</script>", "", file.read_text(), flags=re.S)
     return {(row[0], len(row)): row for row in Tables(text).rows}
 
 
 def curves(file):
-    """Each figure's traces by name, of those that have one."""
+    """Return the names of each figure's traces, if they have one."""
     found = re.findall(r'Plotly.newPlot\(\s*"curves-\d+",\s*(\[.*?\}\]),\s+\{', file.read_text())
     return [[trace["name"] for trace in json.loads(data) if "name" in trace] for data in found]
 
@@ -184,9 +184,9 @@ def test_published_lines_are_of_the_published_game_only(written):
 
 def test_settings_are_those_in_which_runs_differ(written):
     text, found = written.read_text(), rows(written)
-    # In the order of their names, as the runs' ids sort by time.
-    assert found["differ", 6] == [
-        "differ",
+    # Runs are in the order of their ids, which sort by time.
+    assert found["setting", 6] == [
+        "setting",
         "matbegun",
         "mappofive",
         "ctdsone",
@@ -203,7 +203,7 @@ def test_settings_are_those_in_which_runs_differ(written):
 def test_problems_are_named(written):
     text = written.read_text()
     assert "begun: no evaluation yet" in text
-    assert "other/metrics.jsonl: line 4 is no record" in text
+    assert "other/metrics.jsonl: line 4 is not a record" in text
     assert "lost: config.yaml is missing or cannot be read" in text
 
 
@@ -265,7 +265,7 @@ def test_a_browser_draws_the_curves_without_a_network(written, tmp_path):
         env=os.environ | {"HOME": str(tmp_path)},
         timeout=300,
     )
-    # The page's policy forbids every request: one would be an error on the console.
+    # The page's policy forbids requests, so each would be an error on the console.
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     body = done.stdout.partition("<body>")[2]
     policy = re.search(r'Content-Security-Policy" content="(.*?)"', done.stdout)[1]

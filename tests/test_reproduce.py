@@ -161,7 +161,7 @@ def test_only_missing_seeds_are_trained_and_tables_share_a_run(table, call, monk
         [last, "-", "4", "128", "9", "-"],
     ]
 
-    with folders.working(folders_[1]):  # as if it were still training
+    with folders.working(folders_[1]):  # as if the run were still training
         assert f"another process trains it: {folders_[1]}" in call(TASK, "off", "seeds=[7]", *QUIET)
 
     monkeypatch.setattr(sys, "executable", "false")  # a run that fails
@@ -181,7 +181,7 @@ def test_only_missing_seeds_are_trained_and_tables_share_a_run(table, call, monk
     [
         ({"seeds": [5], "seeds_per_batch": 1, "logger": {}, "keep": 9}, True),
         ({"system.of_another_version": 1}, True),
-        ({"system.gae_lambda": None}, True),  # None: another version lacked it
+        ({"system.gae_lambda": None}, True),  # None: a version without this key
         ({"system.gamma": None}, False),  # but the command sets it
         ({"system.gae_lambda": 0.5}, False),
         ({"vary": {"system.gae_lambda": [0.5, 0.9]}}, False),

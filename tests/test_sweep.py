@@ -37,7 +37,7 @@ KEYS = ("number", "state", "value", "params")
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Work in a folder with the counting system, of which nothing is imported yet."""
+    """Work in a folder with the counting system, which is not imported yet."""
     monkeypatch.setattr(plugins, "_plugins", [])
     monkeypatch.setattr(plugins, "_modules", {})
     monkeypatch.setattr(registry, "registered", {})
@@ -213,7 +213,7 @@ def test_a_killed_search_ends_with_the_same_trials(monkeypatch):
     assert trials("killed") == trials("alone")
     assert [t["number"] for t in trials("killed")] == [0, 1, 2, 3, 4]
     before = list(Path("killed").rglob("metrics.jsonl"))
-    call(monkeypatch, *killed)  # finished: nothing is trained again
+    call(monkeypatch, *killed)  # nothing is trained again
     assert trials("killed") == trials("alone")
     assert list(Path("killed").rglob("metrics.jsonl")) == before
 
@@ -266,7 +266,7 @@ def test_trials_below_the_median_are_pruned(prune):
 
 
 class Keep(Callback):
-    """A callback that keeps what Hydra's jobs return, which its sweepers receive."""
+    """A callback that keeps the values that Hydra's jobs return to its sweepers."""
 
     returned: ClassVar[list[float]] = []
 

@@ -1,4 +1,4 @@
-"""Run one experiment."""
+"""One experiment: its set-up, its loop, and the command line of a system."""
 
 import gc
 import os
@@ -52,7 +52,7 @@ class Result:
 
     folder: Path  # the run's, with its configuration, metrics and checkpoints
     measurements: list[Measurement]  # at step 0 and after every chunk, without training metrics
-    absolute: Measurement | None  # the best policies played again; None: absolute_metric=false
+    absolute: Measurement | None  # the best policies played again; None if absolute_metric=false
     best: Best  # (M, ...) the policies with the highest mean return in an evaluation
     params: Any  # (M, ...) the policies at the end
     members: tuple[Member, ...]  # (M,) their seeds and settings
@@ -81,16 +81,17 @@ def run(
 ) -> Result:
     """Train, evaluate and log one system on one task, all members side by side.
 
-    `env` takes the place of the environment that `config.env` names. `sinks` make loggers of your
-    own, beside those of `config.logger`; in a resumed run they first receive its earlier
-    evaluations. `must_fit` makes it an error, instead of a warning, if training needs more memory
-    than there is. Raises ConfigError before anything is compiled, or trained if it must fit;
-    DivergenceError; LoggingError. Whatever ends the run, its files hold everything measured so far.
+    `env` replaces the environment that `config.env` names. `sinks` make loggers of your own, beside
+    those of `config.logger`; in a resumed run these first receive its earlier evaluations. With
+    `must_fit`, the run fails instead of warning if training needs more memory than there is.
+
+    Raises ConfigError before anything is compiled (with `must_fit`, before anything is trained),
+    DivergenceError, or LoggingError. Whatever ends the run, its files hold all measurements so far.
     """
     algorithm = contract.algorithm(module)
     devices.set_up_jax(config)
     for client in TRACKERS:
-        found = getattr(find_spec(client), "origin", None)  # None too for a mere folder
+        found = getattr(find_spec(client), "origin", None)  # also None for a mere folder
         if getattr(config.logger, client) and not found:
             raise ConfigError(
                 f"logger.{client}: needs the {client} client: install magpo[{client}]"
@@ -102,7 +103,7 @@ def run(
     (state,) = arguments.train_chunk
     best, params, *_ = arguments.keep_best
     checks.check_act(algorithm, setup, env, params)
-    programs.train_chunk.trace(state)  # checks what it returns; kept for compiling
+    programs.train_chunk.trace(state)  # checks what it returns; compiling reuses it
     with ExitStack() as stack:
         folder = Path(processes.agreed(lambda: resume.claimed(config, stack)))
         start = Start(chunk=-1, state=None, best=None, measurements=[], log_bytes=0)
@@ -128,7 +129,7 @@ def _train(
     first, best = start.chunk + 1, start.best
     if start.state is None:
         state = programs.init(train_keys, hyper)
-    else:  # with the hyperparameters of the configuration, which may have been changed
+    else:  # with the configuration's hyperparameters, which may have changed
         state = start.state._replace(hyper=hyper)
     if 0 < first <= last:
         state, training = programs.train_chunk(state)
@@ -140,7 +141,7 @@ def _train(
         best = programs.keep_best(best or no_best(config, params), params, returns, chunk)
         copy = programs.copy(state) if index > 0 and config.keep else None
         measured = finite, evaluation, training
-        if index < last:  # the device goes on while the host waits for what was measured
+        if index < last:  # the device continues while the host waits for measurements
             state, training = programs.train_chunk(state)
         recorder.record(index, *measured)
         if copy is not None:
@@ -187,7 +188,7 @@ def _run(
         published=published.find(flat(dump(config))),
     )
     console = Console(info, config)
-    sinks: list[Sink] = []  # of the first process
+    sinks: list[Sink] = []  # of the first process only
     processes.agreed(lambda: sinks.extend(_sinks(info, config, start, own_sinks, console.warn)))
     log = next((sink for sink in sinks if isinstance(sink, JsonLines)), None)
     for measurement in start.measurements:
@@ -210,11 +211,11 @@ def _run(
             try:
                 with console.progress:
                     result = _train(programs, config, env.headline, recorder, saver, start)
-            except (KeyboardInterrupt, SystemExit):  # the latter a launcher's, out of its handler
+            except (KeyboardInterrupt, SystemExit):  # SystemExit comes from a launcher's handler
                 saver.stop()
                 raise
     except (KeyboardInterrupt, DivergenceError):
-        console.line(f"stopped; everything up to here is in {folder}", "yellow")
+        console.line(f"stopped; all measurements so far are in {folder}", "yellow")
         raise
     console.finished(result.measurements, np.asarray(result.best.chunk), result.absolute)
     return result
@@ -243,7 +244,7 @@ def _sinks(
 
 
 def _trackers(info: Run, config: RunConfig, start: Start) -> list[Tracker]:
-    run_id = folders.about(info.folder)["id"] or info.name  # an early version's had none
+    run_id = folders.about(info.folder)["id"] or info.name  # runs of an early version have none
     configs = [configuration.dump_setting(config, m.setting) for m in config.members]
     return [
         make(info, run_id, config.logger, configs, start.measurements)
@@ -269,7 +270,7 @@ def _check_env(env: Environment, config: RunConfig) -> None:
 
 
 def main(system: ModuleType | str, must_fit: bool = False) -> None:
-    """Run the command line of a system: its module, or its file, however that was started.
+    """Run the command line of a system, given as its module or as the path of its file.
 
     `must_fit` is that of `run`. Exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
@@ -290,12 +291,12 @@ def main(system: ModuleType | str, must_fit: bool = False) -> None:
             raise
         processes.leave()
         flush_output()
-        os._exit(code)  # an orderly exit would first wait for the chunk that is under way
+        os._exit(code)  # an orderly exit would first wait for the current chunk
 
 
 def _job(module: ModuleType, config: RunConfig, must_fit: bool = False) -> float:
-    """Run in this process, or in a launcher's, which would ignore SIGTERM; return the objective,
-    for Hydra's sweepers."""
+    """Run one job and return its objective, for Hydra's sweepers. SIGTERM stops it in a launcher's
+    processes, too, which would otherwise ignore it."""
     main_catches = signal.getsignal(signal.SIGTERM) is interrupts.stop
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupts.stop)

@@ -5,9 +5,9 @@ usage: python -m magpo.plot <folder> [<folder> ...] out=<folder> [key=value ...]
   out=<folder>           where the figures and tables go
   metric=<name>          an evaluation metric, such as episode_return; by default each suite's
                          headline metric, the only one that is compared with published results
-  order=[magpo,mappo]    the first systems in legends, rows and columns, and their colours
+  order=[magpo,mappo]    the systems that come first in legends, rows, columns and colours
   formats=[png]          png, pdf, svg
-  reps=2000              draws of the bootstrap, >= 1
+  reps=2000              samples of the bootstrap, >= 1
 
 Reads all runs under the folders, finished or not, and writes
 
@@ -19,16 +19,16 @@ Reads all runs under the folders, finished or not, and writes
   aggregates.csv                       the numbers of the figures aggregates_<suite>
   summary.csv, table.tex               scores of each system and task, beside the published ones
 
-Runs of one system and task that differ only in their seeds are pooled; where several runs have a
+Runs of one system and task that differ only in their seeds are pooled; if several runs have a
 seed, the newest counts. Where settings differ, between runs or within a run that varies them, each
 setting has its own line, named after the differences.
 
 A seed's score is its absolute metric: the mean over the episodes that its best policy plays at the
 end of training (320 by default). If a seed of a system lacks it on a task, all seeds of the system
-get their last common evaluation there, and the figures say so. Aggregates normalise scores per
-task. Win rates and LBF's return stay as they are, from 0 to 1; elsewhere 0 and 1 are the smallest
-and the largest evaluation of all systems and seeds at any step. Intervals are percentiles of a
-bootstrap that resamples seeds within each task. Needs rliable: pip install 'magpo[plot]'
+use their last common evaluation there, and the figures say so. Aggregates normalise scores per
+task. Win rates and LBF's return stay as they are, from 0 to 1; for other metrics 0 and 1 are the
+smallest and the largest evaluation of all systems and seeds at any step. Intervals are percentiles
+of a bootstrap that resamples seeds within each task. Needs rliable: pip install 'magpo[plot]'
 """
 
 import sys
@@ -102,27 +102,27 @@ def write(out: Path, lines: Sequence[Line], formats: Sequence[str], reps: int) -
 
 
 def notes(lines: Sequence[Line]) -> Iterator[str]:
-    """Yield what readers of the aggregates should know."""
+    """Yield warnings to readers of the aggregates."""
     ends, sizes = defaultdict[str, set[int]](set), defaultdict[tuple[str, str], set[int]](set)
     for line in lines:
         ends[f"{line.suite}/{line.task}"].add(int(line.steps[-1]))
         sizes[line.suite, line.label].add(len(line.score))
     for task, steps in ends.items():
         if len(steps) > 1:
-            yield f"{task}: last evaluations are {min(steps)} to {max(steps)} steps in"
+            yield f"{task}: last evaluations range from {min(steps)} to {max(steps)} steps"
     few = [f"{label} on {suite}" for (suite, label), seeds in sizes.items() if min(seeds) < 5]
     if few:
-        yield f"fewer than 5 seeds, aggregates' intervals are too narrow: {', '.join(few)}"
+        yield f"fewer than 5 seeds, so the aggregates' intervals are too narrow: {', '.join(few)}"
     for (suite, label), seeds in sizes.items():
         if len(seeds) > 1:
-            yield f"{label} on {suite}: aggregates take {min(seeds)} seeds of every task"
+            yield f"{label} on {suite}: aggregates use only {min(seeds)} seeds of every task"
     for suite in sorted({line.suite for line in lines}):
         tasks = defaultdict[str, set[str]](set)
         for line in lines:
             if line.suite == suite:
                 tasks[line.label].add(line.task)
         if len(set(map(frozenset, tasks.values()))) > 1:
-            yield f"{suite}: systems have different tasks, their aggregates are not comparable"
+            yield f"{suite}: systems have different tasks, so their aggregates do not compare"
     without = [f"{x.label} on {x.suite}/{x.task}" for x in lines if x.absolute is None]
     if without:
         yield f"no absolute metric, the last evaluation is used: {', '.join(without)}"

@@ -1,11 +1,11 @@
 """Scores of one suite, and their aggregates over tasks and seeds with bootstrap intervals.
 
 A seed's score on a task is its absolute metric, the mean over 320 episodes by default. If a seed of
-a system lacks it, all seeds of that system have their last evaluation on that task as scores.
+a system lacks it on a task, the scores of all its seeds there are their last common evaluation.
 Scores are normalised by the task's bounds.
 
 The bootstrap resamples seeds, not episodes: within each task it draws as many seeds as there are,
-with replacement. Intervals reach from the 2.5th to the 97.5th percentile of `reps` such draws.
+with replacement. Intervals reach from the 2.5th to the 97.5th percentile of `reps` such samples.
 
 The aggregates are rliable's (Agarwal et al., 2021). Its own bootstrap is not used: rliable.library
 needs `arch`, which fails to import beside pandas 3.
@@ -22,7 +22,7 @@ import numpy as np
 from magpo.errors import ConfigError
 from magpo.plot.read import Line
 
-# Bounds that belong to tasks, by the metric or by the suite and the metric.
+# The tasks' own bounds, by metric, or by suite and metric.
 BOUNDS = {"win_rate": (0.0, 1.0), "percent_eaten": (0.0, 100.0), "lbf episode_return": (0.0, 1.0)}
 ROUNDING = 1e-3  # how far float32 sums may lie outside the bounds
 AGGREGATES = ("median", "iqm", "mean", "optimality_gap")
@@ -31,15 +31,15 @@ Scores = Mapping[str, Mapping[str, np.ndarray]]  # by label and task, (S,)
 
 
 class Bounds(NamedTuple):
-    """The values of a task's metric that become 0 and 1."""
+    """The values of a task's metric that are normalised to 0 and 1."""
 
     low: float
     high: float
-    own: bool  # whether they belong to the task, instead of being the extremes of the runs
+    own: bool  # whether they are the task's own, not the extremes of the runs
 
 
 class Interval(NamedTuple):
-    """Estimates with the edges of their 95 % intervals, of equal shapes."""
+    """Estimates and the edges of their 95 % intervals, all of the same shape."""
 
     point: np.ndarray
     low: np.ndarray
@@ -50,8 +50,8 @@ def bounds(lines: Sequence[Line]) -> dict[str, Bounds]:
     """Return one suite's bounds by task.
 
     Win rates and LBF's return have their own, unless options such as LBF's `normalize_reward=false`
-    take values outside them. Elsewhere the bounds are the minimum and maximum over all systems,
-    seeds and evaluations.
+    put values outside them. For other metrics the bounds are the minimum and maximum over all
+    systems, seeds and evaluations.
     """
     extremes = defaultdict[str, list[float]](list)
     for line in lines:
@@ -73,7 +73,7 @@ def normalise(values: np.ndarray, bounds: Bounds) -> np.ndarray:
 
 
 def normalised(lines: Sequence[Line]) -> Scores:
-    """Return one suite's scores."""
+    """Return one suite's normalised scores."""
     of, scores = bounds(lines), defaultdict[str, dict[str, np.ndarray]](dict)
     for line in lines:
         scores[line.label][line.task] = normalise(line.score, of[line.task])
@@ -81,7 +81,7 @@ def normalised(lines: Sequence[Line]) -> Scores:
 
 
 def matrix(scores: Mapping[str, np.ndarray], tasks: Sequence[str]) -> np.ndarray:
-    """Return (N, M) scores of M tasks for rliable, with as many seeds N as all tasks have."""
+    """Return the (N, M) scores of M tasks, for rliable; N is the fewest seeds of a task."""
     num_seeds = min(len(scores[task]) for task in tasks)
     return np.stack([scores[task][:num_seeds] for task in tasks], axis=1)
 
@@ -92,14 +92,14 @@ def estimate(statistic: Callable[..., Any], matrices: Sequence[np.ndarray], reps
     for _ in range(reps):
         drawn = []
         for x in matrices:
-            seeds = generator.integers(len(x), size=x.shape[:2])  # anew for each task
+            seeds = generator.integers(len(x), size=x.shape[:2])  # separately for each task
             drawn.append(x[seeds, np.arange(x.shape[1])])
         draws.append(statistic(*drawn))
     return Interval(np.asarray(statistic(*matrices)), *np.percentile(draws, [2.5, 97.5], axis=0))
 
 
 def rliable_metrics() -> Any:
-    """Return rliable's metrics. Raises ConfigError where rliable is not installed."""
+    """Return rliable's metrics. Raises ConfigError if rliable is not installed."""
     try:
         return importlib.import_module("rliable.metrics")
     except ImportError:
@@ -174,8 +174,8 @@ def improvement(scores: Scores, reps: int) -> dict[tuple[str, str], Interval]:
 
 
 def beats(x: np.ndarray, y: np.ndarray) -> float:
-    """Return rliable's probability_of_improvement, without the p-values that take 99 % of its
-    time."""
+    """Return rliable's probability_of_improvement, without the p-values, which take nearly all of
+    its time."""
     # (N_x, N_y, M); a tie counts as half.
     above = (x[:, None] > y).mean() + (x[:, None] == y).mean() / 2
     return float(above)

@@ -25,7 +25,7 @@ COLOURS = (
     *(curve.BLUE, "#d1580d", "#2b8a3e", "#8e44ad", "#c2185b", "#00868b", "#8a6d1d"),
     *("#3d3d3d", "#6c8ebf", "#e08e79"),
 )
-NO_ABSOLUTE, ENDED_EARLY = "*", "†"  # marks behind the names of systems
+NO_ABSOLUTE, ENDED_EARLY = "*", "†"  # marks after the names of systems
 Colours = Mapping[str, str]  # by label
 
 
@@ -74,7 +74,7 @@ def task(lines: Sequence[Line], colours: Colours) -> Figure:
 def references(axes: Axes, lines: Sequence[Line], colours: Colours) -> list[Artist]:
     """Draw a dashed line at each published result; return the legend's entries, one for each
     paper's table and number of steps."""
-    rows: dict[published.Row, str] = {}  # settings of one system share theirs
+    rows: dict[published.Row, str] = {}  # settings of one system share a row
     for line in lines:
         if line.reference:
             rows.setdefault(line.reference, colours[line.label])
@@ -188,14 +188,14 @@ def band(axes: Axes, x: np.ndarray, interval: Interval, colour: str, label: str)
 
 
 def of_steps(axes: Axes) -> None:
-    """Name the axis of environment steps."""
+    """Label the axis of environment steps."""
     axes.set_xlabel("environment steps (per seed)", fontsize=11)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def legend(figure: Figure, handles: Sequence[Artist], caption: Sequence[str] = ()) -> None:
-    """Put the legend below the axes, in as many columns as fit, and the caption's sentences above
-    its entries; the figure grows with them."""
+    """Put the caption's sentences below the axes, and below them the legend, in as many columns as
+    fit. The figure grows to hold both."""
     longest = max((len(str(handle.get_label())) for handle in handles), default=0)
     columns = 3 if longest < 28 else 2 if longest < 40 else 1
     figure.set_figwidth(max(figure.get_figwidth(), 0.9 + 0.08 * longest))
@@ -222,15 +222,15 @@ def describe(
     handles: Sequence[Artist] = (),
     last: bool = True,
 ) -> None:
-    """Title a suite's figure. The caption says how scores are normalised and, where `last`, which
-    evaluation they are."""
+    """Give a suite's figure a title, and a caption that says how scores are normalised and, if
+    `last`, which evaluation they are from."""
     caption = [f"{bounds_in_words(lines)}; 95 % stratified bootstrap intervals"]
     figure.suptitle(f"{lines[0].suite}: {what}", x=0.02, ha="left", fontsize=12)
     legend(figure, handles, [basis(lines), *caption] if last else caption)
 
 
 def basis(lines: Sequence[Line]) -> str:
-    """Say which evaluation the scores are."""
+    """Return words for which evaluation the scores are from."""
     absolute = [line for line in lines if line.absolute is not None]
     where = " on some task" if len({line.task for line in lines}) > 1 else ""
     number = " or ".join(map(str, sorted({line.episodes for line in absolute} - {0})))
@@ -244,7 +244,7 @@ def basis(lines: Sequence[Line]) -> str:
 
 
 def bounds_in_words(lines: Sequence[Line]) -> str:
-    """Say which bounds each task's scores are normalised by."""
+    """Return words for the bounds by which each task's scores are normalised."""
     own, of_runs = defaultdict[str, list[str]](list), list[str]()
     for name, (low, high, is_own) in sorted(bounds(lines).items()):
         if is_own:
@@ -262,12 +262,12 @@ def early(lines: Sequence[Line]) -> set[str]:
     last: dict[str, int] = {}
     for line in lines:
         last[line.task] = max(last.get(line.task, 0), int(line.steps[-1]))
-    # A per cent less is what rounding to whole chunks makes.
+    # Rounding to whole chunks can cost up to one per cent.
     return {line.label for line in lines if line.steps[-1] < 0.99 * last[line.task]}
 
 
 def marked(labels: Iterable[str], lines: Sequence[Line]) -> dict[str, str]:
-    """Return the names under which labels appear beside scores, with their marks."""
+    """Return each label as it appears beside scores, with its marks."""
     without = {line.label for line in lines if line.absolute is None}
     mixed, ended = any(line.absolute is not None for line in lines), early(lines)
     return {
@@ -277,16 +277,16 @@ def marked(labels: Iterable[str], lines: Sequence[Line]) -> dict[str, str]:
 
 
 def size(label: str, lines: Sequence[Line]) -> str:
-    """Return how many tasks and seeds a system's aggregates take, "3 tasks x 5 seeds"."""
+    """Return how many tasks and seeds a system's aggregates use, "3 tasks x 5 seeds"."""
     seeds = [len(line.score) for line in lines if line.label == label]
     return f"{counted(len(seeds), 'task')} x {counted(min(seeds), 'seed')}"
 
 
 def counted(number: int, noun: str) -> str:
-    """Return `1 seed`, `2 seeds`."""
+    """Return a number with its noun: "1 seed", "2 seeds"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def shown(metric: str) -> str:
-    """Return a metric's name as axes have it."""
+    """Return a metric's name as axes show it."""
     return metric.upper() if metric == "iqm" else metric.replace("_", " ")

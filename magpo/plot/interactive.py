@@ -15,12 +15,12 @@ from magpo.plot.draw import Colours
 from magpo.plot.read import Line
 from magpo.report import curve
 
-GRID = "rgba(128,128,128,0.25)"  # on a light and on a dark page; page.html colours the text
+GRID = "rgba(128,128,128,0.25)"  # visible on light and dark pages; page.html colours the text
 
 
 def figure(lines: Sequence[Line], colours: Colours, name: str) -> str:
-    """Return the curves of one task; the page has to hold plotly's script. `name` is an HTML id."""
-    import plotly.io  # an extra, and slow
+    """Return the curves of one task, for a page with plotly's script. `name` is an HTML id."""
+    import plotly.io  # optional, and slow to import
 
     traces = [*_traces(lines, colours), *_references(lines, colours)]
     steps = {"title": {"text": "environment steps (per seed)"}, "tickformat": "~s"}
@@ -53,7 +53,7 @@ def figure(lines: Sequence[Line], colours: Colours, name: str) -> str:
 def _traces(lines: Sequence[Line], colours: Colours) -> Iterator[dict[str, Any]]:
     """Yield each line's band, seeds and mean, which the legend shows and hides together.
 
-    Seeds go as far as each was evaluated, the mean and the band as far as all were.
+    A seed's curve ends at its own last evaluation; mean and band end at the last common one.
     """
     for line in lines:
         colour, label = to_hex(colours[line.label]), _text(line.label)
@@ -90,7 +90,7 @@ def _references(lines: Sequence[Line], colours: Colours) -> Iterator[dict[str, A
     rows: dict[published.Row, Line] = {}
     for line in lines:
         if line.reference:
-            rows.setdefault(line.reference, line)  # settings of one system share theirs
+            rows.setdefault(line.reference, line)  # settings of one system share a row
     for row, line in rows.items():
         system = row.system.upper().replace("_", "-")
         text = _text(f"published {system} ({row.source}, {row.steps})")
@@ -117,5 +117,5 @@ def _hover(label: str, seeds: str) -> str:
 
 
 def _text(words: str) -> str:
-    """Return words as they are in plotly, which knows some of HTML, in lines that fit a phone."""
+    """Return words escaped for plotly, which interprets HTML, in lines that fit a phone."""
     return "<br>".join(map(escape, wrap(words, 44)))

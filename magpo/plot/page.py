@@ -2,14 +2,14 @@
 
 usage: python -m magpo.report [results] [key=value ...]
 
-  out=report.html      the page: one file, which needs no network
+  out=report.html      the page: one file that needs no network
   system=<name>        only the runs of this system
-  env=<suite>/<task>   only those on this task
+  env=<suite>/<task>   only the runs on this task
   state=<state>        running | finished | stopped | interrupted | failed | unknown
 
-The page has the curves and scores of each task beside the published ones, the GIFs that lie in the
-runs' folders, the settings in which runs differ, and a list of all runs, finished or not. Seeds are
-pooled, and settings told apart, as by magpo.plot. Needs plotly: pip install 'magpo[report]'
+The page shows each task's curves and scores beside the published ones, the GIFs in the runs'
+folders, the settings in which runs differ, and a list of all runs, finished or not. Seeds are
+pooled, and settings kept apart, as in magpo.plot. Needs plotly: pip install 'magpo[report]'
 """
 
 import importlib
@@ -39,7 +39,7 @@ from magpo.runs.listing import State, Summary
 from magpo.values import UserPath, as_argument
 
 LARGEST = 10_000_000  # bytes of a GIF
-ENDS = (*WITHOUT_EFFECT, "run.system", "run.env")  # settings without effect, or with a place
+ENDS = (*WITHOUT_EFFECT, "run.system", "run.env")  # settings without effect, or shown elsewhere
 
 
 class Picture(NamedTuple):
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     summary: Summary
     made_with: dict[str, str]
     curves: list[read.Run]
-    problem: str  # why there are no curves
+    problem: str  # why there are no curves; "" if there are
     pictures: list[Picture]
 
     @property
@@ -79,7 +79,7 @@ class Run(NamedTuple):
 
     @property
     def seeds(self) -> str:
-        """The seeds, as in the configuration."""
+        """The seeds, as the configuration lists them."""
         return _written(self.summary.settings.get("seeds", "-")).strip("[]").replace(",", ", ")
 
 
@@ -87,7 +87,7 @@ class Score(NamedTuple):
     """A row of a task's table."""
 
     label: str
-    mark: str  # that `basis` explains
+    mark: str  # explained by `basis`
     colour: str
     score: str
     interval: str
@@ -104,17 +104,17 @@ class Section(NamedTuple):
     runs: list[Run]
     states: str
     figure: str  # HTML; "" without any evaluation
-    scores: list[Score]  # the highest first
-    basis: str  # what the scores are
+    scores: list[Score]  # highest first
+    basis: str  # which evaluation the scores are from
     problems: list[str]
     pictures: list[tuple[Run, Picture]]
-    render: str  # the command that draws an episode; "" where no policy can be drawn
+    render: str  # the command that draws an episode; "" if none can be drawn
     differ: dict[str, list[str]]  # the settings in which runs differ: a value for each run
     shared: dict[str, str]  # all others
 
 
 def read_run(summary: Summary) -> Run:
-    """Return a run, and why its curves cannot be read if so."""
+    """Return a run; if its curves cannot be read, `problem` says why."""
     curves, problem = list[read.Run](), ""
     try:
         curves = [run for run in read.read(summary.folder) if run.evaluations]
@@ -138,7 +138,7 @@ def _pictures(folder: Path) -> Iterator[Picture]:
 
 
 def _lines(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
-    """Return the pooled runs of one task, and why those of a system cannot be pooled."""
+    """Return the pooled runs of one task, and why others are not among them."""
     by_system, lines, problems = defaultdict[str, list[read.Run]](list), list[Line](), list[str]()
     for run in runs:
         for of_setting in run.curves:
@@ -200,14 +200,14 @@ def _render_command(runs: Sequence[Run]) -> str:
         for run in runs
         if run.made_with and run.summary.last_return is not None
     }
-    if not returns or runs[0].summary.task.startswith("mabrax/"):  # which has no GIFs
+    if not returns or runs[0].summary.task.startswith("mabrax/"):  # no GIFs
         return ""
     best = returns[max(returns)]
     return f"{command('render', best)} out={shlex.quote(str(best.summary.folder / 'episode.gif'))}"
 
 
 def command(program: str, run: Run) -> str:
-    """Return the command line of a program of ours for a run, with the imports that it needs."""
+    """Return the command that applies one of magpo's programs to a run, with its imports."""
     prefix = "run.imports."
     imports = [key.removeprefix(prefix) for key in run.summary.settings if key.startswith(prefix)]
     words = [f"run={run.summary.folder}", *(f"import={name}" for name in imports)]
@@ -217,7 +217,7 @@ def command(program: str, run: Run) -> str:
 def differences(runs: Sequence[Summary]) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return the settings in which runs of one task differ, and those that they share.
 
-    A setting that only one system has differs if it does so between that system's runs.
+    A setting that only some systems have is compared between their runs only.
     """
     differ, shared = dict[str, list[str]](), dict[str, str]()
     for key in dict.fromkeys(key for run in runs for key in run.settings):
@@ -241,7 +241,7 @@ def _written(value: Any) -> str:
 
 
 def render(summaries: Sequence[Summary], title: str) -> str:
-    """Return the page."""
+    """Return the page's HTML."""
     jinja2, offline = libraries()
     by_task = defaultdict[str, list[Run]](list)
     for summary in summaries:
@@ -251,7 +251,7 @@ def render(summaries: Sequence[Summary], title: str) -> str:
         for task in sorted(by_task, key=lambda task: (task == "?", task))
     }
     everything = [line for lines, _ in pooled.values() for line in lines]
-    shared = draw.colours_of(everything)  # a system has one colour on the page, if there are enough
+    shared = draw.colours_of(everything)  # one colour per system on the page, if they suffice
     sections = [
         section(
             number,
@@ -284,7 +284,7 @@ def render(summaries: Sequence[Summary], title: str) -> str:
 
 
 def libraries() -> tuple[Any, Any]:
-    """Return jinja2 and plotly.offline. Raises ConfigError where one is not installed."""
+    """Return jinja2 and plotly.offline. Raises ConfigError if one is not installed."""
     try:
         return importlib.import_module("jinja2"), importlib.import_module("plotly.offline")
     except ImportError as error:

@@ -24,12 +24,12 @@ NO_SETTINGS = {
     *("run", "seeds", "seeds_per_batch", "num_evaluations", "eval_episodes", "absolute_metric"),
     *("vary_in_step", "platform", "logger", "results_dir", "keep", "checkpoint_share"),
 }
-ABSENT = object()  # marks a setting that only other runs' config.yaml files have
+ABSENT = object()  # marks a setting that only other runs have
 Curve = dict[int, float]  # means over an evaluation's episodes, by environment steps
 
 
 class Run(NamedTuple):
-    """One run, or one setting of a run that varies some."""
+    """One run, or one setting of a run that varies several."""
 
     system: str
     suite: str
@@ -79,7 +79,7 @@ def find(folders: Sequence[Path]) -> list[Run]:
 
 
 def read(folder: Path) -> list[Run]:
-    """Return a run's evaluations, as one Run for each setting that it varies."""
+    """Return a run's evaluations, one Run for each of its settings."""
     settings, episodes = settings_of(folder)
     varied = [key.removeprefix("vary.") for key in settings if key.startswith("vary.")]
     shared = {k: v for k, v in settings.items() if k.partition(".")[0] != "vary"}
@@ -110,7 +110,9 @@ def read(folder: Path) -> list[Run]:
                     curve = run.evaluations.setdefault(metric, {}).setdefault(seed, {})
                     curve[index(record["env_steps"])] = value
             except UNREADABLE:
-                raise ConfigError(f"{folder}/metrics.jsonl: line {number} is no record") from None
+                raise ConfigError(
+                    f"{folder}/metrics.jsonl: line {number} is not a record"
+                ) from None
     return list(runs.values())
 
 
@@ -129,7 +131,7 @@ def settings_of(folder: Path) -> tuple[dict[str, Any], int]:
 def pool(runs: Sequence[Run], metric: str | None = None, order: Sequence[str] = ()) -> list[Line]:
     """Return a line for each system, setting and task; systems come in the order given.
 
-    Without `metric`, each suite's headline metric is read: the win rate, where a suite has one.
+    The default `metric` is each suite's headline: the win rate, if it has one, or the return.
     """
     metrics = sorted({name for run in runs for name in run.evaluations})
     systems = sorted({run.system for run in runs})
@@ -152,7 +154,7 @@ def pool(runs: Sequence[Run], metric: str | None = None, order: Sequence[str] = 
 
 
 def known_or_raise(key: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise ConfigError if no run has one of the names that a key of the command line gives."""
+    """Raise ConfigError for a name on the command line that no run has."""
     for name in names:
         if name not in known:
             there = f"{nearest(name, known)}there are {', '.join(known)}"
@@ -160,8 +162,8 @@ def known_or_raise(key: str, names: Sequence[str], known: Sequence[str]) -> None
 
 
 def line_of(label: str, runs: list[Run], metric: str, reference: published.Row | None) -> Line:
-    """Pool the seeds of runs with the same settings, the oldest run first. Where several runs have
-    a seed, the newest counts."""
+    """Pool the seeds of runs with the same settings, given oldest first. If several runs have a
+    seed, the newest counts."""
     newest = {seed: run for run in runs for seed in run.evaluations[metric]}
     curves = {seed: newest[seed].evaluations[metric][seed] for seed in sorted(newest)}
     steps = sorted(set.intersection(*map(set, curves.values())))
@@ -206,14 +208,14 @@ def labelled(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def written(value: Any) -> str:
-    """Return a setting as on the command line."""
+    """Return a setting as the command line takes it."""
     if value is ABSENT:
         return "absent"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def reference_of(run: Run) -> published.Row | None:
-    """Return the published result of a run's system, variant and task, if the run is of the
+    """Return the published result of a run's system, variant and task, if the run played the
     published game."""
     about = {"run.system": run.system, "run.env": f"{run.suite}/{run.task}"}
     return published.find(run.settings | about)

@@ -6,7 +6,7 @@ from magpo.plot.aggregate import AGGREGATES, Interval
 from magpo.plot.read import Line
 from magpo.report import curve
 
-DIGITS = 2  # as the papers print; equal cells are equally bold
+DIGITS = 2  # as the papers print; cells equal to so many are all bold
 LATEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "#$%&_{}"},
@@ -57,8 +57,8 @@ def aggregates(suite: str, found: Mapping[str, Interval]) -> Iterator[dict[str, 
 
 
 def latex(lines: Sequence[Line]) -> Iterator[str]:
-    """Yield the lines of a booktabs table: a row for each task and below it its published results,
-    a column for each system."""
+    """Yield the lines of a booktabs table: a row for each task, with the published results below,
+    and a column for each system."""
     labels = list(dict.fromkeys(line.label for line in lines))
     metrics = " or ".join(sorted({line.metric for line in lines}))
     yield f"% {metrics}, mean and standard deviation over seeds, the largest mean in bold."
@@ -92,17 +92,17 @@ def latex(lines: Sequence[Line]) -> Iterator[str]:
 
 
 def cells(*texts: str) -> str:
-    """Return a row."""
+    """Return a row of LaTeX."""
     return " & ".join(texts) + " \\\\"
 
 
 def scored(line: Line, best: float) -> str:
-    """Return a system's cell."""
+    """Return a system's cell, bold if its score is `best`."""
     text = printed(line.score.mean(), line.score.std() if len(line.score) > 1 else None)
     text = f"\\mathbf{{{text}}}" if round(line.score.mean(), DIGITS) == best else text
     return f"${text}{'^*' if line.absolute is None else ''}$"
 
 
 def printed(mean: float, std: float | None) -> str:
-    """Return a mean, and the standard deviation if there is one, for LaTeX's mathematics."""
+    """Return a mean, and the standard deviation if there is one, for LaTeX's math mode."""
     return f"{mean:.{DIGITS}f}" + ("" if std is None else rf" \pm {std:.{DIGITS}f}")

@@ -1,4 +1,4 @@
-"""`python -m magpo.report [results]`"""
+"""The command `python -m magpo.report [results]`."""
 
 from magpo import commands
 from magpo.plot import page

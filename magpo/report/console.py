@@ -29,7 +29,7 @@ from magpo.types import Environment
 
 SPARSE_SUITES = ("rware",)
 HINT = """\
-Rewards are sparse here: a quick run moves little. What learns in minutes:
+Rewards are sparse on this task: a quick run learns little. To see learning in minutes:
   make demo    or    python -m magpo.systems.{system} env=lbf/2s-8x8-2p-2f-coop budget=quick"""
 
 
@@ -41,10 +41,10 @@ def spread(values: np.ndarray) -> str:
 
 
 def member_table(members: Sequence[Member], columns: Mapping[str, np.ndarray]) -> Table:
-    """Return a table with a row for each member, and each setting's mean over seeds.
+    """Return a table with a row for each member, and for each setting's mean over seeds.
 
-    `columns` are (M,) each: scores as floats, and integers, of which no mean is shown; or (M, K),
-    a metric of K episodes, of which a member's row shows mean ± standard deviation.
+    `columns` are scores (M,), integers (M,), which get no mean, or metrics of K episodes (M, K).
+    For the latter, a member's row shows mean ± standard deviation.
     """
 
     def cell(value: Any) -> str:
@@ -65,7 +65,7 @@ def member_table(members: Sequence[Member], columns: Mapping[str, np.ndarray]) -
 
 
 class _Output:
-    """Standard output as a log: its first error ends it, and never the run.
+    """Standard output that never stops the run: its first error silences it.
 
     Characters that its encoding lacks become question marks.
     """
@@ -84,7 +84,7 @@ class _Output:
                 self.stream.flush()
             except (OSError, ValueError) as error:
                 self.broken = True
-                complain(f"warning: the console cannot be written: {error}; training goes on")
+                complain(f"warning: the console cannot be written: {error}; training continues")
 
 
 class Console:
@@ -102,12 +102,12 @@ class Console:
         )
         self.task = self.progress.add_task("", total=config.trained_steps)
         self.best = np.full(len(run.members), -np.inf)  # (M,) mean episode return
-        # A machine's pace changes: the median of the last chunks, not the mean of all.
+        # Only the last chunks, because a machine's pace changes.
         self.chunk_s: deque[float] = deque(maxlen=9)
         self.began, self.compiling_s, self.earlier_s = time.perf_counter(), 0.0, 0.0
 
     def header(self, env: Environment, policy: Any, params: Any) -> None:
-        """Print the run in a few lines. `policy`: the deployed part of `params`; (M, ...) each."""
+        """Print a summary of the run. `policy` is the deployed part of `params`; both (M, ...)."""
         config, number = self.config, len(self.run.members)
         sizes = [sum(x.size for x in jax.tree.leaves(tree)) // number for tree in (policy, params)]
         actions = "actions" if env.action_kind == "discrete" else "action dimensions"
@@ -140,10 +140,10 @@ class Console:
             self.line(HINT.format(system=self.run.system), "yellow")
 
     def footprint(self, needed: int, available: int) -> None:
-        """Print the bytes that training will take on each device."""
+        """Print the memory that training needs on each device; warn if there is less."""
         self.line(f"memory: {decimal(needed)} of {decimal(available)} on each device")
         if needed > available:
-            self.warn("that is too much: num_envs, or seeds_per_batch, makes it less")
+            self.warn("that is too much: lower num_envs or seeds_per_batch")
 
     def line(self, line: str, style: str = "") -> None:
         """Print one line, never wrapped, so that paths and commands can be copied."""
@@ -155,7 +155,7 @@ class Console:
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Say that programs are compiled, then how long it took."""
+        """Print that programs are compiling, then how long it took."""
         start = time.perf_counter()
         self.line("compiling …")
         yield
@@ -163,12 +163,12 @@ class Console:
         self.line(f"compiled in {self.compiling_s:.1f} s")
 
     def resume(self, measurement: Measurement) -> None:
-        """Take over a measurement that was shown before the run was resumed."""
+        """Restore best returns and elapsed time from a measurement of the run before its resume."""
         self._keep_best(measurement)
         self.earlier_s = measurement.wall_s
 
     def update(self, measurement: Measurement) -> None:
-        """Show an evaluation: on a terminal beside the progress bar, elsewhere as a line."""
+        """Show an evaluation: beside the progress bar on a terminal, elsewhere as a line."""
         self._keep_best(measurement)
         steps, number = measurement.env_steps[0], len(self.run.members)
         parts = [f"{steps:,} of {self.config.trained_steps:,} steps"]
@@ -213,8 +213,8 @@ class Console:
         self.best = np.fmax(self.best, measurement.evaluation["episode_return"].mean(-1))
 
     def _scores(self, evaluation: dict[str, np.ndarray]) -> list[str]:
-        """Return the scores of the setting whose mean return is highest: the return, the headline
-        if that is another metric, and the best return, each as mean ± spread over seeds."""
+        """Return the scores of the setting with the highest mean return, as mean ± spread over
+        seeds: the return, the headline metric if it is another one, and the best return."""
         returns, settings = evaluation["episode_return"].mean(-1), by_setting(self.run.members)
         means = [returns[places].mean() for _, places in settings]
         setting, places = settings[int(np.nan_to_num(means, nan=-np.inf).argmax())]

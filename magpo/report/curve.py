@@ -1,4 +1,4 @@
-"""The learning curve of one run, drawn as for a paper. Imports matplotlib: import it late."""
+"""The learning curve of one run. Imports matplotlib, so import this module late."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ BLUE, GREY = "#0b62a4", "#5f6368"
 def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
     """Draw the headline metric over environment steps to a PNG.
 
-    Each setting has its mean over seeds, their band, and the absolute metric at the end; a single
-    setting has its seeds too. The legend explains all settings' bands and metrics once.
+    Each setting gets its mean over seeds, their band, and the absolute metric at the end; a single
+    setting also gets a line for each seed. The legend explains bands and absolute metrics once.
     """
     curve = [m for m in measurements if m.chunk is not None]
     steps = np.array([m.env_steps[0] for m in curve])  # (K,)
@@ -64,8 +64,8 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
 def shade(place: int, number: int) -> tuple[Any, str]:
     """Return the colour and line style of one of `number` settings; a single one is blue.
 
-    Several run in order through a map that colour-blind readers can follow, without its palest end.
-    Many neighbours look alike: there the line styles alternate.
+    Several take colours in order from a map that colour-blind readers can follow, without its
+    palest end. With more than six, neighbours look alike, so the line styles alternate.
     """
     if number == 1:
         return BLUE, "-"
@@ -74,9 +74,9 @@ def shade(place: int, number: int) -> tuple[Any, str]:
 
 
 def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return the (K,) lower and upper edge of (K, S) values and their meaning, "" for one seed.
+    """Return the lower and upper edges (K,) of values (K, S), and their meaning, "" for one seed.
 
-    Fewer than five seeds give no honest interval: for those it is their range.
+    Fewer than five seeds give no reliable interval, so the edges are their range.
     """
     num_seeds = values.shape[1]
     if num_seeds == 1:

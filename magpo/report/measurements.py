@@ -13,7 +13,7 @@ ABSOLUTE_EVALUATIONS = 10  # the absolute metric plays this many times `eval_epi
 
 
 class Run(NamedTuple):
-    """The facts about a run that its records and pictures repeat."""
+    """The facts about a run that its records and figures repeat."""
 
     folder: Path
     system: str
@@ -22,37 +22,37 @@ class Run(NamedTuple):
     members: tuple[Member, ...]
     headline: str  # the metric the suite's papers report
     steps_per_update: int  # environment steps, per member
-    name: str  # of the folder that the run began in
+    name: str  # of the folder in which the run began
     published: Row | None = None  # the printed result of this command
 
 
 class Measurement(NamedTuple):
-    """One evaluation and the training since the last one. K episodes, U updates."""
+    """One evaluation and the training since the previous one. K episodes, U updates."""
 
     chunk: int | None  # chunks trained so far; None: the absolute metric
     env_steps: tuple[int, ...]  # (M,) environment steps behind the evaluated parameters
-    wall_s: float  # since training began, compilation not counted
+    wall_s: float  # since training began, without compilation
     evaluation: dict[str, np.ndarray]  # (M, K) each
     training: dict[str, np.ndarray]  # (M, U) each; empty if nothing was trained
     timing: dict[str, float]
 
 
 def defined(training: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """Return where a training metric has a value, (M, U) bool: a mean over no episode has none."""
+    """Return where a training metric has a value, (M, U) bool; a mean over no episode has none."""
     if name.startswith("rollout/") and name != "rollout/episodes":
         return training["rollout/episodes"] > 0
     return np.ones(training[name].shape, bool)
 
 
 def plain(value: np.float32) -> float | None:
-    """Return the shortest decimal that is this float32; None for values that JSON cannot hold."""
+    """Return the shortest decimal for a float32, or None for a value that JSON cannot hold."""
     return float(str(value)) if np.isfinite(value) else None
 
 
 def scalars(run: Run, measurement: Measurement) -> Iterator[tuple[int, int, str, float | None]]:
-    """Yield the place of a member, its environment steps, a name and the value at these steps.
+    """Yield each value: a member's place, its environment steps, the name and the value.
 
-    The values of the updates come before those of the evaluation that follows them. `eval/*` and
+    The values of updates come before those of the evaluation after them. `eval/*` and
     `absolute/*` are means over episodes. `time/steps_per_s` counts one member's steps.
     """
     training = measurement.training

@@ -1,4 +1,4 @@
-"""The sinks of a run's metrics."""
+"""Sinks, which receive a run's measurements: its files, and TensorBoard."""
 
 import contextlib
 import json
@@ -13,27 +13,27 @@ from magpo.report.measurements import Measurement, Run, plain, scalars
 
 
 class Sink(Protocol):
-    """A logger, driven by one thread beside training; what it raises is warned of once.
+    """A logger, called from one thread beside training; its first error becomes a warning.
 
-    It may also have a `close()`, called at the end.
+    A sink may also have a `close()`, which is called at the end.
     """
 
     def write(self, measurement: Measurement) -> None: ...  # every evaluation, in order
 
-    def save(self) -> None: ...  # bring the files up to date, with what failed before
+    def save(self) -> None: ...  # bring the files up to date, and retry what failed
 
 
 class JsonLines:
-    """metrics.jsonl: one value a line, in the order of `scalars`.
+    """metrics.jsonl: one value per line, in the order of `scalars`.
 
-    The file is written again if somebody removes, replaces or changes it; the changed one stays
-    beside it. For that, the rows are kept in memory too, compressed to a tenth or less.
+    If another program removes, replaces or changes the file, all rows are written again, and the
+    changed file stays beside it. The rows are therefore also kept in memory, compressed.
     """
 
     def __init__(
         self, run: Run, keep_bytes: int = 0, warn: Callable[[str], None] = lambda text: None
     ) -> None:
-        """Append after the first `keep_bytes` of the file, those that a resumed run keeps."""
+        """Keep the first `keep_bytes` of a resumed run's file, and append to them."""
         self.run, self.warn = run, warn
         self.path = run.folder / "metrics.jsonl"
         self.file = self.path.open("a+b", buffering=0)
@@ -42,11 +42,11 @@ class JsonLines:
         if damaged or len(kept) < keep_bytes:
             missing = keep_bytes - len(kept)
             self.warn(f"{self.path}: damaged lines: {damaged}, missing bytes: {missing}")
-        self.size = self.end = kept.rfind(b"\n") + 1  # bytes on file, and of all rows
+        self.size = self.end = kept.rfind(b"\n") + 1  # bytes in the file, and of all rows
         self.file.truncate(self.size)
         self.rows = [zlib.compress(kept[: self.size], 1)]
         self.unwritten = bytearray()
-        self.ends: dict[int | None, int] = {}  # bytes, by chunk
+        self.ends: dict[int | None, int] = {}  # bytes at the end of each chunk
 
     def write(self, measurement: Measurement) -> None:
         run, rows = self.run, bytearray()
@@ -68,11 +68,11 @@ class JsonLines:
         self.unwritten += rows
         self.end += len(rows)
         self.ends[measurement.chunk] = self.end
-        with contextlib.suppress(OSError):  # a full disk: tried again, and raised, by `save`
+        with contextlib.suppress(OSError):  # a full disk: `save` tries again, and raises
             self._append()
 
     def _append(self) -> None:
-        """Write the rows of this attempt and those that an earlier one, on a full disk, left."""
+        """Write all unwritten rows, including those that did not fit on a full disk before."""
         if not self._is_as_left():
             self.warn(f"{self.path} was changed by another program: all records are written again")
             self.warn = lambda text: None
@@ -88,7 +88,7 @@ class JsonLines:
             self.size += written
 
     def _is_as_left(self) -> bool:
-        """Return whether the path still leads to the open file, and that is as it was left."""
+        """Return whether the path still leads to the open file, and its size is unchanged."""
         with contextlib.suppress(FileNotFoundError):
             there, ours = self.path.stat(), os.fstat(self.file.fileno())
             return os.path.samestat(there, ours) and there.st_size == self.size
@@ -107,9 +107,9 @@ def _is_record(line: bytes) -> bool:
 
 
 class MarlEval:
-    """marl_eval.json: every episode of every evaluation, in the format id-marl-eval reads.
+    """marl_eval.json: every episode of every evaluation, in the format that id-marl-eval reads.
 
-    Each setting of a run that varies is an algorithm of its own: "magpo delta=1.2".
+    Each setting of a run that varies some is a separate algorithm: "magpo delta=1.2".
     """
 
     def __init__(self, run: Run) -> None:
@@ -147,7 +147,7 @@ class LearningCurve:
         self.measurements.append(measurement._replace(training={}))
 
     def save(self) -> None:
-        from magpo.report import curve  # imports matplotlib: only if, and when, a curve is drawn
+        from magpo.report import curve  # imports matplotlib, so only when a curve is drawn
 
         if self.measurements:
             path = self.run.folder / "learning_curve.png"
@@ -155,7 +155,7 @@ class LearningCurve:
 
 
 class TensorBoard:
-    """tensorboard/[delta=1.2,]seed_<seed>/: event files, one folder a member."""
+    """tensorboard/[delta=1.2,]seed_<seed>/: event files, one folder per member."""
 
     def __init__(self, run: Run, resumed_at: int | None = None) -> None:
         """Hide the values that an earlier process wrote after `resumed_at` environment steps."""
@@ -163,7 +163,7 @@ class TensorBoard:
 
         self.run = run
         again = {}
-        if resumed_at is not None:  # suffix: else two files of one second have the same name
+        if resumed_at is not None:  # suffix: otherwise two files of one second clash
             again = {"purge_step": resumed_at + 1, "filename_suffix": f".{resumed_at}"}
         root = run.folder / "tensorboard"
         names = [f"{label(m.setting, ',')},seed_{m.seed}".lstrip(",") for m in run.members]
@@ -179,6 +179,6 @@ class TensorBoard:
             writer.flush()
 
     def close(self) -> None:
-        """Write what is still queued: `flush` does not wait for it."""
+        """Write what is still queued, because `flush` does not wait for it."""
         for writer in self.writers:
             writer.close()

@@ -15,13 +15,13 @@ from magpo.config.schema import LoggerConfig, flat
 from magpo.files import UNREADABLE, write_aside
 from magpo.report.measurements import Measurement, Run, scalars
 
-PATIENCE_S = 60  # at the end of a run, while nothing more is sent
+PATIENCE_S = 60  # how long the end of a run waits without an answer
 Rows = dict[int, dict[str, float]]  # values, by environment steps and name
 T = TypeVar("T")
 
 
 class Tracked(NamedTuple):
-    """A member as a tracker shows it."""
+    """A member, as a tracker shows it."""
 
     id: str  # the same in a resumed run
     name: str  # "mappo rware/tiny-4ag seed 0"
@@ -29,12 +29,12 @@ class Tracked(NamedTuple):
 
 
 class Tracker:
-    """A sink with a service's run for each member, in a group with the run's name.
+    """A sink that logs each member as a run of a service, in a group with this run's name.
 
-    The client works in a thread of its own: a server that does not answer delays neither training
-    nor the files. `sent.json`, in a folder with the service's name, remembers which environment
-    steps were handed to the client; a resumed run sends only what follows. After a kill some values
-    may be missing there, but none is there twice.
+    The client works in a thread of its own, so a server that does not answer delays neither
+    training nor the files. `sent.json`, in a folder with the service's name, records up to which
+    environment steps values were handed to the client; a resumed run sends only later ones. After a
+    kill the service may lack some values, but has none twice.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Tracker:
         self.queue: queue.SimpleQueue[Measurement | None] = queue.SimpleQueue()
         for measurement in earlier:
             self.queue.put(measurement)
-        self.progress = 0  # answers of the service
+        self.progress = 0  # the number of answers from the service
         self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._work, name="magpo-tracker", daemon=True)
 
     def begin(self) -> Iterator[Any]:
-        """Begin or continue the service's run of each of `members`."""
+        """Begin or continue the service's run for each of `members`."""
         raise NotImplementedError
 
     def log(self, one: Any, rows: Rows) -> None:
@@ -80,7 +80,7 @@ class Tracker:
         self._raise_failure()
 
     def save(self) -> None:
-        """Do nothing: the client sends by itself."""
+        """Do nothing, because the client sends on its own."""
 
     def close(self) -> None:
         if self.thread.ident is not None:
@@ -104,7 +104,7 @@ class Tracker:
             for one in self.begin():
                 runs.append(one)
                 self.progress += 1
-        except Exception as error:  # once is enough: to be refused can take minutes
+        except Exception as error:  # no second try: a refusal can take minutes
             self.failure = error
             return
         while (measurement := self.queue.get()) is not None:
@@ -120,12 +120,12 @@ class Tracker:
             self.failure = error
 
     def _send(self, runs: Sequence[Any], measurement: Measurement) -> None:
-        """Send what was not sent yet, noting first that it was: a kill then doubles nothing."""
+        """Send what was not sent yet; note it as sent first, so that a kill duplicates nothing."""
         steps, absolute = self._sent()
         if measurement.chunk is None:
             if absolute:
                 return
-            note, steps = (steps, True), -1  # of the best policies, which are older
+            note, steps = (steps, True), -1  # the best policies are older
         else:
             note = (max(measurement.env_steps), False)
         if note[0] <= steps:
@@ -151,7 +151,7 @@ class Tracker:
 
 
 class Neptune(Tracker):
-    """Neptune: a project, or that of NEPTUNE_PROJECT; offline without NEPTUNE_API_TOKEN."""
+    """Neptune: the project of the configuration or NEPTUNE_PROJECT; offline without a token."""
 
     def begin(self) -> Iterator[Any]:
         import neptune
@@ -196,7 +196,7 @@ class WandB(Tracker):
             disable_code=True,
             disable_git=True,
             finish_timeout=PATIENCE_S,
-            x_disable_meta=True,  # the command line, for one
+            x_disable_meta=True,  # it holds the command line
             x_disable_stats=True,
             x_save_requirements=False,
         )
@@ -260,7 +260,7 @@ class MLflow(Tracker):
 
         try:
             return str(self.client.create_experiment(name))
-        except MlflowException:  # it exists
+        except MlflowException:  # the experiment exists
             if (found := self.client.get_experiment_by_name(name)) is None:
                 raise
             return str(found.experiment_id)
@@ -281,11 +281,11 @@ class MLflow(Tracker):
         self.client.set_terminated(one)
 
 
-# By the key of `LoggerConfig`, which is also the client's module and our extra.
+# By the key of `LoggerConfig`, which also names the client's module and magpo's extra.
 TRACKERS = {"neptune": Neptune, "wandb": WandB, "mlflow": MLflow}
 
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Yield the items, at most `size` at a time: as many as MLflow takes."""
+    """Yield the items in parts of at most `size`, because MLflow limits requests."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

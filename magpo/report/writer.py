@@ -12,15 +12,15 @@ from magpo.report.sinks import Sink
 
 
 class LoggingError(RuntimeError):
-    """Metrics or checkpoints could not be written, up to the end; the message says which."""
+    """The error at the end of a run if metrics or checkpoints are missing; it says which."""
 
 
 class Writer:
     """The thread that does all file I/O, behind a bounded queue.
 
-    Files that are rewritten whole are saved again while training runs, for at most about 1 % of
-    its time, and once more at the end. A failure never stops the run: `warn` is told once, the
-    attempt is repeated, and leaving the context raises LoggingError for data that is still missing.
+    Files that are rewritten whole are saved while training runs, in at most about 1 % of its time,
+    and once more at the end. A failure never stops the run: `warn` gets one warning, saving is
+    tried again, and leaving the context raises LoggingError for data that is still missing.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Writer:
         self._queue.put(None)
         try:
             self._thread.join()
-        except KeyboardInterrupt:  # the files first; a second one kills
+        except KeyboardInterrupt:  # finish the files first; a second Ctrl-C kills
             self._thread.join()
             raise
         if kind is None and (errors := self._unsaved | self._lost):
@@ -78,7 +78,7 @@ class Writer:
         self._all("close")
 
     def _all(self, method: str) -> None:
-        """Save, or close, all sinks that have this method."""
+        """Call a method, "save" or "close", of all sinks that have it."""
         for sink in self.sinks:
             self._try(self._unsaved, type(sink).__name__, getattr(sink, method, lambda: None))
 
@@ -91,4 +91,4 @@ class Writer:
             errors[name] = error
             if name not in self._warned and not self._abandoned:
                 self._warned.add(name)
-                self.warn(f"{name}: {error}; training goes on")
+                self.warn(f"{name}: {error}; training continues")

@@ -3,12 +3,13 @@
 usage: python -m magpo.runs [results] [key=value ...]
 
   system=<name>        only the runs of this system
-  env=<suite>/<task>   only those on this task
+  env=<suite>/<task>   only the runs on this task
   state=<state>        running | finished | stopped | interrupted | failed | unknown
   sort=time            time: the newest last | return: the highest last, task by task
   --json, --csv        print a record for each run, with its folder and all its settings
 
-Settings are shown where runs of one system on one task differ, and where a run varies them.
+The table shows settings that runs of one system on one task do not share, and those that a run
+varies.
 """
 
 import csv as csv_format
@@ -38,14 +39,14 @@ from magpo.values import UserPath, as_argument
 
 COLUMNS = ("run", "system", "task", "state", "members", "steps", "of", "return", "settings")
 WORDS = ("run", "system", "task", "state", "settings")  # aligned to the left
-HIDDEN = (*WITHOUT_EFFECT, "run", "total_steps")  # settings with a column, or without effect
+HIDDEN = (*WITHOUT_EFFECT, "run", "total_steps")  # settings in a column, or without effect
 State = Literal["running", "finished", "stopped", "interrupted", "failed", "unknown"]
-MOST = 6  # settings in a line of the table
+MOST = 6  # the most settings in a line of the table
 RETURN = b'"name": "eval/episode_return"'
 
 
 class Summary(NamedTuple):
-    """A run in a line."""
+    """A summary of a run."""
 
     folder: Path
     system: str
@@ -69,7 +70,7 @@ def summaries(root: Path) -> list[Summary]:
     runs = []
     for folder, below, files in os.walk(root):
         if len({STATUS, CONFIG, "metrics.jsonl"} & {*files}) > 1:
-            below.clear()  # a run's own folders, which are many
+            below.clear()  # a run's own folders are many
             runs.append(Path(folder))
     return [_summary(folder) for folder in sorted(runs, key=lambda folder: folder.name)]
 
@@ -102,18 +103,18 @@ def _resume(run: Summary, imports: Iterable[str]) -> str:
     return f"python {program} resume={shlex.quote(str(run.folder))}{''.join(others)}"
 
 
-_of_package = cache(plugins.of_package)  # it looks into a folder
+_of_package = cache(plugins.of_package)  # reads a folder
 
 
 def _best_mean(returns: Iterable[dict[str, Any]], varied: Sequence[str]) -> float | None:
-    """Return the best setting's mean over seeds of the returns in records; None without any."""
+    """Return the best setting's mean return over seeds in some records; None without any."""
     settings = groupby(returns, key=lambda record: [record[key] for key in varied])
     values = [[r["value"] for r in of_one if r["value"] is not None] for _, of_one in settings]
     return max(map(fmean, filter(None, values)), default=None)
 
 
 def _last_returns(file: Path, num_members: int) -> list[dict[str, Any]]:
-    """Return the records of the newest evaluation, from the end of metrics.jsonl."""
+    """Return the records of the newest evaluation; read metrics.jsonl from its end."""
     with file.open("rb") as stream:
         end = stream.seek(0, 2)
         for length in (2**13, 2**16, 2**20, end):
@@ -146,7 +147,7 @@ def _settings(runs: Sequence[Summary]) -> list[str]:
 
 
 def _record(run: Summary) -> dict[str, Any]:
-    """Return all that is known of a run, as JSON has it."""
+    """Return all that is known of a run, in JSON's types."""
     record = {
         "run": run.folder.resolve().name,
         "folder": str(run.folder),
@@ -161,13 +162,13 @@ def _record(run: Summary) -> dict[str, Any]:
         "resume": run.resume,
         "settings": run.settings,
     }
-    # YAML has dates and infinities, JSON has neither.
+    # YAML has dates and infinities; JSON has neither.
     plain: dict[str, Any] = loads(dumps(record, default=str), parse_constant=str)
     return plain
 
 
 def _print_csv(records: Iterable[dict[str, Any]]) -> None:
-    """Print records as CSV, a column for each setting that any of them has."""
+    """Print records as CSV, with a column for each setting that any of them has."""
     rows = [configuration.flat(record) for record in records]
     columns = dict.fromkeys(key for row in rows for key in row)
     text = io.StringIO()
@@ -201,7 +202,7 @@ def _print_table(runs: Sequence[Summary]) -> None:
 
 def find(root: Path, state: str | None, **wanted: str | None) -> list[Summary]:
     """Return the runs anywhere under a folder with this state and these values of the fields
-    `system` and `task`. Raises ConfigError for a value that none of them has."""
+    `system` and `task`. Raises ConfigError for a value that no run has."""
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder")
     runs = summaries(root)

@@ -1,4 +1,4 @@
-"""Runs that vary hyperparameters: members side by side, each as if it were alone."""
+"""Runs that vary hyperparameters: members train side by side, each as if it were alone."""
 
 import dataclasses
 import json
@@ -59,12 +59,12 @@ def vary(config):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run from beginning to end, to read only."""
+    """Return a finished run, which tests only read."""
     return run(varied(counting.settings(tmp_path_factory.mktemp("whole"))))
 
 
 def alone(config, setting, **changes):
-    """A run of one setting, without `vary`."""
+    """Run one setting without `vary`."""
     values = {key.removeprefix("system."): value for key, value in setting.items()}
     algorithm = Config(4, dataclasses.replace(HYPER, **values))
     return run(config, vary={}, algorithm=algorithm, **changes)
@@ -100,7 +100,7 @@ def test_a_member_is_the_run_of_its_value_alone(vary, whole):
         absolute = together.absolute.evaluation["episode_return"][places]
         np.testing.assert_array_equal(absolute, single.absolute.evaluation["episode_return"])
     finals = together.measurements[-1].evaluation["episode_return"].mean(-1)
-    assert len(set(finals)) > 2  # the settings do differ
+    assert len(set(finals)) > 2  # the settings make a difference
 
 
 def test_members_in_batches_are_the_same_run(vary, whole):
@@ -265,7 +265,7 @@ def test_a_member_that_diverged_stays_so_in_a_resumed_run(vary):
     shifts = {"system.shift": (0.0, 40.0)}
     whole = run(vary, algorithm=algorithm, vary=shifts, seeds=SEEDS[:1])
     last = sorted((whole.folder / "checkpoints").glob("0*"))[-1]
-    shutil.rmtree(last)  # as if it had been stopped one chunk earlier
+    shutil.rmtree(last)  # as if the run had stopped one chunk earlier
     again = run(vary, algorithm=algorithm, vary=shifts, seeds=SEEDS[:1], resume=str(whole.folder))
     assert len(again.measurements) == K + 1
     np.testing.assert_array_equal(again.best.chunk, whole.best.chunk)

@@ -1,4 +1,4 @@
-"""TensorBoard, Neptune, Weights & Biases and MLflow, each read back by its own means."""
+"""TensorBoard, Neptune, Weights & Biases and MLflow: what each received, read back from it."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_neptune_without_a_token_writes_to_disk(config, monkeypatch):
 
 @pytest.fixture
 def secrets(monkeypatch):
-    """An environment with secrets, and without a server."""
+    """Set environment variables with secrets, and none that name a server."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -90,7 +90,7 @@ def secrets(monkeypatch):
 
 @pytest.fixture
 def tracked(config, secrets, monkeypatch):
-    """A run that was stopped two chunks after its checkpoint, and resumed."""
+    """Return the folder of a run that stopped two chunks after its checkpoint and was resumed."""
     logger = dataclasses.replace(config.logger, wandb=True, mlflow=True, tags=("x",))
     config = dataclasses.replace(config, logger=logger)
     monkeypatch.setattr(trackers, "PATIENCE_S", 300)  # a busy machine starts the clients slowly
@@ -131,19 +131,19 @@ def interrupted_after(last):
 
 
 def logged(folder, seed, absolute=False):
-    """The values of a seed in metrics.jsonl, by name and environment steps, but for times."""
+    """Return a seed's values in metrics.jsonl, by name and environment steps, without times."""
     return {
         (r["name"], r["env_steps"]): r["value"]
         for r in records(folder)
         if r["seed"] == seed
         and r["value"] is not None
         and r["name"].startswith("absolute/") == absolute
-        and not r["name"].startswith("time/")  # another one where a resumed run repeats a chunk
+        and not r["name"].startswith("time/")  # a resumed run measures repeated chunks anew
     }
 
 
 def wandb_records(file):
-    """Read the records of an offline run: a log in blocks of 32 KiB, as LevelDB's are."""
+    """Yield the records of an offline run, a log in blocks of 32 KiB like LevelDB's."""
     data, place, record = file.read_bytes(), 7, b""
     while place < len(data):
         if (left := 2**15 - place % 2**15) < 7:  # no header fits
@@ -229,7 +229,7 @@ def test_a_service_that_fails_does_not_stop_the_run(name, config, monkeypatch, c
 
 
 class Kept(trackers.Tracker):
-    """A service that keeps what it is sent."""
+    """A service that keeps everything sent to it."""
 
     sent = ()
 
