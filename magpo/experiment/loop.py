@@ -94,7 +94,7 @@ def run(
         found = getattr(find_spec(client), "origin", None)  # also None for a mere folder
         if getattr(config.logger, client) and not found:
             raise ConfigError(
-                f"logger.{client}: needs the {client} client: install magpo[{client}]"
+                f"logger.{client}: needs the {client} client: pip install 'magpo[{client}]'"
             )
     env = env or make_env(config)
     _check_env(env, config)

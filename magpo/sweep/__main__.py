@@ -14,8 +14,8 @@ number of trials extends it.
   sampler=tpe          tpe | random | grid | cmaes
   space.<key>=...      a key's values instead of those in configs/sweep/<system>.yaml:
                        [1.1,1.5,2] a list | 0.9..1 a range | log:1e-5..1e-3 a logarithmic range
-  prune=false          true: end trials whose evaluation is below the median of the finished trials;
-                       a run stops once all of its trials are pruned
+  prune=false          true: once five trials have finished, end trials whose best evaluation so far
+                       is below their median; a run stops once all of its trials are pruned
   study=<folder>       default: results/sweep/<system>_<suite>_<task>; its name is the study's name
   storage=<place>      an Optuna storage: a database's URL or a journal's file; default: study.db in
                        the folder
