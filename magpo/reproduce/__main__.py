@@ -102,7 +102,7 @@ def reproduce(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_
     at_work = [run for run in found if run.status == "running" and {*run.seeds} & {*seeds}]
     done = {seed for run in found if run.status == "finished" for seed in run.seeds}
     missing = [seed for seed in seeds if seed not in done]
-    print(f"{row.task} {row.system}, {row.source}: {_published(row)}", flush=True)
+    print(f"{row.task} {row.system}, {row.source}: {reports.printed_published(row)}", flush=True)
     if at_work:
         print(f"another process trains it: {at_work[0].folder}")
     elif missing:
@@ -173,17 +173,11 @@ def listing(
             state = _state(row, found, seeds)
             if ours := reports.ours(row, seeds):
                 mean = reports.printed(row, ours.mean)
-                yield [paper, task, row.system, state, mean, _published(row)]
+                yield [paper, task, row.system, state, mean, reports.printed_published(row)]
             else:
                 others.setdefault(state, []).append(row.system)
         for state, systems in others.items():
             yield [paper, task, ", ".join(systems), state, "", ""]
-
-
-def _published(row: Row) -> str:
-    """Return the published mean, with its standard deviation if there is one."""
-    std = "" if row.std is None else f" ± {reports.printed(row, row.std)}"
-    return reports.printed(row, row.mean) + std
 
 
 def main(

@@ -24,21 +24,11 @@ EXPLANATION = (
     "The column `ours` is the mean over seeds of the absolute metric in MAGPO's table, and of "
     "the final evaluation in GPAE's tables. Five seeds or more have a 95 % bootstrap interval. "
     "The verdict is `inside` if our mean, rounded as the paper rounds, is within two published "
-    "standard deviations of the published mean. A dash means that the paper prints no standard "
-    "deviation. `python -m magpo.reproduce --report` writes this page from the CSVs in "
+    "standard deviations of the published mean; GPAE's Tables 3 and 4 print none, so their rows "
+    "have no verdict. `python -m magpo.reproduce --report` writes this page from the CSVs in "
     "`scripts/results/published/`."
 )
-COLUMNS = (
-    "task",
-    "system",
-    "ours",
-    "95 % interval",
-    "seeds",
-    "steps",
-    "published",
-    "std",
-    "verdict",
-)
+COLUMNS = ("task", "system", "ours", "published", "verdict", "seeds", "steps", "95 % interval")
 
 
 class Ours(NamedTuple):
@@ -73,6 +63,12 @@ def printed(row: Row, value: float) -> str:
     """Return a value as text, with as many decimals as the paper prints."""
     decimals = 2 if row.paper == "magpo" else 3 if row.metric == "win_rate" else 0
     return f"{value:.{decimals}f}"
+
+
+def printed_published(row: Row) -> str:
+    """Return the published mean as text, with its standard deviation if there is one."""
+    std = "" if row.std is None else f" ± {printed(row, row.std)}"
+    return printed(row, row.mean) + std
 
 
 def verdict(row: Row, found: Ours) -> str:
@@ -152,12 +148,11 @@ def _cells(row: Row, found: Ours) -> list[str]:
         row.task,
         row.system,
         printed(row, found.mean),
-        " to ".join(printed(row, edge) for edge in found.interval or ()) or "-",
+        printed_published(row),
+        verdict(row, found),
         str(found.num_seeds),
         f"{found.steps:,}",
-        printed(row, row.mean),
-        "-" if row.std is None else printed(row, row.std),
-        verdict(row, found),
+        " to ".join(printed(row, edge) for edge in found.interval or ()) or "-",
     ]
 
 
