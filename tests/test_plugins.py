@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = [
     *("tuned=false", "num_envs=4", "rollout_length=8", "total_steps=64", "num_evaluations=2"),
     *("eval_episodes=2", "logger.plot=false", "logger.console=false", "absolute_metric=false"),
+    "seeds=[0]",
     *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
 ]
 IMPORTS = ["import=rendezvous.py", "import=mine.py"]
@@ -139,8 +140,8 @@ def test_a_fork_may_have_the_name_of_a_system(home):
 
 
 def test_jobs_of_a_sweep_import_too(home):
-    task, seeds = "env=ring/rendezvous", "seeds=[0],[1]"
-    arguments = ["-m", "magpo.systems.mappo", *IMPORTS, task, *SMALL, seeds, "--multirun"]
+    task, values = "env=ring/rendezvous", "system.gamma=0.9,0.8"
+    arguments = ["-m", "magpo.systems.mappo", *IMPORTS, task, *SMALL, values, "--multirun"]
     done = subprocess.run(
         [sys.executable, *arguments], cwd=home, capture_output=True, text=True, check=False
     )

@@ -203,15 +203,15 @@ def rows(table, where="1"):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds a process's children in /proc")
 def test_a_killed_search_ends_with_the_same_trials(monkeypatch):
-    arguments = ("trials=5", "parallel=2", "space.system.shift=0..5", "seeds=[3,4]", "prune=true")
+    arguments = ("trials=3", "parallel=2", "space.system.shift=0..5", "seeds=[3,4]", "prune=true")
     call(monkeypatch, "counting", *TINY, "study=alone", *arguments)
     killed = ("counting", *TINY, "study=killed", *arguments)
     kill(killed, lambda: rows("trials") == 1)  # in the middle of a batch
     kill(killed, lambda: list(Path("killed").rglob("metrics.jsonl")))
-    kill(killed, lambda: rows("trials", "state = 'COMPLETE'") >= 3)
+    kill(killed, lambda: rows("trials", "state = 'COMPLETE'") >= 2)
     call(monkeypatch, *killed)
     assert trials("killed") == trials("alone")
-    assert [t["number"] for t in trials("killed")] == [0, 1, 2, 3, 4]
+    assert [t["number"] for t in trials("killed")] == [0, 1, 2]
     before = list(Path("killed").rglob("metrics.jsonl"))
     call(monkeypatch, *killed)  # nothing is trained again
     assert trials("killed") == trials("alone")

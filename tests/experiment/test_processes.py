@@ -13,6 +13,9 @@ import pytest
 
 from experiment.test_devices import metrics
 from experiment.test_resume import arrays, same_logs
+from magpo import config, experiment
+from magpo.errors import ConfigError
+from magpo.systems import mappo
 
 LOGS = ["absolute_metric=false", "logger.plot=false", "keep=30"]
 SHORT = [
@@ -84,8 +87,8 @@ def test_one_seed_over_two_tasks_of_a_slurm_step_is_the_same_run(whole, tmp_path
     folder, (first, second) = whole
     assert "2 x cpu" in first[0] and "in 2 processes" in first[0]
     assert "steps" not in second[0]
-    ends([begin([*LONG, f"results_dir={tmp_path}"])], 0)
-    alone, together = metrics(only_run(tmp_path)), metrics(folder)
+    settings = config.load("mappo", [*LONG, f"results_dir={tmp_path}"])
+    alone, together = metrics(experiment.run(mappo, settings).folder), metrics(folder)
     assert alone.keys() == together.keys()
     np.testing.assert_allclose(
         list(together.values()), [alone[name] for name in together], rtol=1e-3, atol=1e-4
@@ -164,8 +167,5 @@ def test_an_error_in_the_first_process_ends_all(tmp_path):
     ],
 )
 def test_incomplete_distributed_settings_are_refused(overrides, message):
-    from magpo.config.compose import load
-    from magpo.errors import ConfigError
-
     with pytest.raises(ConfigError, match=message):
-        load("mappo", [*SHORT, *(f"distributed.{text}" for text in overrides)])
+        config.load("mappo", [*SHORT, *(f"distributed.{text}" for text in overrides)])

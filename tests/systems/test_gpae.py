@@ -98,8 +98,8 @@ def test_off_policy_advantages_match_the_slow_sum():
         np.testing.assert_allclose(target[b, t, n], value[b, t, n] + bounded * total, atol=1e-5)
 
 
-@pytest.fixture(params=["sample", "all"])
-def updates(request, monkeypatch):
+@pytest.fixture(scope="module", params=["sample", "all"])
+def updates(request):
     """Make four updates in a run of three, keeping three rollouts; half of the ends terminate.
 
     Return the states before and after each update, with its minibatches.
@@ -110,21 +110,22 @@ def updates(request, monkeypatch):
         jax.debug.callback(lambda batch: minibatches.append(batch), batch, ordered=True)
         return train(setup, state, batch, key)
 
-    monkeypatch.setattr(gpae, "update_minibatch", recorded)
     changes = f"system.reuse_epochs={request.param}", "system.actor_lr=0.02", "total_steps=144"
     _, setup, env = cases.build("gpae_mappo", cases.LBF, *changes)
-    state = gpae.init(setup, env, jax.random.key(0))
+    state = cases.jitted(gpae.init)(setup, env, jax.random.key(0))
     state, update = cases.sharpened(cases.stagger(state)), jax.jit(partial(gpae.update, setup, env))
     found = []
-    for key in jax.random.split(jax.random.key(1), 4):
-        steps = state.buffer.steps
-        terminated = steps.ended & jax.random.bernoulli(key, 0.5, steps.ended.shape)
-        steps = steps._replace(discount=jnp.where(terminated, 0.0, steps.discount))
-        before = state._replace(buffer=state.buffer._replace(steps=steps))
-        state, _ = update(before)
-        jax.effects_barrier()
-        found.append((before, jax.device_get(state), [*minibatches]))
-        minibatches.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpae, "update_minibatch", recorded)
+        for key in jax.random.split(jax.random.key(1), 4):
+            steps = state.buffer.steps
+            terminated = steps.ended & jax.random.bernoulli(key, 0.5, steps.ended.shape)
+            steps = steps._replace(discount=jnp.where(terminated, 0.0, steps.discount))
+            before = state._replace(buffer=state.buffer._replace(steps=steps))
+            state, _ = update(before)
+            jax.effects_barrier()
+            found.append((before, jax.device_get(state), [*minibatches]))
+            minibatches.clear()
     return request.param, setup, found
 
 

@@ -72,17 +72,14 @@ def test_agents_have_separate_parameters_before_and_after_training(updated):
             assert not np.allclose(leaf[0], leaf[1])
 
 
-def test_the_order_of_the_agents_is_random():
+def test_the_order_of_the_agents_is_random(updated):
     """Check that orders differ, and that the first agent of each is trained as if alone."""
-    _, setup, env = cases.build("happo", "lbf/15x15-3p-5f", *LEARNING_RATE)
+    setup, batch, before, *_ = updated
     hyper = dataclasses.replace(setup.config.hyper, fixed_order=False)
 
     @jax.jit
     def first_trained(key):
         """Return the order drawn, and how far its first agent is from training alone."""
-        state = happo.init(setup, env, key)
-        batch = happo.sequences(hyper, happo.rollout(setup, env, state)[1])
-        before = happo.Trained(state.params.actor, state.opt_state.actor)
         after, _ = happo.update_actors(setup, hyper, before, batch, key)
         order = jax.random.permutation(jax.random.split(key)[0], 3)
         keys = jax.random.split(jax.random.split(key)[1], 3)

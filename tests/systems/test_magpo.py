@@ -21,12 +21,16 @@ def case():
 
 
 @pytest.fixture(scope="module")
-def collected(case):
+def initial(case):
+    return cases.jitted(magpo.init)(case.setup, case.env, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def collected(case, initial):
     """Collect a second rollout: it starts in episodes that end at different steps."""
     _, setup, env = case
-    state = jax.jit(magpo.init, static_argnums=(0, 1))(setup, env, jax.random.key(0))
-    state = cases.sharpened(cases.stagger(state))
-    rollout = jax.jit(magpo.rollout, static_argnums=(0, 1))
+    state = cases.sharpened(cases.stagger(initial))
+    rollout = cases.jitted(magpo.rollout)
     before, _ = rollout(setup, env, state)
     after, out = rollout(setup, env, before)
     return before, after, out
@@ -73,13 +77,13 @@ def test_terminal_values_are_stored_at_truncations(collected):
     assert truncated.any() and (t.terminal_value[truncated] != 0).all()
 
 
-def test_without_delta_and_rl_coef_magpo_is_ctds():
+def test_without_delta_and_rl_coef_magpo_is_ctds(initial):
     """Compare one update of both systems from the same state."""
     settings = ["system.rl_coef=0", "system.gamma=0.9"]
     _, setup, env = cases.build("magpo", "lbf/2s-8x8-2p-2f-coop", *settings, "system.delta=null")
     other = cases.build("ctds", "lbf/2s-8x8-2p-2f-coop", *settings)
-    state = jax.jit(magpo.init, static_argnums=(0, 1))(setup, env, jax.random.key(0))
-    same = state._replace(hyper=as_data(other.setup.config.hyper))
+    state = initial._replace(hyper=as_data(setup.config.hyper))
+    same = initial._replace(hyper=as_data(other.setup.config.hyper))
     ours, metrics = jax.jit(magpo.update, static_argnums=(0, 1))(setup, env, state)
     theirs, expected = jax.jit(ctds.update, static_argnums=(0, 1))(other.setup, other.env, same)
     assert metrics["policy/masked_share"] == 0
