@@ -27,12 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # The slowest files, slowest first: started last, one would run while the other workers idle.
 LONG = (
-    *("systems/test_probes", "experiment/test_processes", "systems/test_runs"),
+    *("systems/test_probes", "systems/test_runs", "test_sweep", "experiment/test_processes"),
     *("systems/test_contract", "envs/test_contract", "systems/test_imitation_gap"),
     *("envs/test_jaxmarl", "envs/test_seeing", "experiment/test_resume", "test_ways"),
     *("experiment/test_devices", "experiment/test_damage", "test_crash", "test_reproduce"),
     *("test_launcher", "systems/test_magpo", "experiment/test_disk_full", "test_policy"),
-    "test_benchmark",
+    *("test_benchmark", "systems/test_gpae", "test_docs", "test_plugins", "test_loggers"),
 )
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from systems import cases
 
 from magpo import commands, config, experiment, render
-from magpo.systems import magpo as system
+from magpo.systems import mappo
 
 GUIDE = (Path(__file__).parents[2] / "docs/guides/environment.md").read_text()
 TASKS = {
@@ -45,13 +45,16 @@ def test_a_gif_has_a_frame_for_each_state(task, tmp_path, monkeypatch, capsys):
 
 def test_mabrax_is_rendered_as_a_brax_page(tmp_path, monkeypatch, capsys):
     out = tmp_path / "a.html"
-    rendered(monkeypatch, capsys, "env=mabrax/hopper-3x1", "steps=2", f"out={out}")
+    task = ("env=mabrax/hopper-3x1", "env.backend=spring")
+    rendered(monkeypatch, capsys, *task, "steps=2", f"out={out}")
     assert "<html" in out.read_text()[:200].lower()
 
 
 def test_a_trained_policy_is_rendered(tmp_path, monkeypatch, capsys):
-    overrides = [*cases.short_run("magpo", cases.LBF), f"results_dir={tmp_path}"]
-    folder = experiment.run(system, config.load("magpo", overrides)).folder
+    # As in systems/test_runs.py, so that it is compiled once.
+    overrides = [*cases.short_run("mappo", "coordsum/3x10-30"), "env.observation=scaled"]
+    overrides.append(f"results_dir={tmp_path}")
+    folder = experiment.run(mappo, config.load("mappo", overrides)).folder
     out = tmp_path / "a.gif"
     printed = rendered(monkeypatch, capsys, f"run={folder}", "greedy=true", f"out={out}")
     steps = int(re.search(r"a\.gif: (\d+) steps, return", printed)[1])
@@ -86,8 +89,8 @@ def test_bad_requests_give_one_line(arguments, message, monkeypatch, capsys):
 def test_the_guides_environment_trains(tmp_path):
     (tmp_path / "rendezvous.py").write_text(re.search(r"```python\n(.*?)```", GUIDE, re.S)[1])
     short = [
-        *("env=ring/rendezvous", "env.size=3", "budget=quick", "num_envs=16", "rollout_length=16"),
-        *("total_steps=15360", "num_evaluations=3", "network.guider.embed_dim=16"),
+        *("env=ring/rendezvous", "env.size=3", "budget=quick", "num_envs=4", "rollout_length=16"),
+        *("total_steps=192", "num_evaluations=3", "network.guider.embed_dim=16"),
         *("network.learner.hidden_dim=16", "logger.plot=false", "absolute_metric=false"),
     ]
     command = [sys.executable, "-m", "magpo.systems.magpo", "import=rendezvous.py", *short]

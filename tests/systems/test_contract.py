@@ -24,12 +24,8 @@ from systems.cases import LBF
 def test_before_an_update_training_recomputes_what_acting_stored(name):
     """Compare log-probs and values, in the middle of episodes and after their ends."""
     case = cases.build(name)
-
-    @jax.jit
-    def begun(key):
-        return cases.sharpened(cases.stagger(case.module.init(case.setup, case.env, key)))
-
-    state = begun(jax.random.key(0))
+    state = cases.jitted(case.module.init)(case.setup, case.env, jax.random.key(0))
+    state = jax.jit(lambda state: cases.sharpened(cases.stagger(state)))(state)
     before = cases.jitted(case.module.rollout)(case.setup, case.env, state)[0]
     zero = cases.differences(case, before)
     assert len(zero) >= 2
@@ -120,7 +116,7 @@ def test_users_may_map_over_seeds_and_settings_themselves():
 import dataclasses, jax, jax.numpy as jnp
 from systems import cases
 
-module, setup, env = cases.build("mappo", cases.LBF, "network.actor.hidden_dim=128")
+module, setup, env = cases.build("mappo", "coordsum/3x10-30", "network.actor.hidden_dim=128")
 
 def train(key, actor_lr):
     state = module.init(setup, env, key)
