@@ -16,7 +16,6 @@ import magpo
 from magpo import commands, config, evaluate, experiment, export, render
 from magpo.errors import ConfigError
 from magpo.runs import checkpoint, policy
-from magpo.systems import mappo
 from magpo.types import Observation
 
 TASK = "coordsum/3x10-30"
@@ -28,9 +27,11 @@ def folder(tmp_path_factory):
     """Train two seeds, long enough that the best policy is not the first."""
     overrides = [f"env={TASK}", "tuned=false", "seeds=[7,2]", "num_envs=4", "rollout_length=16"]
     overrides += ["total_steps=128", "num_evaluations=2", "eval_episodes=2", "env.time_limit=9"]
-    overrides += ["network.actor.hidden_dim=8", "network.critic.hidden_dim=8", "logger.plot=false"]
+    overrides += ["network.guider.embed_dim=8", "network.learner.hidden_dim=8", "logger.plot=false"]
     overrides += ["absolute_metric=false", f"results_dir={tmp_path_factory.mktemp('results')}"]
-    return experiment.run(mappo, config.load("mappo", overrides)).folder
+    from magpo.systems import magpo as system
+
+    return experiment.run(system, config.load("magpo", overrides)).folder
 
 
 @pytest.fixture(scope="module")
