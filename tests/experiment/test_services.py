@@ -207,7 +207,7 @@ def of_mlflow(folder):
 @pytest.mark.parametrize("client", trackers.TRACKERS)
 def test_a_missing_client_is_said_before_anything_is_written(client, config, monkeypatch):
     monkeypatch.setattr(loop, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"{client} client: install magpo\[{client}\]"):
+    with pytest.raises(ConfigError, match=rf"{client} client: pip install 'magpo\[{client}\]'"):
         run(config, logger=dataclasses.replace(config.logger, **{client: True}))
     assert not Path(config.results_dir).exists()
 

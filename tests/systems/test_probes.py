@@ -43,28 +43,21 @@ def trained(request):
         [f"env={cases.LBF}", "tuned=false", f"system.gamma={GAMMA}", *shared, *own],
     ).algorithm
 
-    def made(kind):
+    def train(kind, key):
         env = Probe(kind, algorithm.needs_global_state)
-        return module.make(algorithm, spec(env)), env
-
-    def train(kind, state):
-        return module.train_chunk(*made(kind), state)[0]
-
-    def judge(kind, state, key):
-        setup, env = made(kind)
-        scores = evaluate(module, setup, env, module.policy_params(state), key, 64)
+        setup = module.make(algorithm, spec(env))
+        state, _ = module.train_chunk(setup, env, module.init(setup, env, key))
+        params = module.policy_params(state)
+        scores = evaluate(module, setup, env, params, key, 64)
         observation = state.timestep.observation
         seen = observation.agents_view[:, 0, 2]  # after the agent id
         value = values(setup, state)
         return scores["episode_return"].mean(), value, observation.step_count, seen
 
-    kinds = jnp.arange(Kind.COMPLEMENTED)  # the kinds before this one, which no test here reads
-    keys = jax.random.split(jax.random.key(0), len(Kind))[: len(kinds)]
-    state = jax.jit(jax.vmap(lambda kind, key: module.init(*made(kind), key)))(kinds, keys)
+    keys = jax.random.split(jax.random.key(0), len(Kind))
     # Some optimisation pays here: this runs long.
-    optimised = {"xla_backend_optimization_level": 1}
-    state = jax.jit(jax.vmap(train), compiler_options=optimised)(kinds, state)
-    return module, *jax.jit(jax.vmap(judge))(kinds, state, keys)
+    compiled = jax.jit(jax.vmap(train), compiler_options={"xla_backend_optimization_level": 1})
+    return module, *compiled(jnp.arange(len(Kind)), keys)
 
 
 @pytest.mark.parametrize(
