@@ -13,7 +13,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from magpo import config, contract, envs, files, plugins, published
+from magpo import config, contract, envs, errors, files, plugins, published
 from magpo.config import cli, schema
 from magpo.config.compose import load
 from magpo.envs import registry
@@ -438,6 +438,10 @@ def test_bad_input(mine, name, monkeypatch, capsys):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert expected in err
+
+
+def test_the_end_of_a_key_is_enough_for_a_suggestion():
+    assert "'system.actor_lr'" in errors.nearest("lr", ["logger", "system.actor_lr"])
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,10 @@ BAD = {
         ("space.system.shift=0..1", "storage=postgresql://nowhere/x"),
         "storage=postgresql://nowhere/x: cannot be used",
     ),
+    "no_driver": (
+        ("space.system.shift=0..1", "storage=postgresql+pg8000://nowhere/x"),
+        "cannot be used: No module named 'pg8000'",
+    ),
     "no_storage": (("space.system.shift=0..1", "storage=what://x"), "cannot be used"),
     "own_key": (("space.system.shift=0..1", "resume=auto"), "resume: the sweep sets this key"),
     "no_study": (("--report", "nowhere"), "nowhere: no study there"),

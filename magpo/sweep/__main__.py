@@ -3,8 +3,8 @@
 usage: python -m magpo.sweep <system> env=<suite>/<task> [trials=40] [key=value ...]     search
        python -m magpo.sweep --report <folder> [storage=...]       print the table, draw the plots
 
-The trials of a batch differ only in floats of system.*, so that they train in one program: they
-share the counts, choices and sizes that the first of them draws. A trial's value is the headline
+Trials that differ only in floats of system.* train in one program. So the trials of a batch share
+the counts, choices and sizes that the first of them draws. A trial's value is the headline
 metric of its run, averaged over seeds: the absolute metric, or the last evaluation if
 absolute_metric=false. The same command continues a sweep that was stopped or killed; a higher
 number of trials extends it.

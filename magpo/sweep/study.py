@@ -131,12 +131,12 @@ def shared_structure(
     As many trials share a structure as the other keys have combinations of values. CMA-ES needs the
     same ranges in all trials, so it draws each count of a range anew.
     """
-    alike = min(combinations({k: d for k, d in found.items() if k in data}), len(batch) + 1)
-    earlier = batch[int(len(batch) // alike * alike) :]
+    alike = combinations({k: d for k, d in found.items() if k in data})
+    earlier = int(len(batch) % alike)  # trials that have the next one's structure
     if not earlier:
         return {}
     return {
-        key: earlier[0].params[key]
+        key: batch[-1].params[key]
         for key, d in found.items()
         if key not in data and (name != "cmaes" or isinstance(d, CategoricalDistribution))
     }
