@@ -157,7 +157,7 @@ def test_every_metric_is_printed_and_written(trained, monkeypatch, capsys, tmp_p
             assert f"{summary['mean']:.3f} ± {summary['std']:.3f}" in row and name in out
     (mean,) = [line for line in out.splitlines() if line.split()[0] == "mean"]
     wins = np.array([member["metrics"]["win_rate"]["mean"] for member in members])
-    assert f"{wins.mean():.2f} ± {wins.std():.2f}" in mean  # over seeds
+    assert f"{wins.mean():.2f} ± {wins.std(ddof=1):.2f}" in mean  # over seeds
 
 
 def test_an_unwritable_file_is_found_before_playing(trained, monkeypatch, capsys, tmp_path):

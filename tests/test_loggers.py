@@ -394,9 +394,9 @@ def test_console_line_has_pace_and_spread(tmp_path, capsys):
     for part in (
         "384 of 1,024 steps",
         "64 steps/s",  # 2 seeds x 128 steps in 4 s
-        "return 2.00 ± 2.00",
-        "win_rate 0.50 ± 0.50",
-        "best return 2.50 ± 1.50",
+        "return 2.00 ± 2.83",
+        "win_rate 0.50 ± 0.71",
+        "best return 2.50 ± 2.12",
     ):
         assert part in line
 
@@ -405,13 +405,13 @@ def test_console_line_is_of_the_best_setting(tmp_path, capsys):
     console = make_console(tmp_path, vary={"system.delta": (1.5, 2.0, None)})
     console.update(measure(2, 6, episode_return=[1, 3, 5, 9, np.nan, 9]))
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "delta=2 (best of 3 settings): return 7.00 ± 2.00, best return 7.00 ± 2.00" in line
+    assert "delta=2 (best of 3 settings): return 7.00 ± 2.83, best return 7.00 ± 2.83" in line
     assert "192 steps/s over 6 members" in line  # 6 x 128 steps in 4 s
 
 
 def test_spread_of_one_seed_is_its_value():
     assert spread(np.array([1.234])) == "1.23"
-    assert spread(np.array([150.0, 152.0])) == "151.0 ± 1.0"
+    assert spread(np.array([150.0, 152.0])) == "151.0 ± 1.4"
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_final_table_has_every_seed_and_their_mean(tmp_path, capsys):
     assert ["5", "1.000", "3.000", "2.500", "768"] in rows
     assert ["2", "2.000", "2.000", "1.500", "640"] in rows
     mean = next(row for row in rows if row and row[0] == "mean")
-    assert mean[1:] == ["1.50", "±", "0.50", "2.50", "±", "0.50", "2.00", "±", "0.50"]
+    assert mean[1:] == ["1.50", "±", "0.71", "2.50", "±", "0.71", "2.00", "±", "0.71"]
 
 
 class Closed:
@@ -493,7 +493,7 @@ def test_a_console_without_unicode_has_question_marks(tmp_path, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     make_console(tmp_path).update(measure(2, episode_return=[1, 3]))
-    assert b"return 2.00 ? 1.00" in stream.buffer.getvalue()
+    assert b"return 2.00 ? 1.41" in stream.buffer.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Figures and tables of a paper from results folders.
 
-usage: python -m magpo.plot <folder> [<folder> ...] out=<folder> [key=value ...]
+usage: python -m magpo.plot <folder> [<folder> ...] [key=value ...]
 
-  out=<folder>           where the figures and tables go
+  out=figures            the folder for figures and tables
   metric=<name>          an evaluation metric, such as episode_return; by default each suite's
                          headline metric, the only one that is compared with published results
   order=[magpo,mappo]    the systems that come first in legends, rows, columns and colours
@@ -48,7 +48,7 @@ from magpo.values import PositiveInt, UserPath, unknown_key
 def main(
     folder: UserPath,
     *more: str,
-    out: UserPath,
+    out: UserPath = "figures",
     metric: str | None = None,
     order: tuple[str, ...] = (),
     formats: tuple[Literal["png", "pdf", "svg"], ...] = ("png",),
@@ -70,6 +70,7 @@ def main(
     drawn = {line.suite for line in lines}
     if left_out := sorted({run.suite for run in runs} - drawn):
         print(f"plot: note: left out, no {metric}: {', '.join(left_out)}", file=sys.stderr)
+    print(f"figures and tables: {out}")
 
 
 def write(out: Path, lines: Sequence[Line], formats: Sequence[str], reps: int) -> None:

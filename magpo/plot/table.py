@@ -35,7 +35,7 @@ def summary(lines: Sequence[Line]) -> list[dict[str, object]]:
                 "seeds": len(line.score),
                 "env_steps": line.steps[-1],
                 "mean": f"{line.score.mean():.6g}",
-                "std": f"{line.score.std():.6g}",
+                "std": f"{line.score.std(ddof=1):.6g}" if meaning else "",
                 "low": f"{low[0]:.6g}" if meaning else "",
                 "high": f"{high[0]:.6g}" if meaning else "",
                 "low_to_high": meaning,
@@ -61,7 +61,7 @@ def latex(lines: Sequence[Line]) -> Iterator[str]:
     and a column for each system."""
     labels = list(dict.fromkeys(line.label for line in lines))
     metrics = " or ".join(sorted({line.metric for line in lines}))
-    yield f"% {metrics}, mean and standard deviation over seeds, the largest mean in bold."
+    yield f"% {metrics}, mean and sample standard deviation over seeds, the largest mean in bold."
     yield "% Needs \\usepackage{booktabs}."
     yield f"\\begin{{tabular}}{{ll{'r' * len(labels)}}}"
     yield "\\toprule"
@@ -98,7 +98,7 @@ def cells(*texts: str) -> str:
 
 def scored(line: Line, best: float) -> str:
     """Return a system's cell, bold if its score is `best`."""
-    text = printed(line.score.mean(), line.score.std() if len(line.score) > 1 else None)
+    text = printed(line.score.mean(), line.score.std(ddof=1) if len(line.score) > 1 else None)
     text = f"\\mathbf{{{text}}}" if round(line.score.mean(), DIGITS) == best else text
     return f"${text}{'^*' if line.absolute is None else ''}$"
 

@@ -34,10 +34,10 @@ Rewards are sparse on this task: a quick run learns little. To see learning in m
 
 
 def spread(values: np.ndarray) -> str:
-    """Return mean ± standard deviation over seeds, (S,); the mean alone for one seed."""
+    """Return mean ± sample standard deviation over seeds, (S,); the mean alone for one seed."""
     digits = 1 if abs(values.mean()) >= 99.95 else 2
     mean = f"{values.mean():.{digits}f}"
-    return f"{mean} ± {values.std():.{digits}f}" if len(values) > 1 else mean
+    return f"{mean} ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
 def member_table(members: Sequence[Member], columns: Mapping[str, np.ndarray]) -> Table:

@@ -42,7 +42,7 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
         for episodes in absolute:
             score = episodes[places].mean(-1)  # (S,)
             label = f"absolute metric ({episodes.shape[1]} episodes)" if last else ""
-            at = steps[-1], score.mean(), score.std()
+            at = steps[-1], score.mean(), score.std(ddof=1) if len(score) > 1 else 0
             axes.errorbar(*at, fmt="D", color=colour, mfc="white", capsize=3, zorder=5, label=label)
     if row := run.published:
         text = f"{row.source} (after {row.steps}): {row.mean:.2f} ± {row.std:.2f}"

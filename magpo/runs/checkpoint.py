@@ -53,7 +53,6 @@ class Meta:
     steps_per_chunk: int
     log_bytes: Annotated[int, Field(ge=0)]
     arrays: dict[str, dict[str, tuple[str, tuple[int, ...]]]]  # dtype and shape, by part and name
-    log_records: int = 0  # no longer written
 
 
 def save(root: Path, chunk: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
