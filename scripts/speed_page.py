@@ -43,6 +43,11 @@ def ratio(row: Row) -> str:
     )
 
 
+def last_trial(row: Row) -> int:
+    """Return the number of a batch's last trial."""
+    return int(row["first_trial"]) + int(row["trials"]) - 1
+
+
 TABLES: dict[str, tuple[str, Columns]] = {
     "peer": (
         "peer.csv",
@@ -85,6 +90,15 @@ TABLES: dict[str, tuple[str, Columns]] = {
             "total (s)": number("total_s", ".0f"),
             "CPU (s)": number("cpu_s", ".0f"),
             "steps/s in training": number("steps_per_s"),
+        },
+    ),
+    "sweep": (
+        "sweep.csv",
+        {
+            "trials": lambda row: f"{row['first_trial']} to {last_trial(row)}",
+            "in the search (s)": number("search_s"),
+            "one at a time (s)": number("alone_s"),
+            "ratio": number("ratio", ".2f"),
         },
     ),
     "gpae": (
