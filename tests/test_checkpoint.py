@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from signing import sign
 
 from magpo.runs import checkpoint
 from magpo.runs.checkpoint import CheckpointError
@@ -51,13 +52,6 @@ def saved(state, tmp_path_factory):
 def folder(saved, tmp_path):
     """Copy a checkpoint that a test may damage."""
     return shutil.copytree(saved, tmp_path / "copy") / "00000012"
-
-
-def sign(folder):
-    """Make the manifest agree with the files."""
-    files = checkpoint._files(folder)
-    manifest = {name: checkpoint._sha256(folder / name) for name in files}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_loading_returns_what_was_saved(saved, state):

@@ -18,6 +18,11 @@ class Play(NamedTuple):
     timesteps: TimeStep  # (T, B, ...)
     ends: np.ndarray  # (B,) the index of the step that ended the episode
 
+    @property
+    def until_end(self) -> np.ndarray:
+        """The steps (T, B) up to each episode's end."""
+        return np.arange(len(self.actions))[:, None] <= self.ends
+
 
 def random_actions(env, key, mask):
     """Draw uniformly from the legal actions; mask (..., A)."""

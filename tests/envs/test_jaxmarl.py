@@ -37,11 +37,6 @@ def stacked(by_agent, simulator):
     return np.stack([by_agent[agent] for agent in simulator.agents], axis=lead)
 
 
-def until_end(played):
-    """Return a (T, B) mask of the steps up to each episode's end."""
-    return np.arange(len(played.actions))[:, None] <= played.ends
-
-
 @pytest.mark.parametrize("action_range", ["box", "released"])
 def test_mpe_matches_jaxmarl(play, action_range):
     env = envs.make("mpe/simple_spread_5ag", global_state=True, action_range=action_range)
@@ -75,7 +70,7 @@ def battle(play):
 def test_smax_matches_jaxmarl(battle):
     played, simulator, (first, views, rewards, dones, states) = battle
     seen, ours = played.timesteps.observation, played.timesteps
-    until = until_end(played)
+    until = played.until_end
     before = played.first.observation.agents_view
     np.testing.assert_allclose(before[..., 3:], stacked(first, simulator))
     features = stacked(views, simulator)
@@ -135,7 +130,7 @@ def test_mabrax_matches_jaxmarl(play):
     first, views, rewards, dones, states = by_hand(
         simulator, played.keys, lambda t: unused, played.actions
     )
-    ours, until = played.timesteps, until_end(played)
+    ours, until = played.timesteps, played.until_end
     before = played.first.observation.agents_view
     np.testing.assert_allclose(before, stacked(first, simulator), atol=1e-5)
     found, expected = ours.observation.agents_view[until], stacked(views, simulator)[until]

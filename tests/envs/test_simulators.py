@@ -136,14 +136,9 @@ def wires(play, request):
     return played, raw
 
 
-def until_end(played):
-    """Return a (T, B) mask of the steps up to each episode's end."""
-    return np.arange(len(played.actions))[:, None] <= played.ends
-
-
 def test_connector_matches_jumanji(wires):
     played, raw = wires
-    ours, until = played.timesteps, until_end(played)
+    ours, until = played.timesteps, played.until_end
     np.testing.assert_array_equal(ours.step_type[until], raw.step_type[1:][until])
     mask = raw.observation.action_mask
     np.testing.assert_array_equal(ours.observation.action_mask[until], mask[1:][until])

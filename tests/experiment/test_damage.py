@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from signing import sign
 
 from experiment.counting import SEEDS, SYSTEM, Count, K, run
 from magpo import config as configuration
@@ -38,11 +39,6 @@ def begin(config, folder):
     evaluation = programs.evaluate.eval_shape(*shapes.evaluate)
     wanted = *shapes.train_chunk, shapes.keep_best[0], evaluation
     return partial(resume.start, folder, config, *wanted)
-
-
-def sign(path):
-    manifest = {name: checkpoint._sha256(path / name) for name in checkpoint._files(path)}
-    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def spoil(path, rng):
