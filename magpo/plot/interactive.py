@@ -66,7 +66,7 @@ def _traces(lines: Sequence[Line], colours: Colours) -> Iterator[dict[str, Any]]
                 | group
                 | {
                     "fill": "toself",
-                    "fillcolor": f"{colour}29",  # transparent
+                    "fillcolor": "rgba({},{},{},0.16)".format(*bytes.fromhex(colour[1:])),
                     "hoverinfo": "skip",
                 }
             )
