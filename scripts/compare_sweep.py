@@ -5,8 +5,9 @@ r"""Time of a search, and of its trials trained one at a time, batch by batch in
         total_steps=100000 num_evaluations=6 logger.plot=false
 
 While the trials of a batch train alone, the search is suspended. Each side has its own compilation
-cache, which is empty at first. The seconds are wall time, and include starting and compiling. A
-trial that has another value alone than in the search ends this script.
+cache, which is empty at first. The table's seconds are wall time, and include starting and
+compiling; the CPU time of both sides is printed at the end. A trial that has another value alone
+than in the search ends this script.
 """
 
 import os
@@ -36,6 +37,12 @@ def with_cache(folder: Path) -> dict[str, str]:
 def send(search: subprocess.Popen[str], name: str) -> None:
     """Send a signal to a search and to the run that it has started."""
     subprocess.run(["pkill", f"-{name}", "-s", str(search.pid)], check=True)
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of all child processes that have ended, in seconds."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def wait_for(search: subprocess.Popen[str], trials: int) -> None:
@@ -84,7 +91,7 @@ def main(
         stdout=subprocess.PIPE,
         text=True,
     )
-    rows = list[dict[str, object]]()
+    rows, alone_cpu_s = list[dict[str, object]](), 0.0
     try:
         for first in range(0, trials, parallel):
             size, began = min(parallel, trials - first), time.monotonic()
@@ -94,10 +101,12 @@ def main(
             else:
                 search.communicate()
             search_s, began = time.monotonic() - began, time.monotonic()
+            before_s = cpu_seconds()
             found = studies.load(folder, None)
             batch, name = found.trials[first : first + size], found.user_attrs["headline"]
             train_alone(system, overrides, folder.with_name(f"{folder.name}_alone"), batch, name)
             alone_s = time.monotonic() - began
+            alone_cpu_s += cpu_seconds() - before_s
             row = {"first_trial": first, "trials": size, "search_s": f"{search_s:.1f}"}
             rows.append(row | {"alone_s": f"{alone_s:.1f}", "ratio": f"{search_s / alone_s:.3f}"})
             print(rows[-1], flush=True)
@@ -107,6 +116,8 @@ def main(
         if search.poll() is None:
             send(search, "KILL")
     tables.write(table, rows)
+    search_cpu_s = cpu_seconds() - alone_cpu_s
+    print(f"CPU time: {search_cpu_s:.0f} s in the search, {alone_cpu_s:.0f} s alone")
 
 
 if __name__ == "__main__":

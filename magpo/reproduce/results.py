@@ -50,7 +50,7 @@ class Seed(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether the absolute metric, the last one of a run, was measured."""
+        """Return whether the absolute metric, the last one of a run, was measured."""
         return any(name.startswith("absolute/") for _, name, _ in self.records)
 
     def last(self, kind: str) -> float | None:

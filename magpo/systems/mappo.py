@@ -102,7 +102,7 @@ class Config:
 
     @property
     def needs_global_state(self) -> bool:
-        """Whether the critic reads the global state."""
+        """Return whether the critic reads the global state."""
         return self.hyper.critic_input == "global_state"
 
 
