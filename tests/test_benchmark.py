@@ -6,16 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import small
+
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "benchmark.py")
-SHORT = [
-    *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
-    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
-]
 
 
 def measured(folder, *arguments):
     file = folder / "new" / "measured.json"
-    command = [sys.executable, SCRIPT, "mappo", *SHORT, *arguments, f"json={file}"]
+    command = [sys.executable, SCRIPT, "mappo", *small.MAPPO, *arguments, f"json={file}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text())

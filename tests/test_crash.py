@@ -4,12 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import small
+
 ROOT = Path(__file__).parents[1]
-SHORT = [
-    *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
-    *("total_steps=6400", "num_evaluations=20", "eval_episodes=2", "logger.plot=false"),
-    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
-]
+SHORT = [*small.MAPPO, "total_steps=6400", "num_evaluations=20", "eval_episodes=2"]
 
 
 def test_a_run_killed_twice_equals_an_uninterrupted_one(tmp_path):

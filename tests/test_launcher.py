@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import small
 import yaml
 
 from magpo.config import cli
@@ -11,9 +12,8 @@ from magpo.runs import listing
 from magpo.systems import mappo
 
 SHORT = [
-    *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
+    *small.MAPPO,
     *("total_steps=128", "num_evaluations=2", "eval_episodes=2", "absolute_metric=false"),
-    *("logger.plot=false", "network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
 ]
 MODULE = [sys.executable, "-m", "magpo.systems.mappo"]
 

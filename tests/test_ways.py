@@ -7,17 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 
 import magpo
 from magpo import files
 from magpo.runs import listing
 
 SYSTEMS = Path(magpo.__file__).parent / "systems"
-SMALL = [
-    *("env=coordsum/3x10-30", "env.time_limit=9", "tuned=false", "num_envs=4", "rollout_length=8"),
-    *("total_steps=64", "num_evaluations=2", "eval_episodes=2", "logger.plot=false"),
-    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8"),
-]
+SMALL = [*small.MAPPO, "total_steps=128", "num_evaluations=2", "eval_episodes=2"]
 
 
 def started(*arguments, cwd, **variables):

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from magpo.plot.aggregate import AGGREGATES, Interval
 from magpo.plot.read import Line
 from magpo.report import curve
+from magpo.report.console import sample_std
 
 DIGITS = 2  # as the papers print; cells equal to so many are all bold
 LATEX = str.maketrans(
@@ -24,7 +25,7 @@ def summary(lines: Sequence[Line]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for line in sorted(lines, key=lambda line: (line.suite, line.task)):
         low, high, meaning = curve.band(line.score[None])
-        row = line.reference
+        row, std = line.reference, sample_std(line.score)
         rows.append(
             {
                 "system": line.label,
@@ -35,7 +36,7 @@ def summary(lines: Sequence[Line]) -> list[dict[str, object]]:
                 "seeds": len(line.score),
                 "env_steps": line.steps[-1],
                 "mean": f"{line.score.mean():.6g}",
-                "std": f"{line.score.std(ddof=1):.6g}" if meaning else "",
+                "std": "" if std is None else f"{std:.6g}",
                 "low": f"{low[0]:.6g}" if meaning else "",
                 "high": f"{high[0]:.6g}" if meaning else "",
                 "low_to_high": meaning,
@@ -98,7 +99,7 @@ def cells(*texts: str) -> str:
 
 def scored(line: Line, best: float) -> str:
     """Return a system's cell, bold if its score is `best`."""
-    text = printed(line.score.mean(), line.score.std(ddof=1) if len(line.score) > 1 else None)
+    text = printed(line.score.mean(), sample_std(line.score))
     text = f"\\mathbf{{{text}}}" if round(line.score.mean(), DIGITS) == best else text
     return f"${text}{'^*' if line.absolute is None else ''}$"
 

@@ -35,9 +35,14 @@ Rewards are sparse on this task: a quick run learns little. To see learning in m
 
 def spread(values: np.ndarray) -> str:
     """Return mean ± sample standard deviation over seeds, (S,); the mean alone for one seed."""
-    digits = 1 if abs(values.mean()) >= 99.95 else 2
+    digits, std = 1 if abs(values.mean()) >= 99.95 else 2, sample_std(values)
     mean = f"{values.mean():.{digits}f}"
-    return f"{mean} ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else mean
+    return mean if std is None else f"{mean} ± {std:.{digits}f}"
+
+
+def sample_std(values: np.ndarray) -> float | None:
+    """Return the sample standard deviation over seeds, (S,); None for one seed."""
+    return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def member_table(members: Sequence[Member], columns: Mapping[str, np.ndarray]) -> Table:

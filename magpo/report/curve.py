@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from magpo.config import members
-from magpo.report.console import spread
+from magpo.report.console import sample_std, spread
 from magpo.report.measurements import Measurement, Run
 
 BLUE, GREY = "#0b62a4", "#5f6368"
@@ -42,7 +42,7 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
         for episodes in absolute:
             score = episodes[places].mean(-1)  # (S,)
             label = f"absolute metric ({episodes.shape[1]} episodes)" if last else ""
-            at = steps[-1], score.mean(), score.std(ddof=1) if len(score) > 1 else 0
+            at = steps[-1], score.mean(), sample_std(score) or 0
             axes.errorbar(*at, fmt="D", color=colour, mfc="white", capsize=3, zorder=5, label=label)
     if row := run.published:
         text = f"{row.source} (after {row.steps}): {row.mean:.2f} ± {row.std:.2f}"

@@ -37,7 +37,7 @@ from magpo.files import UNREADABLE
 from magpo.runs.folders import CONFIG, STATUS, status
 from magpo.values import UserPath, as_argument
 
-COLUMNS = ("run", "system", "task", "state", "members", "steps", "of", "return", "settings")
+COLUMNS = ("run", "system", "task", "state", "members", "steps", "total", "return", "settings")
 WORDS = ("run", "system", "task", "state", "settings")  # aligned to the left
 HIDDEN = (*WITHOUT_EFFECT, "run", "total_steps")  # settings in a column, or without effect
 State = Literal["running", "finished", "stopped", "interrupted", "failed", "unknown"]

@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import small
 
 from magpo.runs import checkpoint
 
 SHORT = [
-    *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
+    *small.MAPPO,
     *("total_steps=1280", "num_evaluations=20", "eval_episodes=2", "absolute_metric=false"),
-    *("network.actor.hidden_dim=8", "network.critic.hidden_dim=8", "logger.plot=false"),
 ]
 TRAIN = (
     "from magpo import experiment; from magpo.runs import checkpoint; "

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import small
 
 from experiment.test_devices import metrics
 from experiment.test_resume import arrays, same_logs
@@ -17,14 +18,10 @@ from magpo import config, experiment
 from magpo.errors import ConfigError
 from magpo.systems import mappo
 
-LOGS = ["absolute_metric=false", "logger.plot=false", "keep=30"]
-SHORT = [
-    *("env=coordsum/3x10-30", "env.time_limit=5", "tuned=false", "num_envs=4", "rollout_length=16"),
-    *("eval_episodes=2", "network.actor.hidden_dim=8", "network.critic.hidden_dim=8", *LOGS),
-]
+SHORT = [*small.MAPPO, "eval_episodes=2", "absolute_metric=false", "keep=30"]
 # Four chunks of the counting system, where only the loop is under test.
-COUNTED = ["env=test/count", "num_envs=4", "eval_episodes=2", "seeds=[0,1]", *LOGS]
-COUNTED += ["total_steps=96", "num_evaluations=4"]
+COUNTED = ["env=test/count", "num_envs=4", "eval_episodes=2", "seeds=[0,1]", "keep=30"]
+COUNTED += ["total_steps=96", "num_evaluations=4", "absolute_metric=false", "logger.plot=false"]
 COUNT = """
 import os, signal, sys
 from experiment import counting
