@@ -1,4 +1,4 @@
-"""`magpo.envs.check`: it reports every rule that a user's environment breaks."""
+"""`magpo.envs.check`: its errors name every rule that a user's environment breaks."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ class Walk:
     def observe(self, state):
         view = jnp.concatenate([jnp.eye(N), jnp.zeros((N, F))], axis=1)
         mask = jnp.ones((N, A), bool)
-        if self.wrong == "mask_of_one_agent":
+        if self.wrong == "one_agents_mask":
             mask = mask[0]
         if self.wrong == "no_legal_action":
             mask = mask & (state["steps"] < 2)
@@ -37,7 +37,7 @@ class Walk:
     def reset(self, key):
         state = {"steps": jnp.int32(0), "place": jnp.zeros(N)}
         first = restart(N, self.observe(state), {"distance": jnp.float32(0)})
-        if self.wrong == "begins_in_the_middle":
+        if self.wrong == "starts_mid_episode":
             first = first._replace(step_type=jnp.int8(StepType.MID))
         return state, first
 
@@ -50,15 +50,15 @@ class Walk:
         discount = 1.0 - last.astype(jnp.float32)
         if self.wrong == "team_reward":
             reward = reward.mean()
-        if self.wrong == "whole_reward":
+        if self.wrong == "integer_reward":
             reward = (action > 0).astype(jnp.int32)
         if self.wrong == "bool_discount":
             discount = ~last
         if self.wrong == "wide_step_type":
             step_type = step_type.astype(jnp.int32)
-        if self.wrong == "metric_of_step":
+        if self.wrong == "metric_only_in_step":
             metrics["steps"] = state["steps"]
-        if self.wrong == "state_changes":
+        if self.wrong == "state_dtype_changes":
             state["place"] = state["place"].astype(jnp.int32)
         if self.wrong == "no_timestep":
             return state
@@ -67,17 +67,17 @@ class Walk:
 
 WRONG = {
     "team_reward": r"step: reward must be float32\[3\], .* not float32\[\]",
-    "whole_reward": r"step: reward must be float32\[3\], .* not int32\[3\]",
+    "integer_reward": r"step: reward must be float32\[3\], .* not int32\[3\]",
     "bool_discount": r"step: discount must be float32\[\], .* not bool\[\]",
     "wide_step_type": r"step: step_type must be int8\[\], .* not int32\[\]",
-    "mask_of_one_agent": r"reset: observation.action_mask must be bool\[3, 4\], .* not bool\[4\]",
-    "metric_of_step": r"step: metrics\['steps'\] must be nothing, .*, not int32\[\]",
-    "state_changes": r"step: state\['place'\] must be float32\[3\], .* not int32\[3\]",
+    "one_agents_mask": r"reset: observation.action_mask must be bool\[3, 4\], .* not bool\[4\]",
+    "metric_only_in_step": r"step: metrics\['steps'\] must be nothing, .*, not int32\[\]",
+    "state_dtype_changes": r"step: state\['place'\] must be float32\[3\], .* not int32\[3\]",
     "no_timestep": "step must return a state and a TimeStep",
     "too_long": "no episode may be longer than time_limit = 5",
     "no_legal_action": "action_mask must leave every agent a legal action",
     "stopped_clock": "step_count must be the number of steps since reset",
-    "begins_in_the_middle": r"reset: step_type must be 0 \(FIRST\)",
+    "starts_mid_episode": r"reset: step_type must be 0 \(FIRST\)",
 }
 
 

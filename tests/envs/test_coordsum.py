@@ -54,7 +54,7 @@ def test_rewards_match_the_slow_model(games, history):
     assert set(np.unique(rewards)) == {0, 1, 2}
 
 
-def test_the_histories_differ(games):
+def test_the_opponent_histories_give_different_rewards(games):
     (targets, _, rewards, _), (same_targets, _, others, _) = games.values()
     np.testing.assert_array_equal(targets, same_targets)
     assert (rewards != others).any()

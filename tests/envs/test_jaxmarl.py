@@ -14,7 +14,7 @@ from magpo.envs import registry, simulators
 B = 4
 
 
-def by_hand(simulator, reset_keys, step_keys, actions):
+def simulate(simulator, reset_keys, step_keys, actions):
     """Step a simulator with actions (T, B, N[, A]); `step_keys` maps a step to its B keys.
 
     Return the first observations (B, ...), each step's observations, rewards and dones (T, B, ...),
@@ -44,7 +44,7 @@ def test_mpe_matches_jaxmarl(play, action_range):
     simulator = simulators.load("mpe").SimpleSpreadMPE(5, 5, action_type="Continuous")
     given = (played.actions + 1) / 2 if action_range == "box" else played.actions
     unused = jax.random.split(jax.random.key(3), B)
-    first, views, rewards, dones, _ = by_hand(simulator, played.keys, lambda t: unused, given)
+    first, views, rewards, dones, _ = simulate(simulator, played.keys, lambda t: unused, given)
     ours, before = played.timesteps, played.first.observation.agents_view
     np.testing.assert_allclose(before[..., 5:], stacked(first, simulator))
     seen = ours.observation.agents_view[..., 5:]
@@ -64,7 +64,8 @@ def battle(play):
     )
     begin, key = jnp.moveaxis(jax.vmap(jax.random.split)(played.keys), 1, 0)
     step_keys = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(0, None)))
-    return played, simulator, by_hand(simulator, begin, lambda t: step_keys(key, t), played.actions)
+    raw = simulate(simulator, begin, lambda t: step_keys(key, t), played.actions)
+    return played, simulator, raw
 
 
 def test_smax_matches_jaxmarl(battle):
@@ -127,7 +128,7 @@ def test_mabrax_matches_jaxmarl(play):
         episode_length=30, auto_reset=False, homogenisation_method="max"
     )
     unused = jax.random.split(jax.random.key(3), B)
-    first, views, rewards, dones, states = by_hand(
+    first, views, rewards, dones, states = simulate(
         simulator, played.keys, lambda t: unused, played.actions
     )
     ours, until = played.timesteps, played.until_end

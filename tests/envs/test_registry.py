@@ -126,14 +126,14 @@ def test_every_task_has_the_listed_sizes(task):
 
 
 @pytest.mark.parametrize("task", WAREHOUSES)
-def test_warehouses(task):
+def test_warehouses_have_the_listed_sizes(task):
     simulator = made(task).simulator
     built = simulator.grid_size, len(simulator.shelf_ids), simulator.request_queue_size
     assert built == WAREHOUSES[task]
 
 
 @pytest.mark.parametrize("task", BOARDS)
-def test_boards(task):
+def test_lbf_boards_have_the_listed_sizes(task):
     simulator = made(task).simulator
     generator = simulator._generator
     assert (generator.grid_size, generator.fov, generator.num_food) == BOARDS[task][:3]
@@ -170,7 +170,7 @@ def test_a_tasks_file_lists_only_what_differs_from_its_suite(task):
     assert list(envs.options(task).items()) == list((suite | own).items())
 
 
-def test_a_task_without_a_required_value_gives_one_clear_line(tmp_path, monkeypatch):
+def test_a_task_without_a_required_value_gives_a_one_line_error(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs" / "env", tmp_path / "env")
     (tmp_path / "env" / "lbf" / "9x9.yaml").write_text("grid_size: 9\nfov: 9\n")
     monkeypatch.setattr(files, "configs", lambda: tmp_path)
@@ -186,7 +186,7 @@ def test_two_environments_of_a_task_are_equal():
     assert first != envs.make("lbf/10x10-3p-3f", fov=3)
 
 
-def test_the_global_state_is_given_on_request():
+def test_the_global_state_is_added_on_request():
     env = envs.make("rware/tiny-4ag", global_state=True)
     assert spec(env).num_state_features == 4 * 66
 
@@ -250,7 +250,7 @@ def test_the_global_state_is_given_on_request():
         ("mabrax/ant-4x2", {"mapping": "correct"}, ["did you mean 'corrected'"]),
     ],
 )
-def test_bad_requests_give_one_clear_line(task, overrides, parts):
+def test_bad_requests_give_a_one_line_error(task, overrides, parts):
     with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
         envs.make(task, **overrides)
     message = str(caught.value)
@@ -290,7 +290,7 @@ def test_the_table_leaves_out_suites_that_are_not_installed(monkeypatch, capsys)
     assert err.splitlines() == [f"left out: {MISSING}"]
 
 
-def test_the_page_has_the_commands_table(monkeypatch, capsys):
+def test_the_docs_page_contains_the_commands_table(monkeypatch, capsys):
     monkeypatch.setattr(envs, "make", made)
     monkeypatch.setattr(sys, "argv", ["magpo.envs", "--markdown"])
     commands.run(tasks_table.__doc__, tasks_table.main)

@@ -15,7 +15,7 @@ from magpo import envs
 from magpo.envs.wrappers import AutoReset
 
 
-def by_hand(simulator, keys, actions):
+def simulate(simulator, keys, actions):
     """Return the simulator's own timesteps, (T + 1, B, ...)."""
     state, timestep = jax.jit(jax.vmap(simulator.reset))(keys)
     step, timesteps = jax.jit(jax.vmap(simulator.step)), [timestep]
@@ -38,7 +38,7 @@ def warehouse(play):
     sizes |= {"sensor_range": 1, "request_queue_size": 7}
     env = envs.make("rware/tiny-2ag", global_state=True, time_limit=60, **sizes)
     played = play(env, 1, 32)
-    raw = by_hand(RobotWarehouse(Warehouses(**sizes), time_limit=60), played.keys, played.actions)
+    raw = simulate(RobotWarehouse(Warehouses(**sizes), time_limit=60), played.keys, played.actions)
     return played, raw
 
 
@@ -88,7 +88,7 @@ def board():
     first, actions, timesteps = jax.tree.map(np.asarray, run(key))
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(8))
     simulator = LevelBasedForaging(Boards(**sizes), time_limit=env.time_limit)
-    return first, timesteps, by_hand(simulator, keys, actions)
+    return first, timesteps, simulate(simulator, keys, actions)
 
 
 def test_lbf_matches_jumanji(board):
@@ -132,7 +132,7 @@ def wires(play, request):
         timesteps = jax.tree.map(np.asarray, timesteps)
         ends = np.argmax(timesteps.last(), axis=0)
         played = played._replace(actions=actions, timesteps=timesteps, ends=ends)
-    raw = by_hand(Connector(Walks(5, 3), time_limit=12), played.keys, played.actions)
+    raw = simulate(Connector(Walks(5, 3), time_limit=12), played.keys, played.actions)
     return played, raw
 
 
@@ -180,7 +180,7 @@ def slow_view(grid, agent):
     return [row / size**2, column / size**2, *own_target / size**2, *blocked, *targets]
 
 
-def test_connector_views(wires):
+def test_connector_views_match_the_slow_model(wires):
     played, raw = wires
     connected = 0
     for t, b in [(0, 0), (3, 1), (6, 2), (9, 3), (11, 4), *((5, b) for b in range(5, 30))]:

@@ -24,7 +24,7 @@ def test_illegal_actions_have_no_probability_entropy_kl_or_gradient():
     samples = jax.vmap(distribution.sample)(jax.random.split(KEY, 200))
     assert set(np.unique(samples)) == {0, 2}
 
-    def of_everything(params):
+    def total(params):
         distribution = head.apply(params, features, mask)
         other = head.apply(jax.tree.map(lambda x: -x, params), features, mask)
         return (
@@ -33,7 +33,7 @@ def test_illegal_actions_have_no_probability_entropy_kl_or_gradient():
             + distribution.log_prob(jnp.zeros(7, int))
         ).sum()
 
-    gradient = jax.grad(of_everything)(params)["params"]["Dense_0"]["kernel"]
+    gradient = jax.grad(total)(params)["params"]["Dense_0"]["kernel"]
     assert np.isfinite(gradient).all()
     assert (gradient[:, (1, 3, 4)] == 0).all() and (gradient[:, (0, 2)] != 0).all()
 
@@ -60,7 +60,7 @@ def test_tanh_normal_integrates_to_one_and_ignores_padding():
     assert executed_action(far, "continuous")[0, 0] == 1
 
 
-def test_tanh_normal_kl_and_entropy():
+def test_tanh_normal_kl_and_entropy_match_estimates_from_samples():
     p = TanhNormal(jnp.array([0.2]), jnp.array([0.5]), jnp.array([True]))
     q = TanhNormal(jnp.array([-0.4]), jnp.array([0.9]), jnp.array([True]))
     samples = jax.vmap(p.sample)(jax.random.split(KEY, 40_000))

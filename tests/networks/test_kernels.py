@@ -36,7 +36,7 @@ def slow_gru(hidden, inputs, reset_before, kernel, bias):
     return out
 
 
-def same(kernel, reference, *arguments):
+def assert_matches(kernel, reference, *arguments):
     """Compare two functions and their gradients with respect to all arguments."""
     chex.assert_trees_all_close(kernel(*arguments), reference(*arguments), atol=1e-6)
 
@@ -56,13 +56,14 @@ def test_the_gru_reference_matches_numpy():
     np.testing.assert_allclose(gru.gru_reference(*arguments), slow, atol=1e-5)
 
 
-def of_floats(function):
+def with_fixed_resets(function):
+    """Fix the resets, which have no gradients."""
     return lambda hidden, inputs, *weights: function(hidden, inputs, RESETS, *weights)
 
 
 def test_gru():
     arguments = HIDDEN, INPUTS, KERNEL, BIAS
-    same(of_floats(gru.gru), of_floats(gru.gru_reference), *arguments)
+    assert_matches(with_fixed_resets(gru.gru), with_fixed_resets(gru.gru_reference), *arguments)
 
 
 @pytest.mark.parametrize("seeds", [None, 2])
@@ -71,14 +72,14 @@ def test_the_gpu_gru_matches_its_reference(monkeypatch, seeds):
         return partial(getattr(gru_gpu, function.__name__), interpret=True)
 
     monkeypatch.setattr(gru, "_fastest", interpreted)
-    ours = of_floats(gru.gru)
-    reference = of_floats(gru.gru_reference)
+    ours = with_fixed_resets(gru.gru)
+    reference = with_fixed_resets(gru.gru_reference)
     arguments = HIDDEN, INPUTS, KERNEL, BIAS
     if seeds:
         ours, reference = jax.vmap(ours), jax.vmap(reference)
         arguments = [jnp.stack([x, -x]) for x in arguments]
     assert "pallas_call" in str(jax.make_jaxpr(ours)(*arguments))
-    same(ours, reference, *arguments)
+    assert_matches(ours, reference, *arguments)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="compiles for a GPU")
@@ -95,13 +96,13 @@ def test_the_gru_rejects_a_hidden_state_that_would_broadcast():
 def test_look_up():
     action = jax.random.randint(KEYS[0], (T, B, N), 0, 2)  # repeats rows 0 and 1, never row 2
     table = jax.random.normal(KEYS[1], (N, 3, H))
-    same(
+    assert_matches(
         lambda x: kernels.look_up(x, action), lambda x: kernels.look_up_reference(x, action), table
     )
 
 
 def test_sum_of_others():
-    same(kernels.sum_of_others, kernels.sum_of_others_reference, INPUTS)
+    assert_matches(kernels.sum_of_others, kernels.sum_of_others_reference, INPUTS)
     x = jnp.ones((N, H)).at[0].set(1e30)  # subtracting 1e30 from the sum of all would leave 0
     np.testing.assert_array_equal(kernels.sum_of_others(x)[0], N - 1)
 
@@ -129,14 +130,14 @@ def test_apply_blocks():
 
     weights, states = jax.random.normal(KEYS[1], (3, H, H)), jnp.ones((3, B, H))
     ours = blocks(kernels.apply_blocks)
-    same(ours, blocks(kernels.apply_blocks_reference), HIDDEN, weights, states)
+    assert_matches(ours, blocks(kernels.apply_blocks_reference), HIDDEN, weights, states)
     out, reverse_pass = jax.vjp(ours, HIDDEN, weights, states)
     assert "tanh" in str(jax.make_jaxpr(reverse_pass)(out))  # recomputed
 
 
 def test_add_bias():
     x, bias = jax.random.normal(KEYS[0], (T, B, H)), BIAS
-    same(kernels.add_bias, kernels.add_bias_reference, x, bias)
+    assert_matches(kernels.add_bias, kernels.add_bias_reference, x, bias)
 
 
 @pytest.mark.parametrize("shape", [(H,), (N, H)])
@@ -144,4 +145,4 @@ def test_add_bias():
 def test_normalise(shape, centred):
     x = 3 * jax.random.normal(KEYS[0], (T, B, *shape)) + 1
     weights = [jax.random.normal(key, shape) for key in KEYS[1 : 2 + centred]]
-    same(kernels.normalise, kernels.normalise_reference, x, *weights)
+    assert_matches(kernels.normalise, kernels.normalise_reference, x, *weights)

@@ -1,4 +1,4 @@
-"""MAT: agents act in turn as they are trained in parallel; no action leaks to earlier agents."""
+"""MAT: acting in turn agrees with training in parallel; no action leaks to earlier agents."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def env_spec(action_kind):
 
 
 @pytest.fixture(scope="module", params=[("discrete", 1), ("discrete", 2), ("continuous", 2)])
-def acted(request):
+def rollout(request):
     action_kind, n_head = request.param
     model = MAT(A, action_kind, embed_dim=8, n_head=n_head, n_block=2)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -41,8 +41,8 @@ def test_attention_projections_are_initialised_orthogonal():
         np.testing.assert_allclose(kernel @ kernel.T, 1e-4 * np.eye(8), atol=1e-9)
 
 
-def test_acting_agrees_with_training(acted):
-    model, params, observation, out = acted
+def test_acting_agrees_with_training(rollout):
+    model, params, observation, out = rollout
     never = jnp.zeros(B, bool)  # MAT ignores resets, and accepts None
     value, distribution = jax.jit(model.apply)(params, (), observation, out.action, never)
     np.testing.assert_allclose(distribution.log_prob(out.action), out.log_prob, atol=1e-4)
@@ -51,15 +51,15 @@ def test_acting_agrees_with_training(acted):
     np.testing.assert_allclose(alone, out.value, atol=1e-5)
 
 
-def test_greedy_actions_are_the_most_likely(acted):
-    model, params, observation, _ = acted
+def test_greedy_actions_are_the_most_likely(rollout):
+    model, params, observation, _ = rollout
     likely = model.apply(params, (), observation, None, jax.random.key(9), True, method="act")
     _, distribution = model.apply(params, (), observation, likely.action, None)
     np.testing.assert_allclose(likely.action, distribution.mode(), atol=1e-5)
 
 
-def test_an_agent_depends_on_earlier_actions_and_all_views(acted):
-    model, params, observation, out = acted
+def test_an_agent_depends_on_earlier_actions_and_all_views(rollout):
+    model, params, observation, out = rollout
 
     @jax.jit
     def outputs(view, action):

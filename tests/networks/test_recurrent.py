@@ -23,10 +23,10 @@ SPEC = EnvSpec(
 )
 NETWORKS = {
     "shared": Actors(SPEC, H),
-    "each agent's own": Actors(SPEC, H, shared=False),
+    "separate": Actors(SPEC, H, shared=False),
     "feed-forward": Actors(SPEC, H, recurrent=False),
-    "critic of the state": Critic(SPEC, H),
-    "critic of observations": Critic(SPEC, H, "observation"),
+    "state critic": Critic(SPEC, H),
+    "observation critic": Critic(SPEC, H, "observation"),
 }
 
 
@@ -80,7 +80,7 @@ def test_unrolling_an_action_critic_equals_stepping(sequences):
     np.testing.assert_allclose(at_once, values, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["shared", "each agent's own"])
+@pytest.mark.parametrize("name", ["shared", "separate"])
 def test_an_agent_acts_on_its_own_view_with_its_own_parameters(name, sequences):
     """Check also that greedy actions are the policies' modes."""
     actors, (observation, _) = NETWORKS[name], at(sequences, 0)

@@ -1,4 +1,4 @@
-"""Retention checked against NumPy; agents act in turn as they are trained by chunks."""
+"""Retention checked against NumPy; acting in turn agrees with training in chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def sable(chunk_size: int, action_kind: str = "discrete", **changes) -> Sable:
 
 
 @pytest.fixture(scope="module", params=["discrete", "continuous"])
-def acted(request):
+def rollout(request):
     """Act timestep by timestep over episode ends; return the trajectory."""
     model = sable(3, request.param)
     keys = jax.random.split(jax.random.key(0), 5)
@@ -104,8 +104,8 @@ def acted(request):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 6])
-def test_acting_agrees_with_training(acted, chunk_size):
-    kind, params, carry, observation, (action, log_prob, value, value_alone) = acted
+def test_acting_agrees_with_training(rollout, chunk_size):
+    kind, params, carry, observation, (action, log_prob, value, value_alone) = rollout
     model = sable(chunk_size, kind)
     apply = jax.jit(model.apply)
     values, distribution = apply(params, carry, observation, action, jnp.asarray(RESETS))
@@ -114,22 +114,22 @@ def test_acting_agrees_with_training(acted, chunk_size):
     np.testing.assert_allclose(value_alone, value, atol=1e-4)
 
 
-def test_any_chunk_size_accepts_a_single_timestep(acted):
-    kind, params, carry, observation, (action, log_prob, *_) = acted
+def test_any_chunk_size_accepts_a_single_timestep(rollout):
+    kind, params, carry, observation, (action, log_prob, *_) = rollout
     one = jax.tree.map(lambda x: x[:, :1], (observation, action, jnp.asarray(RESETS)))
     _, distribution = sable(3, kind).apply(params, carry, *one)
     np.testing.assert_allclose(distribution.log_prob(one[1]), log_prob[:, :1], atol=5e-4)
 
 
-def test_a_team_of_another_size_is_rejected(acted):
-    kind, params, carry, observation, (action, *_) = acted
+def test_a_team_of_another_size_is_rejected(rollout):
+    kind, params, carry, observation, (action, *_) = rollout
     fewer = jax.tree.map(lambda x: x[:, :, :2] if x.ndim > 2 else x, observation)
     with pytest.raises(AssertionError):
         sable(3, kind).apply(params, carry, fewer, action[:, :, :2], jnp.asarray(RESETS))
 
 
-def test_nothing_leaks_from_later_agents_later_steps_or_other_episodes(acted):
-    kind, params, carry, observation, (action, *_) = acted
+def test_nothing_leaks_from_later_agents_later_steps_or_other_episodes(rollout):
+    kind, params, carry, observation, (action, *_) = rollout
     model = sable(3, kind)
 
     @jax.jit

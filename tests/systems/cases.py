@@ -1,4 +1,4 @@
-"""Tiny configurations of every system, and the differences that tests must know."""
+"""Tiny configurations of every system, and what tests must know of their differences."""
 
 import importlib
 import inspect
@@ -116,7 +116,7 @@ def stagger(state: Any) -> Any:
     return state._replace(env_state=state.env_state._replace(env=lbf))
 
 
-def sharpened(state: Any) -> Any:
+def sharpen(state: Any) -> Any:
     """Make policies less uniform, so that a wrong mask shows."""
     return state._replace(params=jax.tree.map(lambda x: x * 2.0, state.params))
 
@@ -128,7 +128,7 @@ def jitted(function: Any) -> Any:
 
 
 def differences(case: Case, state: Any) -> dict[str, jax.Array]:
-    """Compare what training recomputes with what a rollout from `state` stored: all zero."""
+    """Return by how much training differs from what a rollout from `state` stored: all zeros."""
     _, collected, *_ = jitted(case.module.rollout)(case.setup, case.env, state)
     return jax.jit(partial(_recomputed, case.module, case.setup))(state, collected)
 

@@ -1,4 +1,4 @@
-"""Invalid combinations of settings: one clear line, before anything compiles."""
+"""Invalid combinations of settings: a one-line error before anything compiles."""
 
 import pytest
 
@@ -30,7 +30,7 @@ from magpo.errors import ConfigError
         ("mat", ["network.memory=true"], "'network.memory' is a key of sable, not of mat"),
     ],
 )
-def test_an_invalid_combination_gives_one_line(system, overrides, message):
+def test_an_invalid_combination_gives_a_one_line_error(system, overrides, message):
     with pytest.raises(ConfigError, match=message) as error:
         load(system, ["env=coordsum/3x10-30", "tuned=false", *overrides])
     assert "\n" not in str(error.value)

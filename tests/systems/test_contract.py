@@ -21,11 +21,11 @@ from systems.cases import LBF
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_before_an_update_training_recomputes_what_acting_stored(name):
-    """Compare log-probs and values, in the middle of episodes and after their ends."""
+def test_training_reproduces_what_the_rollout_stored(name):
+    """Compare log-probs and values before any update, within episodes and after their ends."""
     case = cases.build(name)
     state = cases.jitted(case.module.init)(case.setup, case.env, jax.random.key(0))
-    state = jax.jit(lambda state: cases.sharpened(cases.stagger(state)))(state)
+    state = jax.jit(lambda state: cases.sharpen(cases.stagger(state)))(state)
     before = cases.jitted(case.module.rollout)(case.setup, case.env, state)[0]
     zero = cases.differences(case, before)
     assert len(zero) >= 2
@@ -36,7 +36,7 @@ def test_before_an_update_training_recomputes_what_acting_stored(name):
 
 
 @pytest.mark.parametrize("name", [*cases.SYSTEMS, "magpo, mat"])
-def test_before_an_update_training_recomputes_continuous_actions_too(name):
+def test_training_reproduces_what_the_rollout_stored_for_continuous_actions(name):
     case = cases.build(name, "mpe/simple_spread_3ag")
     state = cases.jitted(case.module.init)(case.setup, case.env, jax.random.key(0))
     for what, difference in cases.differences(case, state).items():
@@ -96,21 +96,21 @@ def test_training_keeps_its_shapes_and_has_no_callbacks(traced):
     assert short == primitives(long.jaxpr)
 
 
-def test_another_value_gives_the_same_program(traced):
+def test_another_hyperparameter_value_gives_the_same_program(traced):
     module, setup, env = with_values(traced.name, *VALUES[1])
     other = jax.jit(module.train_chunk, static_argnums=(0, 1)).trace(setup, env, traced.state)
     ours, theirs = traced.program.lower().as_text(), other.lower().as_text()
     assert ours == theirs
 
 
-def test_another_value_causes_no_trace(traced):
+def test_another_hyperparameter_value_causes_no_retracing(traced):
     _, setup, env = traced.case
     for values in VALUES:
         hyper = as_data(with_values(traced.name, *values).setup.config.hyper)
         traced.train_chunk.trace(setup, env, traced.state._replace(hyper=hyper))
 
 
-def test_users_may_map_over_seeds_and_settings_themselves():
+def test_users_can_vmap_over_seeds_and_settings():
     """Train in a new process: batched LAPACK QR would hang on a machine with few cores."""
     code = """
 import dataclasses, jax, jax.numpy as jnp

@@ -113,7 +113,7 @@ def updates(request):
     changes = f"system.reuse_epochs={request.param}", "system.actor_lr=0.02", "total_steps=144"
     _, setup, env = cases.build("gpae_mappo", cases.LBF, *changes)
     state = cases.jitted(gpae.init)(setup, env, jax.random.key(0))
-    state, update = cases.sharpened(cases.stagger(state)), jax.jit(partial(gpae.update, setup, env))
+    state, update = cases.sharpen(cases.stagger(state)), jax.jit(partial(gpae.update, setup, env))
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpae, "update_minibatch", recorded)

@@ -37,7 +37,7 @@ def shares():
     env = Probe(Kind.COMPLEMENTED)
     setup = magpo.make(algorithm, spec(env))
 
-    def begin(hyper, key):
+    def init(hyper, key):
         return magpo.init(setup, env, key)._replace(hyper=hyper)
 
     def train(state):
@@ -51,22 +51,22 @@ def shares():
     settings = algorithm.hyper, replace(algorithm.hyper, delta=None, rl_coef=0.0)
     hyper = jax.tree.map(lambda *values: np.stack(values), *map(as_data, settings))
     keys = jax.random.split(jax.random.key(0), 3)[:2]
-    state = jax.jit(jax.vmap(jax.vmap(begin, (None, 0)), (0, None)))(hyper, keys)
-    # Some optimisation pays where it runs long.
+    state = jax.jit(jax.vmap(jax.vmap(init, (None, 0)), (0, None)))(hyper, keys)
+    # This program runs long enough to be worth optimising.
     optimised = {"xla_backend_optimization_level": 1}
     state, guider = jax.jit(jax.vmap(jax.vmap(train)), compiler_options=optimised)(state)
     learned = jax.jit(jax.vmap(jax.vmap(learners), (0, None)))(state, keys)
     return [guider / LENGTH, learned / LENGTH]
 
 
-def test_ctds_distils_a_coordination_that_its_learners_cannot_follow(shares):
+def test_ctds_learners_cannot_follow_their_guider(shares):
     guider, learners = (x[1] for x in shares)
     assert (guider > 0.9).all()
     assert learners.mean() == pytest.approx(0.5, abs=0.12)
     assert (learners < 0.8).all()
 
 
-def test_magpo_keeps_to_one_that_its_learners_can_follow(shares):
+def test_magpo_learners_can_follow_their_guider(shares):
     guider, learners = (x[0] for x in shares)
     assert (guider > 0.9).all()
     assert (learners > 0.9).all()

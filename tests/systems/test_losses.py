@@ -50,7 +50,7 @@ SURROGATES = [
 PPO = sorted({*cases.SYSTEMS} - {"magpo", "gpae_mappo"})
 
 
-def loss_of_both(module):
+def joint_loss(module):
     """Return the loss of a policy and a value that share a network."""
     return module.guider_loss if hasattr(module, "guider_loss") else module.ppo_loss
 
@@ -61,12 +61,12 @@ def surrogate_loss(name, module, new, advantage, **more):
     values, policy = settings(name), policy_of(new)
     if hasattr(module, "actor_loss"):
         return module.actor_loss(values, policy, batch, KEY)[0]
-    return loss_of_both(module)(values, policy, jnp.zeros(1), batch, KEY)[0]
+    return joint_loss(module)(values, policy, jnp.zeros(1), batch, KEY)[0]
 
 
 @pytest.mark.parametrize(("new", "advantage", "surrogate"), SURROGATES)
 @pytest.mark.parametrize("name", PPO)
-def test_the_clipped_surrogate(name, new, advantage, surrogate):
+def test_the_surrogate_is_clipped(name, new, advantage, surrogate):
     module = importlib.import_module(f"magpo.systems.{name}")
     factor = {"factor": 1.0} if "factor" in module.Batch._fields else {}
     loss = surrogate_loss(name, module, new, advantage, **factor)
@@ -122,7 +122,7 @@ def test_the_value_loss_takes_the_larger_of_unclipped_and_clipped(name, value):
     if hasattr(module, "critic_loss"):
         loss, _ = module.critic_loss(values, given, batch)
     else:
-        loss, _ = loss_of_both(module)(values, policy_of(0.5), given, batch, KEY)
+        loss, _ = joint_loss(module)(values, policy_of(0.5), given, batch, KEY)
     worse = max((value - 2) ** 2, (min(max(value, -0.2), 0.2) - 2) ** 2)
     np.testing.assert_allclose(loss, 0.5 * 0.5 * worse, rtol=1e-5)
 
@@ -145,7 +145,7 @@ def test_ctds_learner_loss(direction, rl_coef):
     p, q = (mu, pi) if direction == "guider_to_learner" else (pi, mu)
     np.testing.assert_allclose(loss, p.kl(q)[0] - rl_coef * 0.6, rtol=1e-5)
 
-    def of_guider(log_probs):
+    def loss_given_guider(log_probs):
         return ctds.learner_loss(values, Categorical(log_probs), pi, batch)[0]
 
-    assert (jax.grad(of_guider)(mu.log_probs) == 0).all()
+    assert (jax.grad(loss_given_guider)(mu.log_probs) == 0).all()

@@ -29,14 +29,14 @@ def initial(case):
 def collected(case, initial):
     """Collect a second rollout: it starts in episodes that end at different steps."""
     _, setup, env = case
-    state = cases.sharpened(cases.stagger(initial))
+    state = cases.sharpen(cases.stagger(initial))
     rollout = cases.jitted(magpo.rollout)
     before, _ = rollout(setup, env, state)
     after, out = rollout(setup, env, before)
     return before, after, out
 
 
-def test_the_learner_acts_as_it_is_trained(case, collected):
+def test_the_learners_acting_agrees_with_its_training(case, collected):
     """Recompute the learner's carry, KL and actions, one agent and one step at a time."""
     setup, (before, after, out) = case.setup, collected
     params, transitions = before.params.learner, out.transitions
@@ -165,13 +165,13 @@ def test_each_loss_trains_only_its_own_network():
     def policies(logits):
         return (Categorical(jax.nn.log_softmax(x)) for x in logits)
 
-    def of_guider(logits):
+    def guider_loss(logits):
         return magpo.guider_loss(values, *policies(logits), batch.steps.value, batch, key)[0]
 
-    def of_learner(logits):
+    def learner_loss(logits):
         return magpo.learner_loss(values, *policies(logits), batch)[0]
 
-    mu, pi = jax.grad(of_guider)(logits)
+    mu, pi = jax.grad(guider_loss)(logits)
     assert (mu != 0).any() and (pi == 0).all()
-    mu, pi = jax.grad(of_learner)(logits)
+    mu, pi = jax.grad(learner_loss)(logits)
     assert (mu == 0).all() and (pi != 0).any()

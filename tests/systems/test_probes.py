@@ -1,4 +1,4 @@
-"""The probes, each of which every system must solve."""
+"""Probe environments that every system must solve."""
 
 import importlib
 
@@ -55,7 +55,7 @@ def trained(request):
         return scores["episode_return"].mean(), value, observation.step_count, seen
 
     keys = jax.random.split(jax.random.key(0), len(Kind))
-    # Some optimisation pays here: this runs long.
+    # This program runs long enough to be worth optimising.
     compiled = jax.jit(jax.vmap(train), compiler_options={"xla_backend_optimization_level": 1})
     return module, *compiled(jnp.arange(len(Kind)), keys)
 

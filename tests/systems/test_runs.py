@@ -39,7 +39,7 @@ def records(folder):
     ]
 
 
-def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
+def test_a_resumed_run_is_bitwise_identical(run, tmp_path):
     _, module, folder = run
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)
@@ -52,7 +52,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
 
 
-def test_a_member_trained_alone_is_the_same(run):
+def test_a_member_trained_alone_gets_the_same_parameters(run):
     """Train one seed with its own hyperparameters, which the run holds as data."""
     _, module, folder = run
     settings, place = policy.read(folder).config, 5
@@ -90,7 +90,7 @@ def observation_of(env):
     return Observation(jnp.asarray(views), mask, jnp.zeros(B, jnp.int32))
 
 
-def test_the_deployed_policy_is_what_the_card_says(run):
+def test_the_deployed_policy_matches_the_card(run):
     """Check that a decentralised policy acts for one agent alone and a joint one refuses."""
     _, module, folder = run
     together, key = magpo.load_policy(folder, seed=2), jax.random.key(0)
