@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 LONG = (
     *("systems/test_probes", "systems/test_runs", "test_sweep", "experiment/test_processes"),
     *("systems/test_contract", "envs/test_contract", "systems/test_imitation_gap"),
-    *("envs/test_jaxmarl", "envs/test_seeing", "experiment/test_resume", "test_ways"),
+    *("envs/test_jaxmarl", "envs/test_render", "experiment/test_resume", "test_invocation"),
     *("experiment/test_devices", "experiment/test_damage", "test_crash", "test_reproduce"),
     *("test_launcher", "systems/test_magpo", "experiment/test_disk_full", "test_policy"),
     *("test_benchmark", "systems/test_gpae", "test_docs", "test_plugins", "test_loggers"),
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def error_of(monkeypatch, capsys):
     """Return a function that gives a script bad arguments and returns its one-line error."""
 
     def call(script, *arguments):

@@ -11,7 +11,7 @@ import small
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "benchmark.py")
 
 
-def measured(folder, *arguments):
+def run_benchmark(folder, *arguments):
     file = folder / "new" / "measured.json"
     command = [sys.executable, SCRIPT, "mappo", *small.MAPPO, *arguments, f"json={file}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -20,7 +20,7 @@ def measured(folder, *arguments):
 
 
 def test_the_benchmark_reports_every_measurement(tmp_path):
-    found = measured(tmp_path)
+    found = run_benchmark(tmp_path)
     assert found["task"] == "coordsum/3x10-30"
     numbers = [value for value in found.values() if isinstance(value, float)]
     assert len(numbers) >= 15 and all(math.isfinite(x) and x >= 0 for x in numbers)
@@ -29,7 +29,7 @@ def test_the_benchmark_reports_every_measurement(tmp_path):
 
 def test_the_cost_of_checkpoints_and_logs_is_measured(tmp_path):
     short = ("total_steps=192", "num_evaluations=3", "eval_episodes=2")
-    found = measured(tmp_path, *short, "overhead=2")
+    found = run_benchmark(tmp_path, *short, "overhead=2")
     assert found["chunk_s"] * 2 == found["run_s"] > 0
     assert found["checkpoint_s"] > 0 and found["checkpoint_mb"] > 0
     assert found["share_of_checkpoints"] > 0 and found["share_of_logging"] > 0

@@ -88,7 +88,7 @@ def test_a_leaf_is_loaded_with_its_sharding(saved, state):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_every_damaged_file_is_found(folder, damage):
+def test_every_damaged_file_is_detected(folder, damage):
     for name in [*checkpoint._files(folder), "manifest.json"]:
         path = folder / name
         before = path.read_bytes()

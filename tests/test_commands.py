@@ -71,7 +71,7 @@ def test_arguments_are_passed_through_as_written(monkeypatch):
         (closed, ["nowhere"], "No such file or directory: 'nowhere'"),
     ],
 )
-def test_bad_arguments_give_one_line(monkeypatch, capsys, function, arguments, line):
+def test_bad_arguments_give_a_one_line_error(monkeypatch, capsys, function, arguments, line):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, function, *arguments)
     err = capsys.readouterr().err
@@ -99,7 +99,7 @@ def test_a_scripts_help_lists_its_keys(script, monkeypatch, capsys):
         assert parameter.kind is not parameter.KEYWORD_ONLY or f"{key}=" in text
 
 
-def timed(monkeypatch, table, first, second, cpu_s=lambda pid: 0.0):
+def compare(monkeypatch, table, first, second, cpu_s=lambda pid: 0.0):
     """Compare two commands; ignore their CPU time by default, because it is a few ticks."""
     words = ["compare_peer", str(table), "rounds=2", "updates=2"]
     command = [*words, sys.executable, "-c", first, "vs", sys.executable, "-c", second]
@@ -113,11 +113,11 @@ def timed(monkeypatch, table, first, second, cpu_s=lambda pid: 0.0):
 PRINT = "import time\nfor i in range(3): print({!r}, flush=True); time.sleep(0.01)"
 
 
-def test_two_commands_are_timed_in_turns(tmp_path, monkeypatch):
+def test_two_commands_are_timed_in_turn(tmp_path, monkeypatch):
     table = tmp_path / "peer.csv"
     for _ in range(2):
         ours = PRINT.format("a, 1.5k steps/s, b")
-        timed(monkeypatch, table, ours, PRINT.format("Steps per second: 1,000.0 |"))
+        compare(monkeypatch, table, ours, PRINT.format("Steps per second: 1,000.0 |"))
     rows = list(csv.DictReader(table.open()))
     assert len(rows) == 2
     assert {key: rows[1][key] for key in ("ratio", "first_steps_per_s", "second_steps_per_s")} == {
@@ -131,15 +131,15 @@ def test_rounds_disturbed_by_other_programs_do_not_count(tmp_path, monkeypatch, 
     ours = PRINT.format("2 steps/s")
     seconds = iter([0, 0, 9, 0, 0, 1] * 2)  # each side gets more in a different round
     with pytest.raises(SystemExit) as stop:
-        timed(monkeypatch, tmp_path / "peer.csv", ours, ours, lambda pid: next(seconds))
+        compare(monkeypatch, tmp_path / "peer.csv", ours, ours, lambda pid: next(seconds))
     assert stop.value.code == 2
     assert "none of 2 rounds counts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", ["print('no licence'); exit(3)", "print('no licence')"])
-def test_a_command_that_cannot_be_timed_gives_one_line(code, tmp_path, monkeypatch, capsys):
+def test_a_command_that_cannot_be_timed_gives_a_one_line_error(code, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        timed(monkeypatch, tmp_path / "peer.csv", PRINT.format("2 steps/s"), code)
+        compare(monkeypatch, tmp_path / "peer.csv", PRINT.format("2 steps/s"), code)
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and "no licence" in last

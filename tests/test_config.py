@@ -94,7 +94,7 @@ def mine(tmp_path) -> types.ModuleType:
     return module
 
 
-def command_line(monkeypatch, system: Any, *arguments: str) -> list[config.RunConfig]:
+def run_command_line(monkeypatch, system: Any, *arguments: str) -> list[config.RunConfig]:
     runs: list[config.RunConfig] = []
     monkeypatch.setattr(sys, "argv", ["mine.py", *arguments])
     cli.main(system, lambda module, run: runs.append(run))
@@ -124,7 +124,7 @@ def test_tuned_values_can_be_turned_off(mine):
 
 
 @pytest.mark.parametrize("suite", registry.SUITES)
-def test_published_options_of_the_game(mine, suite):
+def test_published_sets_the_released_options(mine, suite):
     task = next(row.task for row in published.rows() if row.task.startswith(suite))
     changed = yaml.safe_load((files.configs() / "published.yaml").read_text())[suite]
     run = load(mine, [f"env={task}", "published=true"])
@@ -137,7 +137,7 @@ def test_published_options_of_the_game(mine, suite):
         assert own.env.options[option] == other  # the command line comes later
 
 
-def test_task_without_tuned_values(mine):
+def test_a_task_without_tuned_values_uses_the_systems_values(mine):
     run = load(mine, ["env=rware/tiny-2ag"])
     assert not run.tuned
     assert run.algorithm.hyper.lr == 0.1
@@ -153,7 +153,7 @@ def test_env_option_is_overridden(mine):
     assert load(mine, [TINY, "env.time_limit=7"]).env.options["time_limit"] == 7
 
 
-def test_budgets(mine):
+def test_budgets_set_the_steps(mine):
     paper = load(mine, [TINY, "tuned=false"])
     assert (paper.budget, paper.num_updates, paper.trained_steps) == ("paper", 1220, 19_988_480)
     assert (paper.num_evaluations, paper.updates_per_chunk) == (122, 10)
@@ -181,7 +181,7 @@ def test_loading_does_not_depend_on_the_working_directory(mine, monkeypatch, tmp
     assert load(mine, [TINY]) == here
 
 
-def test_a_systems_folder_may_hold_other_files(mine, tmp_path):
+def test_a_systems_folder_can_add_config_files(mine, tmp_path):
     (tmp_path / "budget").mkdir()
     (tmp_path / "budget/tiny.yaml").write_text(
         "# @package _global_\ntotal_steps: 4096\nnum_envs: 8\nnum_evaluations: 2\n"
@@ -189,7 +189,7 @@ def test_a_systems_folder_may_hold_other_files(mine, tmp_path):
     assert load(mine, [TINY, "tuned=false", "budget=tiny"]).trained_steps == 4096
 
 
-def test_a_folder_without_a_system_may_hold_other_files(tmp_path):
+def test_a_folder_without_a_system_can_add_config_files(tmp_path):
     (tmp_path / "logger").mkdir()
     (tmp_path / "logger/silent.yaml").write_text("console: false\n")
     silent = load("magpo", [TINY, "logger=silent"], tmp_path).logger
@@ -202,7 +202,7 @@ def test_config_dataclasses_have_no_defaults():
             assert field.default is field.default_factory is dataclasses.MISSING, field.name
 
 
-def test_varied_values_are_members(mine):
+def test_varied_values_become_members(mine):
     run = load(mine, [TINY, "vary.system.lr=[1,0.25]", "vary.system.bound=[null,3]", "seeds=[4,2]"])
     assert run.vary == {"system.lr": (1.0, 0.25), "system.bound": (None, 3.0)}
     assert len(run.settings) == 4 and len(run.members) == 8
@@ -222,7 +222,7 @@ def test_varied_values_are_members(mine):
     assert "vary_in_step" not in config.dump(load(mine, [TINY]))
 
 
-def test_varied_values_may_be_chosen_by_a_file(mine, tmp_path):
+def test_a_config_file_can_set_varied_values(mine, tmp_path):
     (tmp_path / "budget").mkdir()
     text = (files.configs() / "budget/quick.yaml").read_text()
     (tmp_path / "budget/wide.yaml").write_text(f"{text}\nvary: {{system: {{lr: [1, 2]}}}}\n")
@@ -230,10 +230,10 @@ def test_varied_values_may_be_chosen_by_a_file(mine, tmp_path):
     assert run.vary == {"system.lr": (1.0, 2.0), "system.gamma": (0.5,)}
 
 
-def test_a_module_that_is_not_a_system_gives_one_line(mine, monkeypatch, capsys):
+def test_a_module_that_is_not_a_system_gives_a_one_line_error(mine, monkeypatch, capsys):
     del mine.act
     with pytest.raises(SystemExit) as stop:
-        command_line(monkeypatch, mine, TINY)
+        run_command_line(monkeypatch, mine, TINY)
     err = capsys.readouterr().err
     assert stop.value.code == 2
     assert err.startswith("error: mine.py is not a system: it lacks act;") and err.count("\n") == 1
@@ -334,7 +334,7 @@ BAD = {
     "unknown_task": (["env=rware/tiny4ag"], "rware/tiny-4ag"),
     "unknown_suite": (["env=smac/3m"], "coordsum/"),
     "task_without_suite": (["env=tiny-4ag"], "rware/tiny-4ag"),
-    "task_is_no_name": (["env=3"], "coordsum/"),
+    "task_is_not_a_name": (["env=3"], "coordsum/"),
     "unknown_budget": ([TINY, "budget=quik"], "'quick'"),
     "unknown_logger": ([TINY, "logger=defalt"], "'default'"),
     "misspelt_key": ([TINY, "system.gama=0.5"], "'system.gamma'"),
@@ -356,9 +356,9 @@ BAD = {
     "number_for_a_bool": ([TINY, "network.relu=1"], "network.relu must be a valid boolean"),
     "nothing_for_a_number": ([TINY, "system.lr=null"], "system.lr must be a valid number"),
     "value_for_a_group": ([TINY, "network.learner=3"], "'network.learner.width'"),
-    "other_word": ([TINY, "system.kind=lef"], "'left'"),
-    "other_precision": ([TINY, "precision=float64"], "'bfloat16'"),
-    "other_platform": ([TINY, "platform=cuda"], "'gpu'"),
+    "unknown_choice": ([TINY, "system.kind=lef"], "'left'"),
+    "unknown_precision": ([TINY, "precision=float64"], "'bfloat16'"),
+    "unknown_platform": ([TINY, "platform=cuda"], "'gpu'"),
     "not_positive": ([TINY, "system.lr=0"], "greater than 0"),
     "negative": ([TINY, "system.ent_coef=-0.1"], "greater than or equal to 0"),
     "above_one": ([TINY, "system.gamma=1.01"], "less than or equal to 1"),
@@ -375,63 +375,72 @@ BAD = {
     "varied_size": ([TINY, "vary.network.learner.width=[1,2]"], "width: only floats can vary"),
     "varied_seeds": ([TINY, "vary.seeds=[1,2]"], "vary.seeds: only floats"),
     "varied_group": ([TINY, "vary.system=[1,2]"], "vary.system: only floats"),
-    "varied_no_list": ([TINY, "vary.system.lr=0.5"], "vary.system.lr must be a list, not 0.5"),
-    "varied_nothing": ([TINY, "vary.system.lr=[]"], "vary.system.lr must be one or more different"),
-    "varied_twice": ([TINY, "vary.system.lr=[1,2,1.0]"], "different values, not [1.0, 2.0, 1.0]"),
+    "varied_not_a_list": ([TINY, "vary.system.lr=0.5"], "vary.system.lr must be a list, not 0.5"),
+    "varied_empty_list": (
+        [TINY, "vary.system.lr=[]"],
+        "vary.system.lr must be one or more different",
+    ),
+    "varied_duplicate": (
+        [TINY, "vary.system.lr=[1,2,1.0]"],
+        "different values, not [1.0, 2.0, 1.0]",
+    ),
     "varied_null": ([TINY, "vary.system.lr=[1,null]"], "vary: system.lr must be a valid number"),
     "varied_word": ([TINY, "vary.system.lr=[1,a]"], "vary.system.lr.1 must be a valid number"),
-    "varied_range": (
+    "varied_out_of_range": (
         [TINY, "vary.system.gamma=[0.9,1.01]"],
         "error: vary: system.gamma must be less than or equal to 1, not 1.01",
     ),
     "varied_nan": ([TINY, "vary.system.lr=[nan]"], "vary: system.lr must be a finite number"),
-    "varied_check": ([TINY, "vary.system.lr=[1,100]"], "error: vary: system.lr above 99 never"),
-    "in_step_of_two_lengths": (
+    "varied_fails_the_check": (
+        [TINY, "vary.system.lr=[1,100]"],
+        "error: vary: system.lr above 99 never",
+    ),
+    "in_step_unequal_lengths": (
         [TINY, "vary_in_step=true", "vary.system.lr=[1,2]", "vary.system.gamma=[0.5]"],
         "vary_in_step: keys must have equally many values",
     ),
-    "in_step_twice": (
+    "in_step_duplicate": (
         [TINY, "vary_in_step=true", "vary.system.lr=[1,1]", "vary.system.gamma=[0.5,0.5]"],
         "two settings are the same",
     ),
-    "vary_is_no_group": ([TINY, "vary=3"], "vary"),
+    "vary_is_not_a_group": ([TINY, "vary=3"], "vary"),
     "varied_sweep": ([TINY, "vary.system.lr=1,2"], "--multirun"),
     "does_not_divide": ([TINY, "num_envs=9"], "must divide num_envs=9, not 2"),
     "one_seed_without_brackets": ([TINY, "seeds=3"], "seeds must be a list"),
-    "no_seed": ([TINY, "seeds=[]"], "seeds must be one or more"),
-    "seed_twice": ([TINY, "seeds=[4,5,4]"], "different"),
+    "no_seeds": ([TINY, "seeds=[]"], "seeds must be one or more"),
+    "duplicate_seed": ([TINY, "seeds=[4,5,4]"], "different"),
     "negative_seed": ([TINY, "seeds=[4,-1]"], "seeds.1 must be greater"),
     "seed_too_large": ([TINY, "seeds=[4294967296]"], "less than 4294967296"),
     "too_few_steps": ([TINY, "total_steps=90000"], "at least 499712 or num_evaluations at most 21"),
     "no_update": ([TINY, "total_steps=4095"], "at least 499712, not 4095"),
     "too_many_steps": ([TINY, "total_steps=1e300"], "less than 1000000000000000, not 1e+300"),
     "too_many_updates": ([TINY, "tuned=false", "total_steps=1e14"], "must be below 35184372088832"),
-    "too_large_an_update": ([TINY, "num_envs=2147483646"], "must be below 2147483648, not 274"),
+    "update_too_large": ([TINY, "num_envs=2147483646"], "must be below 2147483648, not 274"),
     "unfinished_list": ([TINY, "seeds=[0"], "key=[0,1]"),
     "no_value": ([TINY, "seeds"], "write key=value"),
     "sweep": ([TINY, "system.lr=0.1,0.2"], "--multirun"),
     "unknown_interpolation": ([TINY, "results_dir=${nowhere}"], "nowhere"),
-    "tuned_is_no_bool": ([TINY, "tuned=maybe"], "true or false"),
-    "published_is_no_bool": ([TINY, "published=1"], "published must be true or false"),
-    "published_nowhere": (["env=smax/3m", "published=true"], "did you mean 'smax/3s5z'"),
-    "added_tuned_is_no_bool": ([TINY, "+tuned=maybe"], "true or false"),
-    "group_elsewhere": ([TINY, "tuned@x=false"], "write tuned=<value>"),
+    "tuned_is_not_a_bool": ([TINY, "tuned=maybe"], "true or false"),
+    "published_is_not_a_bool": ([TINY, "published=1"], "published must be true or false"),
+    "unpublished_task": (["env=smax/3m", "published=true"], "did you mean 'smax/3s5z'"),
+    "added_tuned_is_not_a_bool": ([TINY, "+tuned=maybe"], "true or false"),
+    "group_of_another_package": ([TINY, "tuned@x=false"], "write tuned=<value>"),
     "hydras_group": ([TINY, "hydra=3"], "unknown key 'hydra'"),
     "no_key": ([TINY, "=3"], "unknown key ''"),
-    "what_is_said_of_a_run": ([TINY, "+run.system=mappo"], "unknown key 'run.system'"),
+    "key_of_a_saved_run": ([TINY, "+run.system=mappo"], "unknown key 'run.system'"),
     "resume_is_a_number": (["resume=3"], "a run's folder or auto"),
     "resume_is_a_list": (["resume=[a]"], "a run's folder or auto"),
-    "resume_is_too_long": (["resume=" + 5000 * "a"], "no run there"),
+    "resume_too_long": (["resume=" + 5000 * "a"], "no run there"),
     "added_resume": ([TINY, "++resume=/nowhere"], "no run there"),
     "number_too_long": ([TINY, "total_steps=" + 5000 * "9"], "cannot read"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(mine, name, monkeypatch, capsys):
+def test_bad_input_gives_a_one_line_error(mine, name, monkeypatch, capsys):
     overrides, expected = BAD[name]
     with pytest.raises(SystemExit) as stop:
-        command_line(monkeypatch, mine, *overrides)
+        run_command_line(monkeypatch, mine, *overrides)
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert out == ""
@@ -458,28 +467,30 @@ def test_the_end_of_a_key_is_enough_for_a_suggestion():
         ("--multirun", "resume=auto"),
     ],
 )
-def test_bad_input_with_resume(mine, argument, expected, monkeypatch, capsys, tmp_path):
+def test_bad_input_with_resume_gives_a_one_line_error(
+    mine, argument, expected, monkeypatch, capsys, tmp_path
+):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.dump(load(mine, [TINY]))))
     with pytest.raises(SystemExit) as stop:
-        command_line(monkeypatch, mine, argument, f"resume={tmp_path}")
+        run_command_line(monkeypatch, mine, argument, f"resume={tmp_path}")
     err = capsys.readouterr().err
     assert stop.value.code == 2
     assert err.count("\n") == 1
     assert expected in err
 
 
-def test_unknown_system():
+def test_an_unknown_system_is_refused():
     with pytest.raises(ConfigError, match="unknown system 'nobody'"):
         load("nobody", [TINY])
 
 
-def test_system_without_a_yaml(mine, tmp_path):
+def test_a_system_without_a_yaml_is_refused(mine, tmp_path):
     (tmp_path / "mine.yaml").unlink()
     with pytest.raises(ConfigError, match=r"no mine\.yaml in"):
         load(mine, [TINY])
 
 
-def test_an_error_in_the_run_ends_it_too(mine, monkeypatch, capsys):
+def test_a_config_error_during_the_run_is_printed(mine, monkeypatch, capsys):
     def run(*_):
         raise ConfigError("results_dir=/proc: cannot write there")
 
@@ -499,8 +510,8 @@ def test_other_errors_keep_their_traceback(mine, monkeypatch):
 # The command line
 
 
-def test_help(mine, monkeypatch, capsys):
-    command_line(monkeypatch, mine, "--help")
+def test_help_lists_the_keys(mine, monkeypatch, capsys):
+    run_command_line(monkeypatch, mine, "--help")
     out = capsys.readouterr().out
     for expected in (
         "env=<suite>/<task>",
@@ -515,7 +526,7 @@ def test_help(mine, monkeypatch, capsys):
 
 
 def test_help_of_a_task_has_its_options_with_their_comments(mine, monkeypatch, capsys):
-    command_line(monkeypatch, mine, "--help", TINY)
+    run_command_line(monkeypatch, mine, "--help", TINY)
     title, *lines = capsys.readouterr().out.rstrip().splitlines()[-8:]
     assert title == "options of rware/tiny-4ag"
     options = dict(line.split("#")[0].strip().split("=") for line in lines)
@@ -526,14 +537,14 @@ def test_help_of_a_task_has_its_options_with_their_comments(mine, monkeypatch, c
 
 def test_help_of_a_registered_task_has_its_options(mine, monkeypatch, capsys):
     monkeypatch.setitem(registry.registered, "ring/walk", (None, {"size": 3, "name": "a b"}))
-    command_line(monkeypatch, mine, "env=ring/walk", "--help")
+    run_command_line(monkeypatch, mine, "env=ring/walk", "--help")
     lines = capsys.readouterr().out.rstrip().splitlines()
     assert lines[-3:] == ["options of ring/walk", "  env.size=3", "  env.name=a b"]
 
 
-def test_help_of_an_unknown_task_gives_one_line(mine, monkeypatch, capsys):
+def test_help_of_an_unknown_task_gives_a_one_line_error(mine, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        command_line(monkeypatch, mine, "--help", "env=rware/tiny-4a")
+        run_command_line(monkeypatch, mine, "--help", "env=rware/tiny-4a")
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1
     assert "did you mean 'rware/tiny-4ag'" in err
@@ -544,7 +555,7 @@ def test_only_a_sweep_leaves_a_record_behind(mine, flags, monkeypatch, tmp_path)
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    command_line(monkeypatch, mine, *flags, TINY)
+    run_command_line(monkeypatch, mine, *flags, TINY)
     left = [path.relative_to(folder).parts for path in folder.rglob("*") if path.is_file()]
     if "--multirun" in flags:
         assert [(parts[:2], parts[3:]) for parts in left] == [
@@ -556,7 +567,7 @@ def test_only_a_sweep_leaves_a_record_behind(mine, flags, monkeypatch, tmp_path)
 
 
 def test_cfg_prints_the_composed_configuration(mine, monkeypatch, capsys):
-    command_line(monkeypatch, mine, "--cfg", "job", TINY, "tuned=false")
+    run_command_line(monkeypatch, mine, "--cfg", "job", TINY, "tuned=false")
     printed = OmegaConf.create(capsys.readouterr().out)
     assert printed.system.lr == 0.1
     assert printed.env == envs.options("rware/tiny-4ag")
@@ -564,22 +575,24 @@ def test_cfg_prints_the_composed_configuration(mine, monkeypatch, capsys):
 
 def test_multirun_sweeps_over_lists_of_varied_values(mine, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    runs = command_line(monkeypatch, mine, "-m", TINY, "vary.system.lr=[1,2],[3]", "seeds=[0],[1]")
+    runs = run_command_line(
+        monkeypatch, mine, "-m", TINY, "vary.system.lr=[1,2],[3]", "seeds=[0],[1]"
+    )
     found = [(run.vary["system.lr"], run.seeds) for run in runs]
     assert found == [((1, 2), (0,)), ((1, 2), (1,)), ((3,), (0,)), ((3,), (1,))]
 
 
-def test_a_tilde_in_results_dir_is_home(mine, monkeypatch, tmp_path):
+def test_a_tilde_in_results_dir_is_expanded(mine, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    (run,) = command_line(monkeypatch, mine, "-m", TINY, "results_dir='~/results'", "keep=3")
+    (run,) = run_command_line(monkeypatch, mine, "-m", TINY, "results_dir='~/results'", "keep=3")
     assert run.results_dir == str(tmp_path / "home/results")
     assert (tmp_path / "home/results/sweeps").is_dir()
     assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize("override", ["env.time_limit=5", "env.num_agents=3"])
-def test_multirun(mine, override, monkeypatch, tmp_path):
+def test_multirun_loads_every_combination(mine, override, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     arguments = [
         "-m",
@@ -588,7 +601,7 @@ def test_multirun(mine, override, monkeypatch, tmp_path):
         "tuned=false",
         override,
     ]
-    runs = command_line(monkeypatch, mine, *arguments)
+    runs = run_command_line(monkeypatch, mine, *arguments)
     assert [(run.env.name.split("/")[0], run.algorithm.hyper.gamma) for run in runs] == [
         ("rware", 0.1),
         ("rware", 0.2),
@@ -613,13 +626,15 @@ def test_multirun(mine, override, monkeypatch, tmp_path):
         (["--multirn", TINY], "--multirn"),
     ],
 )
-def test_bad_input_with_flags(mine, arguments, expected, monkeypatch, capsys, tmp_path):
+def test_bad_input_with_flags_gives_a_one_line_error(
+    mine, arguments, expected, monkeypatch, capsys, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        command_line(monkeypatch, mine, *arguments)
+        run_command_line(monkeypatch, mine, *arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2
-    assert out == ""  # not even the first job of a sweep, which is valid, has started
+    assert out == ""  # no job of the sweep has started, not even the valid first one
     assert err.count("\n") == 1
     assert expected in err
 
@@ -661,7 +676,7 @@ if __name__ == "__main__":
         (["-m", TINY, "system.b=1"], 2, "", "error: unknown key 'system.b'"),
     ],
 )
-def test_a_users_system_as_a_script(arguments, code, out, err, tmp_path):
+def test_a_users_system_runs_as_a_script(arguments, code, out, err, tmp_path):
     (tmp_path / "own.py").write_text(SCRIPT.format(fields="a: values.PositiveInt"))
     system = "rollout_length: 128\n" + "system: {a: 3}\nnetwork: {a: 5}\n"
     (tmp_path / "own.yaml").write_text(system)
@@ -679,7 +694,7 @@ def test_a_users_system_as_a_script(arguments, code, out, err, tmp_path):
     assert done.stderr.count("\n") == (1 if err else 0)
 
 
-def test_wheel_finds_its_own_files(monkeypatch, tmp_path):
+def test_the_wheel_finds_its_own_configs(monkeypatch, tmp_path):
     package = tmp_path / "magpo"
     (package / "configs").mkdir(parents=True)
     monkeypatch.setattr(files, "__file__", str(package / "files.py"))

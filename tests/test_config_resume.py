@@ -55,7 +55,7 @@ def test_a_run_from_before_a_tracker_was_added_can_be_resumed(saved):
     assert config.load("magpo", [f"resume={folder}"]) == replace(run, resume=str(folder))
 
 
-def test_resume_below_home(saved, monkeypatch):
+def test_resume_expands_a_tilde(saved, monkeypatch):
     folder, run = saved
     monkeypatch.setenv("HOME", str(folder.parent))
     loaded = config.load("magpo", [f"resume='~/{folder.name}'"])

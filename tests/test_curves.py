@@ -47,10 +47,10 @@ def test_null_values_and_a_half_written_line_are_skipped(tmp_path):
     ],
     ids=lambda text: text and text[:90],
 )
-def test_a_run_that_cannot_be_collected_gives_one_line(text, tmp_path, refused):
+def test_a_run_that_cannot_be_collected_gives_a_one_line_error(text, tmp_path, error_of):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
-    assert "metrics.jsonl" in refused(curves, tmp_path / "a.csv", f"run='{tmp_path}'")
+    assert "metrics.jsonl" in error_of(curves, tmp_path / "a.csv", f"run='{tmp_path}'")
     assert not (tmp_path / "a.csv").exists()
 
 
@@ -66,16 +66,16 @@ def test_a_run_that_cannot_be_collected_gives_one_line(text, tmp_path, refused):
         "\xff\n",
     ],
 )
-def test_a_table_that_cannot_be_drawn_gives_one_line(rows, tmp_path, refused):
+def test_a_table_that_cannot_be_drawn_gives_a_one_line_error(rows, tmp_path, error_of):
     table = tmp_path / "a.csv"
     if rows is not None:
         table.write_text(f"seed,env_steps,{curves.RETURN}\n{rows}", encoding="latin-1")
-    assert str(table) in refused(
+    assert str(table) in error_of(
         curves, table, f"picture='{tmp_path / 'a.png'}'", "title=one of two"
     )
     assert not (tmp_path / "a.png").exists()
 
 
-def test_unclear_requests_give_one_line(refused):
-    assert "run=<folder>, or tables" in refused(curves, "a.csv")
-    assert "run=<folder>, or tables" in refused(curves, "a.csv", "run=here", "metric=loss/policy")
+def test_invalid_requests_give_a_one_line_error(error_of):
+    assert "run=<folder>, or tables" in error_of(curves, "a.csv")
+    assert "run=<folder>, or tables" in error_of(curves, "a.csv", "run=here", "metric=loss/policy")

@@ -1,4 +1,4 @@
-"""The README and the documentation, checked against the code: metrics, commands, tables, code."""
+"""The README and the documentation against the code: metrics, commands, tables, examples."""
 
 import re
 import shlex
@@ -64,14 +64,14 @@ def test_the_table_of_systems_matches_the_code(capsys):
 @pytest.mark.parametrize("suite", registry.SUITES)
 def test_the_pages_explain_every_option(suite):
     options = OmegaConf.load(ROOT / f"configs/env/{suite}.yaml")
-    told = re.findall(r"^\| `env\.(\w+)` \| ([^|]+) \|", section(TASKS[suite], "## Options"), re.M)
-    assert [name for name, _ in told] == list(options)
-    for name, default in told:
+    rows = re.findall(r"^\| `env\.(\w+)` \| ([^|]+) \|", section(TASKS[suite], "## Options"), re.M)
+    assert [name for name, _ in rows] == list(options)
+    for name, default in rows:
         value = "the task's" if OmegaConf.is_missing(options, name) else str(options[name])
         assert default.partition(";")[0].strip("`").lower() == value.lower()
 
 
-def test_the_speed_page_has_what_was_measured(monkeypatch):
+def test_the_speed_page_matches_the_measurements(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     speed_page = import_module("speed_page")
     page = speed_page.PAGE.read_text()

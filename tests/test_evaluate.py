@@ -88,7 +88,7 @@ def test_evaluation_equals_a_python_loop(greedy):
     assert all(value.shape == (B,) and value.dtype == jnp.float32 for value in metrics.values())
 
 
-def test_stops_at_the_time_limit_of_an_endless_environment():
+def test_evaluation_stops_at_the_time_limit():
     class Endless(RandomEnds):
         def reset(self, key):
             state, timestep = super().reset(key)
@@ -109,7 +109,7 @@ def test_keys_determine_the_returns():
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Make policies of three members, two of which are played."""
+    """Make a run of three members, two of which are played."""
     config = SimpleNamespace(
         system="own",
         members=(Member(3, {}), Member(7, {}), Member(2, {})),
@@ -160,7 +160,7 @@ def test_every_metric_is_printed_and_written(trained, monkeypatch, capsys, tmp_p
     assert f"{wins.mean():.2f} ± {wins.std(ddof=1):.2f}" in mean  # over seeds
 
 
-def test_an_unwritable_file_is_found_before_playing(trained, monkeypatch, capsys, tmp_path):
+def test_an_unwritable_file_is_reported_before_playing(trained, monkeypatch, capsys, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setattr(evaluation, "evaluate", None)
     monkeypatch.setattr(sys, "argv", ["evaluate", "run=here", f"json={tmp_path}/file/scores.json"])
@@ -182,7 +182,7 @@ def test_an_unwritable_file_is_found_before_playing(trained, monkeypatch, capsys
         ("greedy=1", "greedy must be a valid boolean, not 1"),
     ],
 )
-def test_bad_requests_give_one_line(argument, message, monkeypatch, capsys):
+def test_bad_requests_give_a_one_line_error(argument, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", "run=nowhere", argument])
     with pytest.raises(SystemExit) as stop:
         commands.run(usage, main)

@@ -17,7 +17,7 @@ PLACEHOLDERS = re.compile(r"<|import=|--help")  # a folder's name, a file of the
 
 
 def commands(page, program):
-    """The complete commands of a page, as words."""
+    """Return the complete commands of a page, split into words."""
     text = page.read_text().replace("\\\n", " ")
     found = re.findall(rf"^(?:\w+=\S+ )*python -m ({program} .*)$", text, re.M)
     return [shlex.split(line, comments=True) for line in found if not PLACEHOLDERS.search(line)]
@@ -28,7 +28,7 @@ def test_the_commands_are_accepted(page):
     found = commands(DOCS / f"{page}.md", r"magpo\.systems\.\w+")
     assert found
     for module, *overrides in found:
-        if "--multirun" in overrides:  # its first job
+        if "--multirun" in overrides:  # check the first job of the sweep
             chosen = [o for o in overrides if not re.match("--|hydra", o)]
             overrides = [re.sub(r",(?![^[]*\]).*", "", text) for text in chosen]
         config.load(module.rpartition(".")[2], [o for o in overrides if o not in ("--cfg", "job")])
@@ -46,7 +46,7 @@ def test_the_searches_are_accepted():
         assert space.distributions(searched, config.load(system, overrides))
 
 
-def test_what_users_of_other_libraries_type_is_answered_as_quoted():
+def test_overrides_from_other_libraries_give_the_quoted_errors():
     page = (DOCS / "migrating.md").read_text()
     rows = re.findall(r"^\| `(\S+)` \| `error: (.*)` \|$", page, re.M)
     assert len(rows) == 3

@@ -29,7 +29,7 @@ print(config.load("magpo", ["env=coordsum/3x10-30", "system.delta=1.2"]).algorit
 """
 
 
-def test_after_hydra_was_initialised(tmp_path):
+def test_config_loads_after_hydra_was_initialised(tmp_path):
     (tmp_path / "own.yaml").write_text("delta: 3\n")
     with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
         mine = GlobalHydra.instance().hydra
@@ -40,7 +40,7 @@ def test_after_hydra_was_initialised(tmp_path):
     assert not GlobalHydra.instance().is_initialized()
 
 
-def test_from_several_threads():
+def test_config_loads_in_several_threads():
     expected = [config.load("magpo", [*OVERRIDES, f"seeds=[{seed}]"]) for seed in range(16)]
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(
@@ -49,7 +49,7 @@ def test_from_several_threads():
     assert list(found) == expected
 
 
-def test_inside_a_users_application(tmp_path):
+def test_config_loads_inside_a_users_hydra_application(tmp_path):
     (tmp_path / "own.py").write_text(APPLICATION)
     command = [sys.executable, "own.py", "+delta=1.25"]
     done = subprocess.run(
@@ -59,7 +59,7 @@ def test_inside_a_users_application(tmp_path):
     assert done.stdout == f"1.25 {tmp_path}\n"
 
 
-def test_without_a_main_file(tmp_path):
+def test_config_loads_without_a_main_file(tmp_path):
     """Run from standard input, where there is no file, as in a notebook."""
     done = subprocess.run(
         [sys.executable, "-"], cwd=tmp_path, input=SESSION, capture_output=True, text=True,

@@ -51,29 +51,29 @@ def test_a_sweep_whose_jobs_change_folder_writes_where_it_was_started(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["sweep.subdir", "sweep.dir"])
-def test_an_unknown_interpolation_gives_one_line(tmp_path, key):
+def test_an_unknown_interpolation_gives_a_one_line_error(tmp_path, key):
     command = [*MODULE, "--multirun", *SHORT, f"hydra.{key}='${{nope}}'"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: Interpolation key 'nope' not found\n"
 
 
-def printed(monkeypatch, capsys, *arguments):
+def output_of(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["mappo.py", *arguments])
     cli.main(mappo, None)
     return capsys.readouterr().out
 
 
 def test_the_slurm_launchers_config_composes(monkeypatch, capsys):
-    out = printed(monkeypatch, capsys, "hydra/launcher=slurm", *SHORT, "--cfg", "hydra")
+    out = output_of(monkeypatch, capsys, "hydra/launcher=slurm", *SHORT, "--cfg", "hydra")
     launcher = yaml.safe_load(out)["hydra"]["launcher"]
     assert launcher["gpus_per_node"] == 1 and launcher["timeout_min"] == 1440
     assert launcher["_target_"].endswith("SlurmLauncher")
 
 
-def test_flags_that_exclude_each_other_give_one_line(monkeypatch, capsys):
+def test_flags_that_exclude_each_other_give_a_one_line_error(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        printed(monkeypatch, capsys, "--multirun", "--cfg", "job", *SHORT)
+        output_of(monkeypatch, capsys, "--multirun", "--cfg", "job", *SHORT)
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         "error: argument --cfg/-c: not allowed with argument --multirun/-m: see --help\n"

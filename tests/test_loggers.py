@@ -66,23 +66,23 @@ def test_writer_keeps_the_order_and_saves_at_the_end():
     assert sink.saves == 1
 
 
-def test_writer_error_is_told_once_stops_nobody_and_is_raised_at_the_end():
-    broken, sound, told = Recorded(fail_on=(3, 5)), Recorded(), []
+def test_a_writer_error_is_reported_once_and_raised_at_the_end():
+    broken, sound, warned = Recorded(fail_on=(3, 5)), Recorded(), []
 
     def work():
-        with Writer([broken, sound], told.append, queue_size=2) as writer:
+        with Writer([broken, sound], warned.append, queue_size=2) as writer:
             for chunk in range(9):
                 writer.put(measure(chunk))
 
     with pytest.raises(LoggingError, match="Recorded: no chunk 5"):
         work()
-    assert told == ["Recorded: no chunk 3; training continues"]
+    assert warned == ["Recorded: no chunk 3; training continues"]
     assert broken.written == [0, 1, 2, 4, 6, 7, 8]
     assert sound.written == list(range(9))
     assert sound.saves == 1
 
 
-def test_writer_forgets_a_failed_save_that_a_later_one_made_up_for():
+def test_writer_forgets_a_failed_save_once_a_later_one_succeeds():
     failures = [OSError(28, "No space left on device"), None]
 
     def save():
@@ -95,7 +95,7 @@ def test_writer_forgets_a_failed_save_that_a_later_one_made_up_for():
     assert not failures
 
 
-def test_jobs_run_after_what_was_put_before(tmp_path):
+def test_jobs_run_in_the_order_in_which_they_were_put(tmp_path):
     sink = Recorded()
     with Writer([sink]) as writer:
         writer.put(measure(0))
@@ -104,7 +104,7 @@ def test_jobs_run_after_what_was_put_before(tmp_path):
     assert sink.written == [0, "job", 1]
 
 
-def test_writer_error_at_the_last_measurement_surfaces_on_leaving():
+def test_writer_error_at_the_last_measurement_is_raised_on_exit():
     with (
         pytest.raises(LoggingError, match="no chunk 0"),
         Writer([Recorded(fail_on=(0,))]) as writer,
@@ -112,7 +112,7 @@ def test_writer_error_at_the_last_measurement_surfaces_on_leaving():
         writer.put(measure(0))
 
 
-def test_writer_that_fails_behind_a_full_queue_blocks_nobody():
+def test_writer_that_fails_with_a_full_queue_does_not_block():
     gate = threading.Event()
 
     class Stuck(Recorded):
@@ -173,7 +173,7 @@ def test_json_lines_are_exact_and_valid(tmp_path):
     assert [line["value"] for line in lines if line["name"] == "eval/episode_return"] == [0.1, None]
 
 
-def test_json_lines_make_up_for_a_full_disk(tmp_path):
+def test_json_lines_catch_up_after_a_full_disk(tmp_path):
     sink = JsonLines(make_run(tmp_path))
     file = sink.file
 
@@ -210,7 +210,7 @@ def test_json_lines_survive_the_removal_of_their_folder(tmp_path):
     assert logged_returns(folder) == [1, 2, 3, 4]
 
 
-def test_json_lines_go_on_where_a_checkpoint_stood(tmp_path):
+def test_json_lines_continue_from_a_checkpoint(tmp_path):
     sink = JsonLines(make_run(tmp_path))
     sink.write(measure(0, episode_return=[1, 2]))
     size = sink.size
@@ -220,30 +220,30 @@ def test_json_lines_go_on_where_a_checkpoint_stood(tmp_path):
     assert logged_returns(tmp_path) == [1, 2, 5, 6]
 
 
-def replaced(path):
+def replace(path):
     path.with_name("new").write_bytes(path.read_bytes())
     path.with_name("new").replace(path)
 
 
-def edited(path):
+def edit(path):
     """Replace the first line with a foreign one, as an editor or `sed -i` saves a file."""
     _, *lines = path.read_text().splitlines(keepends=True)
     path.with_name("new").write_text('{"mine": 1}\n' + "".join(lines).strip())
     path.with_name("new").replace(path)
 
 
-def cut(path):
+def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("spoil", [replaced, edited, cut, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("spoil", [replace, edit, truncate, lambda path: path.write_bytes(b"")])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_json_lines_lose_nothing_when_others_write_the_file(tmp_path, spoil, resumed):
-    told, run = [], make_run(tmp_path)
-    sink = JsonLines(run, warn=told.append)
+    warned, run = [], make_run(tmp_path)
+    sink = JsonLines(run, warn=warned.append)
     sink.write(measure(0, episode_return=[1, 2]))
     if resumed:
-        sink = JsonLines(run, sink.size, told.append)
+        sink = JsonLines(run, sink.size, warned.append)
     sink.write(measure(1, episode_return=[3, 4]))
     for _ in range(2):
         spoil(tmp_path / "metrics.jsonl")
@@ -255,8 +255,8 @@ def test_json_lines_lose_nothing_when_others_write_the_file(tmp_path, spoil, res
     assert len(set(rows)) == len(rows)
     assert {"mine": 1} not in records
     changed = (tmp_path / "metrics.jsonl.changed").read_text()
-    assert ('{"mine": 1}' in changed) == (spoil is edited)
-    assert len(told) == 1 and "written again" in told[0]
+    assert ('{"mine": 1}' in changed) == (spoil is edit)
+    assert len(warned) == 1 and "written again" in warned[0]
     again = JsonLines(run, sink.ends[1])
     again.write(measure(2, episode_return=[7, 8]))
     assert logged_returns(tmp_path) == [1, 2, 3, 4, 7, 8]
@@ -281,7 +281,7 @@ def test_json_lines_set_aside_what_others_append(tmp_path, line):
     assert values == [1, 2, 3, 4, 7, 8]
 
 
-def test_marl_eval_keeps_absolute_metrics_apart(tmp_path):
+def test_marl_eval_keeps_absolute_metrics_separate(tmp_path):
     sink = MarlEval(make_run(tmp_path))
     sink.write(measure(0))
     sink.write(measure(None, episode_return=[7, 8]))
@@ -308,7 +308,7 @@ def test_learning_curve_is_drawn_for_any_number_of_members(tmp_path, num_seeds, 
         assert [path.name for path in tmp_path.iterdir()] == ["learning_curve.png"]
 
 
-def test_band_of_few_seeds_is_their_range_of_many_an_interval():
+def test_band_is_the_range_of_few_seeds_or_an_interval_of_many():
     few = np.array([[1.0, 3.0, 2.0]])
     low, high, _ = curve.band(few)
     assert (low[0], high[0]) == (1, 3)
@@ -401,7 +401,7 @@ def test_console_line_has_pace_and_spread(tmp_path, capsys):
         assert part in line
 
 
-def test_console_line_is_of_the_best_setting(tmp_path, capsys):
+def test_console_line_shows_the_best_setting(tmp_path, capsys):
     console = make_console(tmp_path, vary={"system.delta": (1.5, 2.0, None)})
     console.update(measure(2, 6, episode_return=[1, 3, 5, 9, np.nan, 9]))
     line = capsys.readouterr().out.splitlines()[-1]
@@ -418,7 +418,7 @@ def test_spread_of_one_seed_is_its_value():
     ("suite", "budget", "hint"),
     [("rware", "quick", True), ("rware", "paper", False), ("lbf", "quick", False)],
 )
-def test_header_counts_parameters_and_hints_where_little_will_move(
+def test_header_counts_parameters_and_suggests_the_demo_for_sparse_rewards(
     tmp_path, capsys, suite, budget, hint
 ):
     env = SimpleNamespace(name=f"{suite}/task", num_agents=3, action_dim=5, action_kind="discrete")
@@ -475,7 +475,7 @@ def full():
 
 
 @pytest.mark.parametrize("stream", [Closed, closed, full, lambda: None])
-def test_a_console_that_cannot_be_written_is_silent(tmp_path, monkeypatch, capsys, stream):
+def test_an_unwritable_console_is_reported_once(tmp_path, monkeypatch, capsys, stream):
     stream = stream()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
@@ -489,7 +489,7 @@ def test_a_console_that_cannot_be_written_is_silent(tmp_path, monkeypatch, capsy
     assert [line.partition(":")[0] for line in warnings] == ["warning"] * (stream is not None)
 
 
-def test_a_console_without_unicode_has_question_marks(tmp_path, monkeypatch):
+def test_a_console_without_unicode_prints_question_marks(tmp_path, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     make_console(tmp_path).update(measure(2, episode_return=[1, 3]))

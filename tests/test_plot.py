@@ -61,7 +61,8 @@ def table_of(file):
         return list(csv.DictReader(rows))
 
 
-def drawn(root, **keys):
+def plot_runs(root, **keys):
+    """Plot all runs; return the rows of summary.csv, by system and task."""
     plot.main(root, out=root / "out", **{"reps": 20, "formats": ()} | keys)
     rows = table_of(root / "out" / "summary.csv")
     return {(row["system"], row["task"]): row for row in rows}
@@ -89,14 +90,14 @@ def text_of(figure):
     return " ".join(" ".join(found).split())
 
 
-def test_two_systems_of_three_seeds_appear_at_their_raw_iqms(tmp_path):
+def test_aggregates_of_two_systems_match_values_computed_by_hand(tmp_path):
     # With six scores of two tasks, the IQM leaves out the smallest and the largest.
     write(tmp_path, "magpo", {0: 0.1, 1: 0.2, 2: 0.3}, absolute={0: 0.9, 1: 0.86, 2: 0.84})
     write(tmp_path, "mappo", {0: 0.4, 1: 0.5, 2: 0.6}, absolute={0: 0.95, 1: 0.9, 2: 0.8})
     other = {"task": "8x8-2p-2f-coop"}
     write(tmp_path, "magpo", {0: 0.1, 1: 0.2, 2: 0.3}, absolute={0: 0.5, 1: 0.9, 2: 1.0}, **other)
     write(tmp_path, "mappo", {0: 0.4, 1: 0.5, 2: 0.6}, absolute={0: 0.9, 1: 0.894, 2: 1.0}, **other)
-    drawn(tmp_path)
+    plot_runs(tmp_path)
     rows = table_of(tmp_path / "out" / "aggregates.csv")
     found = {(row["system"], row["aggregate"]): float(row["point"]) for row in rows}
     assert found["MAGPO", "iqm"] == pytest.approx((0.84 + 0.86 + 0.9 + 0.9) / 4)  # 0.875
@@ -106,7 +107,7 @@ def test_two_systems_of_three_seeds_appear_at_their_raw_iqms(tmp_path):
     assert found["MAPPO", "optimality_gap"] == pytest.approx(1 - 5.444 / 6)
 
 
-def test_aggregates_are_of_tasks_and_seeds():
+def test_aggregates_match_the_slow_model():
     generator = np.random.default_rng(3)
     scores = {
         "A": {t: generator.random(5) for t in "xyz"},
@@ -122,7 +123,7 @@ def test_aggregates_are_of_tasks_and_seeds():
         assert all(low[name] < point[name] < high[name] for name in point)
 
 
-def test_the_bootstrap_keeps_tasks_apart():
+def test_the_bootstrap_resamples_within_each_task():
     # Each task's seeds agree, so resampling within tasks changes nothing; across tasks it would.
     constant = np.array([[0.0, 0.25, 1.0]] * 4)
     assert aggregate.estimate(np.mean, [constant], 100) == pytest.approx((1.25 / 3,) * 3)
@@ -147,7 +148,7 @@ def test_probability_of_improvement():
     assert found["B", "C"].low < 0.5 < found["B", "C"].high
 
 
-def test_the_quick_probability_is_rliables():
+def test_the_fast_probability_of_improvement_equals_rliables():
     metric = pytest.importorskip("rliable.metrics").probability_of_improvement
     generator = np.random.default_rng(1)
     for sizes in ((3, 2), (6, 4), (1, 5)):
@@ -195,7 +196,7 @@ def test_a_run_found_twice_counts_once(tmp_path):
     assert len(read.find([tmp_path, tmp_path / "magpo"])) == 1
 
 
-def test_different_settings_have_lines_of_their_own(tmp_path):
+def test_different_settings_get_separate_lines(tmp_path):
     write(tmp_path, "magpo", {0: 0.1}, name="a", lr=0.5, kl=1)
     write(tmp_path, "magpo", {1: 0.2}, name="b", lr=0.5, kl=1)
     write(tmp_path, "magpo", {0: 0.8}, name="c", lr=0.25, kl=1)
@@ -206,7 +207,7 @@ def test_different_settings_have_lines_of_their_own(tmp_path):
     np.testing.assert_allclose(found["MAGPO (lr=0.25)"].values[-1], [0.8])
 
 
-def test_a_curve_goes_as_far_as_all_its_seeds(tmp_path):
+def test_a_curve_ends_with_its_shortest_seed(tmp_path):
     write(tmp_path, "magpo", {0: 0.4}, name="a")
     folder = write(tmp_path, "magpo", {1: 0.8}, name="b", steps=(0, 1000))
     with (folder / "metrics.jsonl").open("a") as file:
@@ -216,21 +217,21 @@ def test_a_curve_goes_as_far_as_all_its_seeds(tmp_path):
     np.testing.assert_allclose(line.values, [[0, 0], [0.2, 0.4]])
 
 
-def test_what_ended_early_is_marked_in_the_aggregates(tmp_path, capsys):
+def test_systems_that_ended_early_are_marked_in_the_aggregates(tmp_path, capsys):
     write(tmp_path, "magpo", {0: 0.4}, steps=(0, 1000))
     write(tmp_path, "mappo", {0: 0.4})
     labels = ["MAGPO", "MAPPO"]
     assert draw.marked(labels, lines(tmp_path)) == {"MAGPO": "MAGPO†", "MAPPO": "MAPPO"}
     write(tmp_path, "sable", {0: 0.4}, steps=(0, 1990))  # rounded to whole chunks
     assert draw.marked(["SABLE"], lines(tmp_path)) == {"SABLE": "SABLE"}
-    drawn(tmp_path)
+    plot_runs(tmp_path)
     assert "1000 to 2000 steps" in capsys.readouterr().err
 
 
 def test_the_last_evaluation_replaces_an_absolute_metric_that_some_seed_lacks(tmp_path, capsys):
     write(tmp_path, "magpo", {0: 0.4, 1: 0.6}, absolute={0: 0.9, 1: 0.8})
     write(tmp_path, "mappo", {0: 0.4, 1: 0.6}, absolute={0: 0.9})
-    found = drawn(tmp_path)
+    found = plot_runs(tmp_path)
     assert found["MAGPO", TASK]["scores"] == "absolute metric"
     assert float(found["MAGPO", TASK]["mean"]) == pytest.approx(0.85)
     assert found["MAPPO", TASK]["scores"] == "last evaluation"
@@ -260,7 +261,7 @@ def test_a_seed_run_again_has_the_newest_runs_absolute_metric_or_none(tmp_path):
     np.testing.assert_allclose(by_label(tmp_path)["MAGPO"].score, [0.1, 0.4])
 
 
-def test_win_rates_and_lbf_have_bounds_of_their_own(tmp_path):
+def test_win_rates_and_lbf_are_normalised_by_their_own_bounds(tmp_path):
     write(tmp_path, "magpo", {0: 0.875, 1: 0.875}, absolute={0: 0.875, 1: 0.875})
     write(tmp_path, "other", {0: 0.911, 1: 0.911})
     write(tmp_path, "other", {0: 0.25, 1: 0.5}, suite="smax", task="3m")
@@ -274,7 +275,7 @@ def test_win_rates_and_lbf_have_bounds_of_their_own(tmp_path):
     assert f"the task's own bounds, 0 to 1 ({TASK})" in draw.bounds_in_words(suites["lbf"])
 
 
-def test_other_bounds_are_the_extremes_of_all_runs_at_all_steps_and_are_named(tmp_path):
+def test_other_bounds_are_the_extremes_of_all_runs_and_are_printed(tmp_path):
     task = {"suite": "coordsum", "task": "3x10-30"}  # MAGPO published: 153.13
     write(tmp_path, "magpo", {0: 40.0, 1: 80.0}, absolute={0: 50.0, 1: 90.0}, **task)
     write(tmp_path, "mappo", {0: -20.0, 1: 20.0}, **task)
@@ -288,12 +289,12 @@ def test_other_bounds_are_the_extremes_of_all_runs_at_all_steps_and_are_named(tm
         draw.over_steps(aggregate.over_steps(pooled, 5), pooled, draw.colours_of(pooled))
     )
     assert "smallest and largest evaluation of all runs (3x10-30: -20 to 90" in words
-    # Evaluations count, too, that other seeds do not have yet.
+    # Evaluations that other seeds do not have yet count, too.
     write(tmp_path, "mappo", {2: -60.0}, **task, name="b", steps=(0, 2000, 4000))
     assert aggregate.bounds(lines(tmp_path))["3x10-30"][:2] == (-120, 90)
 
 
-def test_rewards_beyond_a_tasks_own_bounds_have_those_of_the_runs(tmp_path):
+def test_rewards_beyond_a_tasks_own_bounds_replace_them(tmp_path):
     write(tmp_path, "magpo", {0: 1.0}, absolute={0: 1.0000001})  # a rounding error
     assert aggregate.bounds(lines(tmp_path))[TASK] == (0, 1, True)
     write(tmp_path, "mappo", {0: 3.0})
@@ -303,11 +304,11 @@ def test_rewards_beyond_a_tasks_own_bounds_have_those_of_the_runs(tmp_path):
 def test_suites_without_the_metric_are_left_out_with_a_note(tmp_path, capsys):
     write(tmp_path, "magpo", {0: 0.25}, suite="smax", task="3m")
     write(tmp_path, "magpo", {0: 0.25})
-    assert set(drawn(tmp_path, metric="win_rate")) == {("MAGPO", "3m")}
+    assert set(plot_runs(tmp_path, metric="win_rate")) == {("MAGPO", "3m")}
     assert "left out, no win_rate: lbf" in capsys.readouterr().err
 
 
-def test_another_metric(tmp_path):
+def test_another_metric_can_be_plotted(tmp_path):
     write(
         tmp_path, "magpo", {0: 0.25, 1: 0.5}, suite="smax", task="5m_vs_6m", absolute={0: 1, 1: 1}
     )
@@ -318,7 +319,7 @@ def test_another_metric(tmp_path):
     assert line.absolute is None and line.reference is None  # published is the win rate
 
 
-def test_the_order_of_systems(tmp_path):
+def test_systems_appear_in_the_requested_order(tmp_path):
     for system in ("ctds", "magpo", "mappo", "sable"):
         write(tmp_path, system, {0: 0.5})
     pooled = lines(tmp_path, None, ["sable", "magpo"])
@@ -366,12 +367,12 @@ def test_published_values_are_in_the_runs_units(tmp_path):
     assert run("magpo", "lbf", "of-my-own") is None
 
 
-def test_summary(tmp_path):
+def test_the_summary_has_means_intervals_and_published_values(tmp_path):
     finals = {seed: 0.1 * seed for seed in range(6)}
     write(tmp_path, "magpo", finals)
     write(tmp_path, "gpae_mappo", {3: 0.5, 4: 0.75}, suite="smax", task="5m_vs_6m", **OFF)
     write(tmp_path, "mine", {0: 0.5}, suite="smax", task="5m_vs_6m")
-    found = drawn(tmp_path)
+    found = plot_runs(tmp_path)
     many = found["MAGPO", TASK]
     assert (many["suite"], many["seeds"], many["env_steps"]) == ("lbf", "6", "2000")
     assert float(many["mean"]) == pytest.approx(0.25)
@@ -401,7 +402,7 @@ def test_the_latex_table(tmp_path):
     write(tmp_path, "mappo", {0: 0.875}, suite="smax", task="5m_vs_6m")
     write(tmp_path, "gpae_mappo", {0: 0.5}, suite="smax", task="5m_vs_6m", **OFF | {"trace": "st"})
     write(tmp_path, "a_b", {0: 0.25}, suite="smax", task="100%")
-    drawn(tmp_path)
+    plot_runs(tmp_path)
     text = (tmp_path / "out" / "table.tex").read_text()
     assert text.count("\\begin{tabular}{llrrrr}") == text.count("\\end{tabular}") == 1
     assert all(f"\\{name}rule" in text for name in ("top", "mid", "bottom"))
@@ -424,7 +425,7 @@ def test_pictures_are_written_in_every_format(tmp_path):
     write(tmp_path, "magpo", {0: 0.4, 1: 0.5})
     write(tmp_path, "mappo", {0: 0.4})
     write(tmp_path, "magpo", {0: 0.5}, suite="connector", task="con-5x5x3a")
-    drawn(tmp_path, formats=("png", "pdf", "svg"))
+    plot_runs(tmp_path, formats=("png", "pdf", "svg"))
     kinds = ("aggregates", "profiles", "iqm_over_steps")
     names = {f"{kind}_{suite}" for kind in kinds for suite in ("lbf", "connector")}
     names |= {f"lbf_{TASK}", "connector_con-5x5x3a"}
@@ -442,7 +443,7 @@ def test_pictures_are_written_in_every_format(tmp_path):
             assert b"/Type3" not in data
 
 
-def test_several_folders_on_the_command_line(tmp_path, monkeypatch):
+def test_the_command_line_accepts_several_folders(tmp_path, monkeypatch):
     for system in ("magpo", "mappo", "sable"):
         write(tmp_path, system, {0: 0.4})
     words = [
@@ -459,7 +460,7 @@ def test_several_folders_on_the_command_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["missing", "empty", "untrained", "no config", "garbage"])
-def test_bad_input_is_one_line(wrong, tmp_path, refused):
+def test_bad_input_gives_a_one_line_error(wrong, tmp_path, error_of):
     root = tmp_path / "results"
     if wrong != "missing":
         root.mkdir()
@@ -469,7 +470,7 @@ def test_bad_input_is_one_line(wrong, tmp_path, refused):
         (write(root, "magpo", {0: 0.4}) / "config.yaml").unlink()
     if wrong == "garbage":
         (write(root, "magpo", {0: 0.4}) / "metrics.jsonl").write_text('"eval/episode_return"\n')
-    assert str(root) in refused(plot, root, f"out='{tmp_path / 'out'}'")
+    assert str(root) in error_of(plot, root, f"out='{tmp_path / 'out'}'")
     assert not (tmp_path / "out").exists()
 
 
@@ -493,11 +494,11 @@ def test_bad_input_is_one_line(wrong, tmp_path, refused):
     ],
     ids=lambda text: str(text)[:30],
 )
-def test_a_damaged_file_is_one_line_that_names_it(name, old, new, tmp_path, refused):
+def test_a_damaged_file_is_named_in_a_one_line_error(name, old, new, tmp_path, error_of):
     file = write(tmp_path, "magpo", {0: 0.4}) / name
     assert old in file.read_bytes()
     file.write_bytes(file.read_bytes().replace(old, new))
-    line = refused(plot, tmp_path, f"out='{tmp_path / 'out'}'")
+    line = error_of(plot, tmp_path, f"out='{tmp_path / 'out'}'")
     assert str(file.parent) in line and name in line
 
 
@@ -517,29 +518,29 @@ def test_a_damaged_file_is_one_line_that_names_it(name, old, new, tmp_path, refu
         ("metrics=win_rate", "unknown key 'metrics': did you mean 'metric'?"),
     ],
 )
-def test_a_wrong_key_is_one_line(key, line, tmp_path, refused):
+def test_a_wrong_key_gives_a_one_line_error(key, line, tmp_path, error_of):
     write(tmp_path, "magpo", {0: 0.4})
-    assert line in refused(plot, tmp_path, f"out='{tmp_path / 'out'}'", key)
+    assert line in error_of(plot, tmp_path, f"out='{tmp_path / 'out'}'", key)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_figure_that_cannot_be_written_is_one_line(tmp_path, refused):
+def test_a_figure_that_cannot_be_written_gives_a_one_line_error(tmp_path, error_of):
     write(tmp_path, "magpo", {0: 0.4})
     (tmp_path / "file").write_text("")
     (tmp_path / "out" / f"lbf_{TASK}.png").mkdir(parents=True)
     for out in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "out"):
-        assert f"{out} cannot be written" in refused(plot, tmp_path, f"out='{out}'", "reps=5")
+        assert f"{out} cannot be written" in error_of(plot, tmp_path, f"out='{out}'", "reps=5")
 
 
-def test_without_rliable_the_command_says_how_to_install_it(tmp_path, refused, monkeypatch):
+def test_without_rliable_the_command_says_how_to_install_it(tmp_path, error_of, monkeypatch):
     write(tmp_path, "magpo", {0: 0.4})
     monkeypatch.setitem(sys.modules, "rliable", None)
     monkeypatch.setitem(sys.modules, "rliable.metrics", None)
-    line = refused(plot, tmp_path, f"out='{tmp_path / 'out'}'")
+    line = error_of(plot, tmp_path, f"out='{tmp_path / 'out'}'")
     assert "pip install 'magpo[plot]'" in line and not (tmp_path / "out").exists()
 
 
 def test_a_damaged_marl_eval_json_changes_nothing(tmp_path):
     folder = write(tmp_path, "magpo", {0: 0.4}, absolute={0: 0.75})
     (folder / "marl_eval.json").write_text('{"lbf": [')
-    assert float(drawn(tmp_path)["MAGPO", TASK]["mean"]) == 0.75
+    assert float(plot_runs(tmp_path)["MAGPO", TASK]["mean"]) == 0.75

@@ -139,7 +139,7 @@ def test_a_fork_may_have_the_name_of_a_system(home):
     assert list(recorded) == ["mappo.py"] and plugins.system("mappo", recorded) is fork
 
 
-def test_jobs_of_a_sweep_import_too(home):
+def test_the_jobs_of_a_sweep_import_plugins_too(home):
     task, values = "env=ring/rendezvous", "system.gamma=0.9,0.8"
     arguments = ["-m", "magpo.systems.mappo", *IMPORTS, task, *SMALL, values, "--multirun"]
     done = subprocess.run(
@@ -171,7 +171,7 @@ def test_an_unusable_import_is_refused(tmp_path, monkeypatch, text, imports, mes
     assert [task for p in plugins._plugins for task in p.tasks] == list(registry.registered)
 
 
-def test_two_systems_of_one_name_are_refused(home):
+def test_two_systems_with_the_same_name_are_refused(home):
     (home / "other").mkdir()
     shutil.copy(home / "mine.py", home / "other")
     with pytest.raises(ConfigError, match=r"mine\.py is a system of that name already"):

@@ -1,4 +1,4 @@
-"""Trained policies: loaded, played and exported, also where libraries are missing."""
+"""Trained policies: loaded, played and exported, even where libraries are missing."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def test_the_trained_config_comes_from_the_checkpoint_not_config_yaml(folder, tm
 
 
 def falsify(path, change):
-    """Change a checkpoint into an intact one of another run."""
+    """Change a checkpoint's contents and sign it again."""
     meta = json.loads((path / "meta.json").read_text())
     record = checkpoint.load_named(path, meta, "record")
     change(meta, record)
@@ -66,7 +66,7 @@ def falsify(path, change):
     sign(path)
 
 
-def of_params(convert):
+def convert_params(convert):
     """Return a function that converts the first best parameter; None removes it."""
 
     def change(meta, record):
@@ -81,11 +81,11 @@ def of_params(convert):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (of_params(lambda x: x * np.nan), "out of range"),
-        (of_params(np.float64), "not 32 bits for each of 2 members"),
-        (of_params(lambda x: x[:1]), "not 32 bits for each of 2 members"),
-        (of_params(lambda x: np.concatenate([x, x], -1)), "its policies cannot act"),
-        (of_params(lambda x: None), "its policies cannot act"),
+        (convert_params(lambda x: x * np.nan), "out of range"),
+        (convert_params(np.float64), "not 32 bits for each of 2 members"),
+        (convert_params(lambda x: x[:1]), "not 32 bits for each of 2 members"),
+        (convert_params(lambda x: np.concatenate([x, x], -1)), "its policies cannot act"),
+        (convert_params(lambda x: None), "its policies cannot act"),
         (lambda meta, record: record.pop("best.score"), "its policies cannot act"),
         (lambda meta, record: record.update({"best.score": np.full(2, np.nan)}), "not 32 bits"),
         (lambda meta, record: record.update({"best.chunk": np.int32([1, 9])}), "out of range"),
@@ -97,7 +97,7 @@ def of_params(convert):
         (lambda meta, record: meta.pop("config"), "config is missing"),
     ],
 )
-def test_a_wrong_checkpoint_is_named_and_the_one_before_used(
+def test_a_wrong_checkpoint_is_reported_and_the_previous_one_used(
     folder, tmp_path, capsys, change, message
 ):
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -111,7 +111,7 @@ def test_a_wrong_checkpoint_is_named_and_the_one_before_used(
         policy.read(copy)
 
 
-def of_agent(observation, agent):
+def for_agent(observation, agent):
     return observation._replace(
         agents_view=observation.agents_view[:, agent],
         action_mask=observation.action_mask[:, agent],
@@ -123,7 +123,7 @@ def run_python(code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_loaded_policy_acts_as_the_system_with_the_best_parameters(folder, observation):
+def test_a_loaded_policy_acts_like_the_system_with_the_best_parameters(folder, observation):
     loaded = magpo.load_policy(folder, seed=2)
     trained = policy.read(folder)
     params = jax.tree.map(lambda x: x[1], trained.params)
@@ -140,22 +140,22 @@ def test_a_loaded_policy_acts_as_the_system_with_the_best_parameters(folder, obs
     jax.tree.map(np.testing.assert_array_equal, best, jax.tree.map(lambda x: x[at], trained.params))
 
 
-def test_one_agent_alone_acts_as_among_all(folder, observation):
+def test_an_agent_alone_acts_as_it_does_in_the_team(folder, observation):
     together, key = magpo.load_policy(folder), jax.random.key(0)
     actions, carry = together.act(together.initial_carry((B,)), observation, key, greedy=True)
     for agent in range(N):
         alone = magpo.load_policy(folder, agent=agent)
         before = alone.initial_carry((B,))
-        action, after = alone.act(before, of_agent(observation, agent), key, greedy=True)
+        action, after = alone.act(before, for_agent(observation, agent), key, greedy=True)
         np.testing.assert_array_equal(action, actions[:, agent])
         np.testing.assert_allclose(after, carry[:, agent], atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_shape", [(), (2, 2)])
 @pytest.mark.parametrize("agent", [None, 1])
-def test_any_batch_shape(folder, observation, batch_shape, agent):
+def test_policies_accept_any_batch_shape(folder, observation, batch_shape, agent):
     loaded = magpo.load_policy(folder, agent=agent)
-    given = observation if agent is None else of_agent(observation, agent)
+    given = observation if agent is None else for_agent(observation, agent)
     key = jax.random.key(0)
     flat, _ = loaded.act(loaded.initial_carry((B,)), given, key, greedy=True)
     shaped = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), given)
@@ -184,7 +184,7 @@ def test_an_exported_policy_runs_with_jax_alone(folder, observation, tmp_path):
     loaded = magpo.load_policy(folder, agent=0)
     data, description = export.export(loaded)
     (tmp_path / "policy.stablehlo").write_bytes(data)
-    given = of_agent(observation, 0)
+    given = for_agent(observation, 0)
     carry = loaded.initial_carry((B,)) + 0.3
     np.savez(tmp_path / "inputs", carry=carry, view=given.agents_view, mask=given.action_mask)
     code = """if 1:
@@ -234,7 +234,7 @@ def call(monkeypatch, capsys, module, *arguments):
     return code, out, err
 
 
-def test_the_guides_programs_act(folder, tmp_path, monkeypatch):
+def test_the_guides_programs_run(folder, tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs/guides/deploy.md").read_text()
     load, choose, exported = re.findall(r"```python\n(.*?)```", page, re.S)
     exec(load, names := {"folder": folder})
@@ -279,13 +279,15 @@ def test_evaluate_plays_every_seed(folder, monkeypatch, capsys):
         (["episode=3"], "unknown key 'episode': did you mean 'episodes'"),
     ],
 )
-def test_bad_input_to_evaluate_gives_one_line(folder, monkeypatch, capsys, arguments, message):
+def test_bad_input_to_evaluate_gives_a_one_line_error(
+    folder, monkeypatch, capsys, arguments, message
+):
     code, _, err = call(monkeypatch, capsys, evaluate, f"run={folder}", *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("module", [evaluate, export])
-def test_bad_folders_give_one_line(module, monkeypatch, capsys, tmp_path):
+def test_bad_folders_give_a_one_line_error(module, monkeypatch, capsys, tmp_path):
     code, _, err = call(monkeypatch, capsys, module, f"run={tmp_path}")
     assert code == 2 and "no run there" in err and err.count("\n") == 1
     assert "usage" in call(monkeypatch, capsys, module, "--help")[1]
@@ -309,7 +311,7 @@ def test_a_run_without_a_checkpoint_has_no_policy(folder, tmp_path):
 
 
 @pytest.mark.parametrize("command", [evaluate, export, render])
-def test_commands_look_for_a_run_below_home(command, monkeypatch, tmp_path, capsys):
+def test_commands_expand_a_tilde(command, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["", "run='~/nowhere'"])
     with pytest.raises(SystemExit):

@@ -58,7 +58,7 @@ def write(root, system, finals, *, name, task=TASK, absolute=None, status="finis
     return folder
 
 
-def checkpoint(folder):
+def add_checkpoint(folder):
     (folder / "checkpoints" / "00000001").mkdir(parents=True)
     versions = {"magpo": "0.1.0", "jax": "0.10.2", "devices": "2 x cpu"}
     meta = folder / "checkpoints" / "00000001" / "meta.json"
@@ -70,7 +70,7 @@ def results(tmp_path_factory):
     root = tmp_path_factory.mktemp("report") / "results"
     absolute = {seed: final / 2 for seed, final in FINALS.items()}
     best = write(root, "mappo", FINALS, name="five", published=True, absolute=absolute)
-    checkpoint(best)
+    add_checkpoint(best)
     (best / "episode.gif").write_bytes(GIF)
     (best / "secret.gif").symlink_to(best / "config.yaml")
     write(root, "ctds", {0: 0.5, 3: 0.25}, name="two", status="interrupted")
@@ -133,7 +133,7 @@ def curves(file):
     return [[trace["name"] for trace in json.loads(data) if "name" in trace] for data in found]
 
 
-def test_every_run_is_listed_whatever_became_of_it(written):
+def test_every_run_is_listed_whatever_its_state(written):
     found = {name: row for (name, number), row in rows(written).items() if number == 10}
     shown = {name: (row[3], row[4], row[5], row[6], row[7]) for name, row in found.items()}
     assert shown.pop("run")
@@ -154,7 +154,7 @@ def test_every_run_is_listed_whatever_became_of_it(written):
     assert found["two"][1:3] == ["ctds", TASK] and found["two"][8:] == ["-", "-"]
 
 
-def test_scores_are_those_of_the_records_beside_the_published_ones(written):
+def test_scores_match_the_records_and_stand_beside_the_published_ones(written):
     found = rows(written)
     absolute = np.array([*FINALS.values()]) / 2
     system, score, interval, published, seeds, steps = found["MAPPO", 6]
@@ -171,7 +171,7 @@ def test_scores_are_those_of_the_records_beside_the_published_ones(written):
     assert found[TASK, 5][2] == "MAT"  # the highest, in the overview
 
 
-def test_published_lines_are_of_the_published_game_only(written):
+def test_published_lines_are_drawn_only_for_the_published_game(written):
     (names,) = [names for names in curves(written) if any("published" in name for name in names)]
     assert names == [
         "CTDS (actor_lr=0.1), 1 seed",
@@ -182,7 +182,7 @@ def test_published_lines_are_of_the_published_game_only(written):
     ]
 
 
-def test_settings_are_those_in_which_runs_differ(written):
+def test_settings_in_which_runs_differ_are_listed(written):
     text, found = written.read_text(), rows(written)
     # Runs are in the order of their ids, which sort by time.
     assert found["setting", 6] == [
@@ -200,14 +200,14 @@ def test_settings_are_those_in_which_runs_differ(written):
     assert found["list", 3] == ["list", "-", "?"]
 
 
-def test_problems_are_named(written):
+def test_problems_are_reported(written):
     text = written.read_text()
     assert "begun: no evaluation yet" in text
     assert "other/metrics.jsonl: line 4 is not a record" in text
     assert "lost: config.yaml is missing or cannot be read" in text
 
 
-def test_names_are_text(written):
+def test_names_are_escaped(written):
     text = written.read_text()
     assert EVIL not in text and EVIL.replace("/", "|") not in text
     assert "&lt;script&gt;document.title=" in text
@@ -224,7 +224,7 @@ def test_episodes_are_embedded_if_they_are_pictures(written, results, monkeypatc
     )
 
 
-def test_commands_continue_or_play_a_run(written, results):
+def test_the_page_gives_commands_to_continue_or_play_a_run(written, results):
     commands = written.read_text().partition("Commands that")[2]
     assert f"python -m magpo.systems.ctds resume={results}/ctds/{TASK}/two\n" in commands
     assert f"python -m magpo.evaluate run={results}/mappo/{TASK}/five\n" in commands
@@ -238,7 +238,7 @@ def test_a_plugins_name_is_in_the_command(results):
     assert page.command("evaluate", run).endswith("/five 'import=my own.py'")
 
 
-def test_one_run_and_a_filter(results, tmp_path):
+def test_the_page_can_show_one_run_or_filtered_runs(results, tmp_path):
     out = tmp_path / "report.html"
     page.main(str(results / "mappo" / TASK / "five"), out=str(out))
     assert [name for name, number in rows(out) if number == 10] == ["run", "five"]
@@ -291,26 +291,28 @@ def test_a_browser_draws_the_curves_without_a_network(written, tmp_path):
         (["results", "out=empty"], "out=empty: is a folder"),
     ],
 )
-def test_bad_input_is_one_line(arguments, line, results, tmp_path, refused, monkeypatch):
+def test_bad_input_gives_a_one_line_error(
+    arguments, line, results, tmp_path, error_of, monkeypatch
+):
     (tmp_path / "empty").mkdir()
     (tmp_path / "results").symlink_to(results / "mappo")
     monkeypatch.chdir(tmp_path)
-    assert line in refused(page, *arguments)
+    assert line in error_of(page, *arguments)
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "results"}
 
 
 @pytest.mark.parametrize("name", ["plotly.offline", "jinja2"])
 def test_without_a_library_the_command_says_how_to_install_it(
-    name, results, tmp_path, refused, monkeypatch
+    name, results, tmp_path, error_of, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.chdir(tmp_path)
-    line = refused(page, results)
+    line = error_of(page, results)
     assert "is not installed: pip install 'magpo[report]'" in line and name.split(".")[0] in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_seeds_are_drawn_to_their_own_ends(tmp_path):
+def test_each_seed_is_drawn_to_its_own_end(tmp_path):
     write(tmp_path, "mappo", {0: 0.5}, name="a")
     running = write(tmp_path, "mappo", {1: 1.0}, name="b") / "metrics.jsonl"
     running.write_text("".join(running.read_text().splitlines(keepends=True)[:2]))

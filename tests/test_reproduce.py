@@ -192,7 +192,7 @@ def test_only_missing_seeds_are_trained_and_tables_share_a_run(table, call, monk
     ],
     ids=str,
 )
-def test_a_run_belongs_to_a_row_by_its_configuration(table, call, change, belongs):
+def test_a_run_is_matched_to_a_row_by_its_configuration(table, call, change, belongs):
     row = results.rows()["gpae", TASK, "off"]
     flat = config.flat(config.dump(config.load(row.command[0], row.command[1:])))
     flat |= {"vary": {}} | change
@@ -201,10 +201,10 @@ def test_a_run_belongs_to_a_row_by_its_configuration(table, call, change, belong
     kept = config.nested({name: value for name, value in flat.items() if value is not None})
     (folder / "config.yaml").write_text(yaml.safe_dump(kept))
     assert [run.folder for run in results.runs(row, "results")] == [folder] * belongs
-    said = f"runs in results that belong to no row: 1, such as {folder}" in call(
+    reported = f"runs in results that belong to no row: 1, such as {folder}" in call(
         "results_dir=results"
     )
-    assert said != belongs
+    assert reported != belongs
 
 
 def seed(*values, absolute=None, **facts):
@@ -276,7 +276,7 @@ def test_the_committed_report_matches_the_committed_csvs():
         ((None, None), "1.00 | 6.00 ± 1.50 | unfinished at 0 steps | 2 | 0 | -"),
     ],
 )
-def test_verdicts(table, call, absolutes, cells):
+def test_the_report_gives_each_row_a_verdict(table, call, absolutes, cells):
     row = results.rows()["magpo", TASK, "mappo"]
     seeds = {
         i: seed(1.0, *[2.0] * (value is not None), absolute=value)
@@ -293,7 +293,7 @@ def test_verdicts(table, call, absolutes, cells):
     assert f"\n- {TASK}, mappo: because\n" in call("--report")
 
 
-def test_five_seeds_have_an_interval(table, call):
+def test_rows_of_five_seeds_have_an_interval(table, call):
     row = results.rows()["magpo", TASK, "mappo"]
     scores = np.array([1.0, 2.0, 4.0, 8.0, 9.0])
     for number, interval in ((4, False), (5, True)):
@@ -330,8 +330,8 @@ def test_five_seeds_have_an_interval(table, call):
     ],
     ids=str,
 )
-def test_bad_arguments_give_one_line(table, refused, arguments, line):
-    assert line in refused(reproduce, *arguments)
+def test_bad_arguments_give_a_one_line_error(table, error_of, arguments, line):
+    assert line in error_of(reproduce, *arguments)
 
 
 HEAD = "seed,env_steps,name,value\n"
@@ -354,23 +354,23 @@ WHOLE = HEAD + "".join(f"0,,{name},\n" for name in results.FACTS) + "0,0,eval/ep
         ("findings.csv", "paper,task,finding\nmagpo,a/b,because\n"),
     ],
 )
-def test_malformed_results_give_one_line(table, refused, file, text):
+def test_malformed_results_give_a_one_line_error(table, error_of, file, text):
     path = Path("out", file)
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert str(path) in refused(reproduce, "out=out", "--report")
+    assert str(path) in error_of(reproduce, "out=out", "--report")
     if file != "findings.csv":
-        assert str(path) in refused(reproduce, "out=out", TASK, "mappo")  # before it trains
+        assert str(path) in error_of(reproduce, "out=out", TASK, "mappo")  # before it trains
 
 
-def test_a_damaged_log_gives_one_line(table, refused):
+def test_a_damaged_log_gives_a_one_line_error(table, error_of):
     row = results.rows()["magpo", TASK, "mappo"]
     folder = Path("results/reproduce/mappo", TASK, "1")
     folder.mkdir(parents=True)
     values = config.dump(config.load(row.command[0], row.command[1:]))
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     (folder / "metrics.jsonl").write_text('{"name": "eval/episode_return", "env_steps": 3}\n')
-    assert "metrics.jsonl: line 1 is not a record" in refused(reproduce, "out=out", "--collect")
+    assert "metrics.jsonl: line 1 is not a record" in error_of(reproduce, "out=out", "--collect")
 
 
 def test_the_headline_metrics_match_the_environments(table):

@@ -228,7 +228,7 @@ def test_workers_share_a_journal(monkeypatch):
     assert len({t["params"]["system.shift"] for t in found}) == 4
 
 
-def prepared(*overrides):
+def make_study(*overrides):
     """Return a search, and a study in memory: five finished trials, all 0, and two running."""
     plugins.load(["counting.py"])
     given = config.load("counting", [*TINY, "seeds=[3]", *overrides])
@@ -252,7 +252,7 @@ def prepared(*overrides):
 
 @pytest.mark.parametrize("prune", [True, False])
 def test_trials_below_the_median_are_pruned(prune):
-    made, found = prepared()
+    made, found = make_study()
     batch = found.trials[5:]
     assert training.train_all(made, found, batch, 8, prune, lambda: None) == 0
     ended = found.trials[5:]
@@ -291,21 +291,21 @@ BAD = {
     "unknown_system": (("nobody", "env=test/count"), "unknown system 'nobody'"),
     "unknown_key": (("space.system.shft=[1]",), "did you mean 'space.system.shift'"),
     "not_searchable": (("space.env.walls=[1]",), "unknown key 'space.env.walls'"),
-    "nothing": ((), "nothing to search"),
-    "empty": (("space.system.shift=[]",), "one or more different values"),
-    "twice": (("space.system.shift=[1,1]",), "one or more different values"),
-    "backwards": (("space.system.shift=3..1",), "the first number must be the smaller"),
+    "nothing_to_search": ((), "nothing to search"),
+    "empty_list": (("space.system.shift=[]",), "one or more different values"),
+    "duplicate_value": (("space.system.shift=[1,1]",), "one or more different values"),
+    "reversed_range": (("space.system.shift=3..1",), "the first number must be the smaller"),
     "log_of_0": (("space.system.shift=log:0..1",), "must be above 0"),
-    "no_range": (("space.system.shift=3",), "a range low..high"),
+    "not_a_range": (("space.system.shift=3",), "a range low..high"),
     "range_of_words": (("space.system.nan=1..2",), "is not a number"),
-    "half_a_count": (("space.system.repeats=0.5..2",), "must be whole numbers"),
+    "fractional_count": (("space.system.repeats=0.5..2",), "must be whole numbers"),
     "out_of_range": (("space.system.shift=-1..1",), "space.system.shift: system.shift must be"),
     "wrong_choice": (("space.system.nan=[often]",), "space.system.nan: system.nan must be"),
-    "no_trials_at_once": (("space.system.shift=0..1", "parallel=0"), "parallel must be greater"),
-    "sampler": (("space.system.shift=0..1", "sampler=tpee"), "sampler must be"),
+    "parallel_0": (("space.system.shift=0..1", "parallel=0"), "parallel must be greater"),
+    "unknown_sampler": (("space.system.shift=0..1", "sampler=tpee"), "sampler must be"),
     "grid_of_a_range": (("space.system.shift=0..1", "sampler=grid"), "sampler=grid: needs a list"),
     "one_range": (("space.system.shift=0..1", "sampler=cmaes"), "needs two ranges or more"),
-    "unreachable": (
+    "unreachable_storage": (
         ("space.system.shift=0..1", "storage=postgresql://nowhere/x"),
         "storage=postgresql://nowhere/x: cannot be used",
     ),
@@ -313,8 +313,8 @@ BAD = {
         ("space.system.shift=0..1", "storage=postgresql+pg8000://nowhere/x"),
         "cannot be used: No module named 'pg8000'",
     ),
-    "no_storage": (("space.system.shift=0..1", "storage=what://x"), "cannot be used"),
-    "own_key": (("space.system.shift=0..1", "resume=auto"), "resume: the sweep sets this key"),
+    "unknown_storage": (("space.system.shift=0..1", "storage=what://x"), "cannot be used"),
+    "reserved_key": (("space.system.shift=0..1", "resume=auto"), "resume: the sweep sets this key"),
     "no_study": (("--report", "nowhere"), "nowhere: no study there"),
 }
 
@@ -329,7 +329,7 @@ def refusal(monkeypatch, capsys, *arguments):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(monkeypatch, capsys, name):
+def test_bad_input_gives_a_one_line_error(monkeypatch, capsys, name):
     arguments, expected = BAD[name]
     complete = name in ("no_system", "unknown_system", "no_study")
     before = () if complete else ("counting", *TINY, "study=study")
@@ -349,7 +349,7 @@ def test_a_study_of_another_search_is_refused(monkeypatch, capsys):
     assert "num_envs: 4, now 5" in err
 
 
-def test_a_run_that_must_fit_is_refused_before_it_trains(monkeypatch):
+def test_a_run_that_does_not_fit_is_refused_before_training(monkeypatch):
     plugins.load(["counting.py"])
     monkeypatch.setattr("magpo.hardware.devices.memory_available", lambda config: 10)
     given = config.load("counting", TINY)
@@ -372,7 +372,7 @@ def test_a_key_set_to_one_value_is_not_searched():
     assert found == {"system.rl_coef": [0, 1, 2, 4, 8], "system.gamma": "0.9..1"}
 
 
-def test_ranges(monkeypatch):
+def test_ranges_become_distributions(monkeypatch):
     plugins.load(["counting.py"])
     given = config.load("counting", TINY)
     texts = {"system.shift": "log:1e-3..2", "system.bound": "1.5..3", "system.repeats": "log:1..8"}

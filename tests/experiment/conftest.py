@@ -1,3 +1,3 @@
 """Fixtures for runs of the counting system."""
 
-from experiment.counting import _leave_jax_as_it_is, config  # noqa: F401
+from experiment.counting import _restore_jax_config, config  # noqa: F401

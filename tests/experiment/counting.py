@@ -109,7 +109,7 @@ def train_chunk(setup, env, state):
 
 
 def policy_params(state):
-    return state.params  # the same buffers that the next chunk takes
+    return state.params  # the same buffers, which are donated to the next chunk
 
 
 def initial_carry(setup, batch_shape):
@@ -123,7 +123,7 @@ def act(setup, params, carry, observation, key, greedy):
 
 
 @pytest.fixture(autouse=True)
-def _leave_jax_as_it_is(tmp_path, monkeypatch):
+def _restore_jax_config(tmp_path, monkeypatch):
     names = [
         "jax_compilation_cache_dir",
         "jax_default_matmul_precision",
@@ -181,7 +181,7 @@ def run(config, **changes):
     return experiment.run(SYSTEM, config, Count())
 
 
-def plotted(config):
+def with_plot(config):
     """Turn on the learning curve, which takes a quarter of a run's time."""
     return dataclasses.replace(config, logger=dataclasses.replace(config.logger, plot=True))
 

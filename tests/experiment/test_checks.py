@@ -1,4 +1,4 @@
-"""Mistakes in a fork: one line that names its file, before anything compiles."""
+"""Mistakes in a fork: a one-line error that names its file, before anything compiles."""
 
 import dataclasses
 from pathlib import Path
@@ -14,52 +14,64 @@ from magpo.errors import ConfigError
 from magpo.experiment import loop
 
 
-def joint(setup, params, carry, observation, key, greedy):
+def one_action(setup, params, carry, observation, key, greedy):
     return jnp.zeros((*carry.shape[:-1], 1), jnp.int32), carry
 
 
-def real(setup, params, carry, observation, key, greedy):
+def float_actions(setup, params, carry, observation, key, greedy):
     return jnp.zeros(carry.shape), carry
 
 
-def alone(setup, params, carry, observation, key, greedy):
+def without_carry(setup, params, carry, observation, key, greedy):
     return jnp.zeros(carry.shape, jnp.int32)
 
 
-def forgetful(setup, params, carry, observation, key, greedy):
+def wrong_carry(setup, params, carry, observation, key, greedy):
     return jnp.zeros(carry.shape, jnp.int32), carry[:, :1]
 
 
-def silent(setup, env, state):
+def without_metrics(setup, env, state):
     return state
 
 
-def growing(setup, env, state):
+def changed_dtype(setup, env, state):
     return state._replace(walked=state.walked.astype(jnp.int32)), {"loss/policy": jnp.zeros(U)}
 
 
-def by_epoch(setup, env, state):
+def metrics_per_epoch(setup, env, state):
     return state, {"loss/policy": jnp.zeros((U, 3))}
 
 
-def uncounted(setup, env, state):
+def uncounted_episodes(setup, env, state):
     return state, {"rollout/episode_return": jnp.zeros(U)}
 
 
-def everything(state):
+def no_dictionary(state):
     return state.params, state.hyper
 
 
 MISTAKES = {
-    "one_action_for_all": ("act", joint, r"actions \(B, N\) = int32\[2, 3\], not int32\[2, 1\]"),
-    "real_actions": ("act", real, r"not float32\[2, 3\]"),
-    "no_carry": ("act", alone, "act must return actions and the carry after them"),
-    "another_carry": ("act", forgetful, r"a carry like int32\[2, 3\], not int32\[2, 1\]"),
-    "no_metrics": ("train_chunk", silent, "must return the state and a dictionary of metrics"),
-    "another_state": ("train_chunk", growing, "with the shapes and dtypes of init's"),
-    "metrics_of_epochs": ("train_chunk", by_epoch, r"one value for each of 2 updates, not .*2, 3"),
-    "uncounted_episodes": ("train_chunk", uncounted, "needs the metric rollout/episodes"),
-    "no_dictionary": ("policy_params", everything, "policy_params must return nested dictionaries"),
+    "one_action": ("act", one_action, r"actions \(B, N\) = int32\[2, 3\], not int32\[2, 1\]"),
+    "float_actions": ("act", float_actions, r"not float32\[2, 3\]"),
+    "without_carry": ("act", without_carry, "act must return actions and the carry after them"),
+    "wrong_carry": ("act", wrong_carry, r"a carry like int32\[2, 3\], not int32\[2, 1\]"),
+    "without_metrics": (
+        "train_chunk",
+        without_metrics,
+        "must return the state and a dictionary of metrics",
+    ),
+    "changed_dtype": ("train_chunk", changed_dtype, "with the shapes and dtypes of init's"),
+    "metrics_per_epoch": (
+        "train_chunk",
+        metrics_per_epoch,
+        r"one value for each of 2 updates, not .*2, 3",
+    ),
+    "uncounted_episodes": ("train_chunk", uncounted_episodes, "needs the metric rollout/episodes"),
+    "no_dictionary": (
+        "policy_params",
+        no_dictionary,
+        "policy_params must return nested dictionaries",
+    ),
     "unknown_field": (
         "CARD",
         counting.CARD._replace(per_environment=("waked",)),
@@ -87,13 +99,13 @@ class Misspelt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Without:
+class WithoutHyper:
     num_envs: int
     needs_global_state = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
+class DictHyper:
     hyper: dict
     needs_global_state = False
 
@@ -102,12 +114,12 @@ class Plain:
     ("schema", "message"),
     [
         (Misspelt, "hyper, network, num_envs, .*; it has num_env"),
-        (Without, "Config must be a dataclass with `hyper`"),
-        (Plain, "Config.hyper must be a class made by `hyperparameters`"),
+        (WithoutHyper, "Config must be a dataclass with `hyper`"),
+        (DictHyper, "Config.hyper must be a class made by `hyperparameters`"),
         (dict, "Config must be a dataclass"),
     ],
 )
-def test_a_config_that_no_run_can_fill_gives_one_line(monkeypatch, schema, message):
+def test_an_invalid_config_class_gives_a_one_line_error(monkeypatch, schema, message):
     monkeypatch.setattr(SYSTEM, "Config", schema)
     with pytest.raises(ConfigError, match=rf"^counting\.py: .*{message}"):
         contract.algorithm(SYSTEM)
@@ -126,8 +138,8 @@ def test_a_system_that_reads_the_setups_floats_diverges(config, monkeypatch):
         run(config)
 
 
-def test_ctrl_c_while_files_are_completed_loses_none(config, monkeypatch):
-    """Press Ctrl-C once after the last evaluation; a second time would kill."""
+def test_ctrl_c_while_completing_files_loses_none(config, monkeypatch):
+    """Press Ctrl-C once after the last evaluation; pressing it again would kill the run."""
     from magpo.report.writer import Writer
 
     class Thread:
@@ -151,7 +163,7 @@ def test_ctrl_c_while_files_are_completed_loses_none(config, monkeypatch):
 
     monkeypatch.setattr(Writer, "__enter__", wrapped)
     with pytest.raises(KeyboardInterrupt):
-        run(counting.plotted(config), absolute_metric=False)
+        run(counting.with_plot(config), absolute_metric=False)
     (folder,) = Path(config.results_dir).glob("*/*/*/*")
     steps = {record["env_steps"] for record in counting.records(folder)}
     assert max(steps) == K * config.steps_per_chunk

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: the one before is used, or one line says why none can be used."""
+"""Damaged checkpoints: the previous one is used, or a one-line error says why none can be."""
 
 import dataclasses
 import json
@@ -32,8 +32,8 @@ def folder(config, monkeypatch):
 
 
 @pytest.fixture
-def begin(config, folder):
-    """Return a function that reads what a resume starts from: its chunk and all its arrays."""
+def load_start(config, folder):
+    """Return a function that loads the chunk and the arrays from which a resumed run starts."""
     config = dataclasses.replace(config, resume=str(folder))
     programs, shapes = experiment.build_programs(SYSTEM, config.algorithm, Count(), config)
     evaluation = programs.evaluate.eval_shape(*shapes.evaluate)
@@ -41,8 +41,8 @@ def begin(config, folder):
     return partial(resume.start, folder, config, *wanted)
 
 
-def spoil(path, rng):
-    """Flip a bit of, cut, empty or remove a file, or remove or swap folders."""
+def damage(path, rng):
+    """Flip a bit in a file; cut, empty or remove it; or remove or swap folders."""
     files = [*checkpoint._files(path), "manifest.json"]
     file = path / rng.choice(files)
     kind = rng.choice(["flip", "cut", "empty", "remove", "folder", "swap"])
@@ -126,35 +126,35 @@ def rewrite(path, part, arrays):
         checkpointer.save(path / part, arrays)
 
 
-def test_after_damage_the_checkpoint_before_is_used(begin, folder, tmp_path):
+def test_the_previous_checkpoint_replaces_a_damaged_one(load_start, folder, tmp_path):
     newest, before = checkpoint.checkpoints(folder / "checkpoints")
     kept, rng = shutil.copytree(newest, tmp_path / "kept"), random.Random(0)
-    whole = begin()
+    whole = load_start()
     assert whole.chunk == K
     for _ in range(100):
-        spoil(newest, rng)
-        start = begin()
+        damage(newest, rng)
+        start = load_start()
         assert start.chunk == int(before.name) == K - 1
         np.testing.assert_array_equal(start.state.params["updates"], [2.0 * (K - 1)] * len(SEEDS))
         shutil.rmtree(newest, ignore_errors=True)  # or set aside
         shutil.copytree(kept, newest)
-    again = begin()
+    again = load_start()
     np.testing.assert_array_equal(again.state.params["peak"], whole.state.params["peak"])
 
 
-def test_intact_but_wrong_checkpoints_are_never_used(config, begin, folder, tmp_path):
+def test_intact_but_wrong_checkpoints_are_never_used(config, load_start, folder, tmp_path):
     newest, before = checkpoint.checkpoints(folder / "checkpoints")
     kept, rng = shutil.copytree(newest, tmp_path / "kept"), random.Random(0)
     fewer = run(dataclasses.replace(config, seeds=SEEDS[:2])).folder
     (other, *_) = checkpoint.checkpoints(fewer / "checkpoints")
     for kind in 7 * KINDS:
         falsify(newest, other, rng, kind)
-        assert begin().chunk == int(before.name), kind
+        assert load_start().chunk == int(before.name), kind
         shutil.rmtree(newest, ignore_errors=True)  # or set aside
         shutil.copytree(kept, newest)
 
 
-def test_nothing_in_a_folder_is_executed(begin, folder, tmp_path):
+def test_nothing_in_a_folder_is_executed(load_start, folder, tmp_path):
     """Plant pickles and YAML that would run code if loaded unsafely."""
     owned = tmp_path / "owned"
     attack = f"!!python/object/apply:pathlib.Path.touch [{owned}]"
@@ -167,6 +167,6 @@ def test_nothing_in_a_folder_is_executed(begin, folder, tmp_path):
     with pytest.raises(ConfigError):
         configuration.plain_values(folder / "config.yaml")
     with pytest.raises(ConfigError):
-        begin()
+        load_start()
     assert [found.system for found in listing.summaries(folder)] == ["?"]
     assert not owned.exists()

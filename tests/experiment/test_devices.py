@@ -54,7 +54,7 @@ def metrics(folder):
     return values
 
 
-def on_devices(number, *overrides):
+def run_on_devices(number, *overrides):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={number}"
     command = [sys.executable, "-c", CHILD, "-", *overrides]
     env = os.environ | {"XLA_FLAGS": flags}
@@ -75,15 +75,15 @@ def alone(tmp_path_factory):
 def on_two(tmp_path_factory):
     """Run on two devices; return the results folder and the printed text."""
     results = tmp_path_factory.mktemp("two")
-    return results, on_devices(2, *SMALL, f"results_dir={results}")
+    return results, run_on_devices(2, *SMALL, f"results_dir={results}")
 
 
 def flops(out):
     return float(re.search(r"^flops (.*)$", out, re.M)[1])
 
 
-def test_a_run_spread_over_devices_is_the_same_run(alone, on_two, tmp_path):
-    out = on_devices(8, *SMALL, f"results_dir={tmp_path}")
+def test_a_run_spread_over_devices_gives_the_same_metrics(alone, on_two, tmp_path):
+    out = run_on_devices(8, *SMALL, f"results_dir={tmp_path}")
     assert "'member': 2, 'env': 4" in out and "communication True" in out
     assert flops(out) < 0.5 * flops(on_two[1])  # per device: devices share the work of a member
     (folder,) = tmp_path.glob("*/*/*/*")
@@ -145,7 +145,9 @@ def test_on_a_cpu_enough_seeds_train_at_once_to_keep_its_cores_busy(
     ("overrides", "runs_both"),
     [({"seeds": (7,)}, False), ({"seeds_per_batch": 1}, False), ({"seeds_per_batch": 3}, True)],
 )
-def test_a_seed_at_a_time_runs_one_branch_of_a_cond(config, one_device, overrides, runs_both):
+def test_training_one_seed_at_a_time_runs_one_branch_of_a_cond(
+    config, one_device, overrides, runs_both
+):
     each_member = devices.layout(replace(config, **overrides)).each_member
 
     def one(x):

@@ -31,20 +31,22 @@ cp -a {disk}/mappo {out}/again
 """
 
 
-@pytest.fixture(params=["", "checkpoint._check_room = lambda *_: None; "], ids=["before", "while"])
-def unforeseen(request):
-    """Return code that leaves on, or turns off, the check for room before a checkpoint."""
+@pytest.fixture(
+    params=["", "checkpoint._check_room = lambda *_: None; "], ids=["checked", "unchecked"]
+)
+def skip_check(request):
+    """Return code that turns off the check for room before a checkpoint, or no code."""
     return request.param
 
 
 @pytest.fixture
-def results(unforeseen, tmp_path):
+def results(skip_check, tmp_path):
     """Run on a disk with room for one checkpoint, enlarge the disk and resume the run."""
     disk, out = tmp_path / "disk", tmp_path / "out"
     disk.mkdir()
     out.mkdir()
     own = [] if os.geteuid() == 0 else ["--map-root-user", "--user"]
-    train = [sys.executable, "-c", TRAIN.format(unforeseen), *SHORT]
+    train = [sys.executable, "-c", TRAIN.format(skip_check), *SHORT]
     train += [f"results_dir={disk}", "keep=9", "checkpoint_share=1", "resume=auto"]
     script = ["sh", "-c", SCRIPT.format(disk=disk, out=out), "-", *train]
     if shutil.which("unshare") is None:
@@ -55,17 +57,17 @@ def results(unforeseen, tmp_path):
     return out
 
 
-def last_lines(out, name):
+def output_and_code(out, name):
     return (out / f"{name}.txt").read_text(), int((out / f"{name}.code").read_text())
 
 
-def test_a_full_disk_is_reported_and_leaves_whole_checkpoints(results, unforeseen):
-    printed, code = last_lines(results, "full")
+def test_a_full_disk_is_reported_and_leaves_intact_checkpoints(results, skip_check):
+    printed, code = output_and_code(results, "full")
     assert code == 1
     assert printed.count("No space left on device; training continues") >= 1
     assert "1,280 of 1,280 steps" in printed
     assert "error: not everything could be written: " in printed
-    assert unforeseen or "Traceback" not in printed  # tensorstore prints some when cut short
+    assert skip_check or "Traceback" not in printed  # tensorstore prints some when cut short
     (folder,) = (results / "full").glob("*/*/*")
     found = checkpoint.checkpoints(folder / "checkpoints")
     assert found
@@ -73,7 +75,7 @@ def test_a_full_disk_is_reported_and_leaves_whole_checkpoints(results, unforesee
         checkpoint.read_meta(path)
     assert not list((folder / "checkpoints").glob(".*"))
 
-    printed, code = last_lines(results, "again")
+    printed, code = output_and_code(results, "again")
     assert code == 0, printed
     (folder,) = (results / "again").glob("*/*/*")
     assert checkpoint.checkpoints(folder / "checkpoints")[0].name == "00000020"

@@ -24,9 +24,9 @@ from experiment.counting import (
     N,
     U,
     expected_returns,
-    plotted,
     records,
     run,
+    with_plot,
 )
 from magpo import config as configuration
 from magpo import envs, experiment
@@ -113,7 +113,7 @@ def test_next_chunk_is_dispatched_before_metrics_are_read(config, monkeypatch):
     assert events == [event for index in range(K) for event in ("train", index)] + [K]
 
 
-def test_a_seed_alone_gives_the_same_run(config):
+def test_a_seed_trained_alone_gives_the_same_run(config):
     together, alone = run(config), run(config, seeds=(SEEDS[1],))
     assert together.params["peak"][1] == alone.params["peak"][0]
     for a, b in zip(together.measurements, alone.measurements, strict=True):
@@ -122,7 +122,7 @@ def test_a_seed_alone_gives_the_same_run(config):
         )
 
 
-def test_evaluation_is_traced_once_for_the_absolute_metric_too(config, monkeypatch):
+def test_the_absolute_metric_causes_no_extra_trace(config, monkeypatch):
     calls, unpatched = [], SYSTEM.act
 
     def counted(*args):
@@ -188,7 +188,7 @@ def test_marl_eval_has_every_episode(config):
         assert len(seed["absolute_metrics"]["episode_return"]) == 30
 
 
-def test_config_is_saved_whole_and_plain(config):
+def test_the_whole_config_is_saved_as_plain_yaml(config):
     result = run(config)
     saved = yaml.safe_load((result.folder / "config.yaml").read_text())
     assert saved == configuration.dump(config)
@@ -204,13 +204,13 @@ def test_config_is_saved_whole_and_plain(config):
     assert result.folder.parent == result.folder.parents[3] / "counting" / "test" / "count"
 
 
-def test_runs_of_the_same_second_get_separate_folders(config):
+def test_runs_started_in_the_same_second_get_separate_folders(config):
     created = [folders.create(config) for _ in range(3)]
     assert len(set(created)) == 3
     assert created == sorted(created)
 
 
-def test_the_first_nan_is_named(config):
+def test_the_first_nan_is_reported(config):
     reading = recorder.Recorder(config, None, None)
     nan = np.nan
     metrics = {
@@ -230,7 +230,7 @@ def test_the_first_nan_is_named(config):
 
 
 @pytest.mark.parametrize("what", ["loss/policy", "parameters"])
-def test_nan_stops_the_run_and_is_named(config, what, capsys):
+def test_a_nan_stops_the_run_and_is_reported(config, what, capsys):
     peaks = np.asarray(run(config).params["peak"]).astype(int)
     chunks = -(-peaks // U)
     if what == "parameters":  # checked at the end of a chunk
@@ -258,7 +258,7 @@ def test_interruption_leaves_complete_files(config, monkeypatch, capsys):
 
     monkeypatch.setattr(Console, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(plotted(config))
+        run(with_plot(config))
     folder = Path(capsys.readouterr().out.rsplit("so far are in ", 1)[1].strip())
     assert max(line["env_steps"] for line in records(folder)) == 2 * config.steps_per_chunk
     data = json.loads((folder / "marl_eval.json").read_text())
@@ -305,7 +305,7 @@ def test_an_interrupt_lost_in_a_garbage_collection_is_raised_again():
     assert done.stdout == "interrupted\n" and "Exception ignored" not in done.stderr
 
 
-def test_an_unresponsive_process_is_ended(monkeypatch):
+def test_an_unresponsive_process_is_terminated(monkeypatch):
     monkeypatch.setattr(interrupts, "_deadline", 0.0)
     monkeypatch.setattr(interrupts, "received", [signal.SIGTERM])
     monkeypatch.setattr(interrupts.os, "_exit", sys.exit)
@@ -349,7 +349,7 @@ def test_exit_codes(config, monkeypatch, capsys, error, code, line):
     assert capsys.readouterr().err == line
 
 
-def test_a_launchers_job_ends_with_the_signals_code(monkeypatch):
+def test_a_launchers_job_exits_with_the_signals_code(monkeypatch):
     monkeypatch.setattr(loop, "run", lambda *args, must_fit: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(interrupts, "received", [])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
@@ -367,14 +367,14 @@ def test_unwritable_results_are_refused_before_compiling(config, tmp_path, monke
         run(config, results_dir=str(tmp_path / "file"))
 
 
-def test_an_environment_that_refuses_its_options_is_bad_input(config):
+def test_an_unknown_environment_option_is_refused(config):
     bad = dataclasses.replace(config, env=EnvConfig("coordsum/3x10-30", {"walls": 2}))
     with pytest.raises(ConfigError, match="walls"):
         experiment.run(SYSTEM, bad)
 
 
 @pytest.mark.parametrize(("system", "has"), [("mappo", False), ("happo", False), ("sable", True)])
-def test_an_environment_without_the_right_global_state_is_bad_input(system, has):
+def test_an_environment_without_the_right_global_state_is_refused(system, has):
     env = envs.make("coordsum/3x10-30", global_state=has)
     module = import_module(f"magpo.systems.{system}")
     config = configuration.load(system, ["env=coordsum/3x10-30"])
@@ -382,7 +382,7 @@ def test_an_environment_without_the_right_global_state_is_bad_input(system, has)
         experiment.run(module, config, env)
 
 
-def test_console_has_one_line_per_evaluation_and_the_end(config, capsys):
+def test_the_console_prints_one_line_per_evaluation_and_the_folder(config, capsys):
     result = run(config)
     out = capsys.readouterr().out
     assert sum(" of 120 steps" in line for line in out.splitlines()) == K + 1
@@ -397,7 +397,7 @@ def test_console_can_be_turned_off(config, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_missing_platform_is_bad_input(config):
+def test_a_missing_platform_is_refused(config):
     missing = "tpu" if jax.default_backend() != "tpu" else "gpu"
     with pytest.raises(ConfigError, match=f"platform={missing}: .* allowed: auto, "):
         run(config, platform=missing)
@@ -413,7 +413,7 @@ def test_precision_and_cache_are_set(config, tmp_path):
     assert jax.config.jax_compilation_cache_dir == "elsewhere"
 
 
-def test_import_is_light():
+def test_the_import_loads_no_slow_library():
     """Check that slow imports wait until they are needed."""
     program = "import sys, magpo.experiment; print(*sys.modules)"
     run = subprocess.run(

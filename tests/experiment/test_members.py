@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from signing import sign
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import magpo
@@ -26,19 +27,18 @@ from experiment.counting import (
     K,
     U,
     expected_returns,
-    plotted,
     records,
     run,
+    with_plot,
 )
-from experiment.test_damage import sign
-from experiment.test_resume import arrays, same_logs, stop_after
+from experiment.test_resume import arrays, assert_same_logs, save_every_chunk, stop_after
 from magpo import commands, evaluate, experiment, export, render
 from magpo import config as configuration
 from magpo.config import members
 from magpo.errors import ConfigError
 from magpo.plot import read
 from magpo.report import measurements, trackers
-from magpo.runs import checkpoint, listing, policy, resume
+from magpo.runs import checkpoint, listing, policy
 
 VARY = {"system.shift": (0.0, 3.0), "system.bound": (None, 4.0, 1.5)}
 SETTINGS = [
@@ -63,14 +63,14 @@ def whole(tmp_path_factory):
     return run(varied(counting.settings(tmp_path_factory.mktemp("whole"))))
 
 
-def alone(config, setting, **changes):
+def run_alone(config, setting, **changes):
     """Run one setting without `vary`."""
     values = {key.removeprefix("system."): value for key, value in setting.items()}
     algorithm = Config(4, dataclasses.replace(HYPER, **values))
     return run(config, vary={}, algorithm=algorithm, **changes)
 
 
-def test_members_are_settings_major_and_seeds_fastest(vary):
+def test_members_are_ordered_by_setting_then_seed(vary):
     assert list(vary.settings) == SETTINGS
     expected = [(seed, setting) for setting in SETTINGS for seed in SEEDS[:2]]
     assert list(vary.members) == expected
@@ -81,17 +81,17 @@ def test_members_are_settings_major_and_seeds_fastest(vary):
     assert vary.algorithm_of(SETTINGS[4]).hyper == dataclasses.replace(HYPER, shift=3.0, bound=4.0)
 
 
-def test_nothing_varied_is_one_setting(config):
+def test_without_vary_there_is_one_setting(config):
     assert config.settings == ({},)
     assert config.members == tuple((seed, {}) for seed in SEEDS)
     np.testing.assert_array_equal(config.member_hyper().shift, np.zeros(3))
 
 
-def test_a_member_is_the_run_of_its_value_alone(vary, whole):
+def test_a_member_equals_a_run_of_its_setting_alone(vary, whole):
     together = whole
     for i, setting in enumerate(SETTINGS):
         places = slice(2 * i, 2 * i + 2)
-        single = alone(vary, setting)
+        single = run_alone(vary, setting)
         for ours, theirs in zip(together.measurements, single.measurements, strict=True):
             for name, values in theirs.evaluation.items():
                 np.testing.assert_array_equal(ours.evaluation[name][places], values)
@@ -103,10 +103,10 @@ def test_a_member_is_the_run_of_its_value_alone(vary, whole):
     assert len(set(finals)) > 2  # the settings make a difference
 
 
-def test_members_in_batches_are_the_same_run(vary, whole):
+def test_members_in_batches_give_the_same_run(vary, whole):
     together, apart = whole, run(vary, seeds_per_batch=3)
     jax.tree.map(np.testing.assert_array_equal, together.params, apart.params)
-    same_logs(together.folder, apart.folder)
+    assert_same_logs(together.folder, apart.folder)
     with pytest.raises(ConfigError, match="must divide the 12 members, not 5"):
         run(vary, seeds_per_batch=5)
 
@@ -123,7 +123,7 @@ experiment.run(counting, run)
 """
 
 
-def test_over_devices_it_is_the_same_run(tmp_path):
+def test_members_spread_over_devices_give_the_same_run(tmp_path):
     overrides = ["env=test/count", "vary.system.shift=[0,3]", "seeds=[3,11]", "num_envs=4"]
     overrides += ["total_steps=120", f"num_evaluations={K}", "eval_episodes=3"]
     here = configuration.load(SYSTEM, [*overrides, f"results_dir={tmp_path / 'here'}"])
@@ -136,7 +136,7 @@ def test_over_devices_it_is_the_same_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "{'member': 4, 'env': 2}" in done.stdout
     (spread,) = (tmp_path / "there").glob("*/*/*/*")
-    same_logs(spread, one)
+    assert_same_logs(spread, one)
 
 
 def programs_of(config):
@@ -146,7 +146,7 @@ def programs_of(config):
     return dict(zip(programs._fields, lowered, strict=True))
 
 
-def test_no_program_contains_a_value(vary, config):
+def test_programs_contain_no_hyperparameter_values(vary, config):
     other = {"system.shift": (1.0, 2.0), "system.bound": (7.0, 8.0, None)}
     assert programs_of(vary) == programs_of(dataclasses.replace(vary, vary=other))
     changed = dataclasses.replace(config, algorithm=Config(4, hyper_of(shift=5.0, bound=2.0)))
@@ -242,7 +242,7 @@ def test_neptune_gets_each_members_values(vary, monkeypatch, tmp_path):
     assert all("vary" not in config or not config["vary"] for _, config in written)
 
 
-def test_a_divergence_names_seed_and_setting_and_ends_that_setting_alone(vary, capsys):
+def test_a_divergence_is_reported_and_ends_only_its_setting(vary, capsys):
     algorithm = Config(4, hyper_of(nan="loss/policy"))
     shifts = {"system.shift": (2.0, 20.0)}
     result = run(vary, algorithm=algorithm, vary=shifts, seeds=SEEDS[:1])
@@ -260,7 +260,7 @@ def test_a_divergence_names_seed_and_setting_and_ends_that_setting_alone(vary, c
         run(vary, algorithm=algorithm, vary={"system.shift": (2.0, 3.0)}, seeds=SEEDS[:1])
 
 
-def test_a_member_that_diverged_stays_so_in_a_resumed_run(vary):
+def test_a_diverged_member_stays_diverged_in_a_resumed_run(vary):
     algorithm = Config(4, hyper_of(nan="parameters"))
     shifts = {"system.shift": (0.0, 40.0)}
     whole = run(vary, algorithm=algorithm, vary=shifts, seeds=SEEDS[:1])
@@ -275,7 +275,7 @@ def test_a_member_that_diverged_stays_so_in_a_resumed_run(vary):
     assert np.isnan(again.scores[0][1]) and np.isfinite(again.scores[1][1])
 
 
-def test_settings_in_step(vary):
+def test_vary_in_step_pairs_the_values(vary):
     values = {"system.shift": (1.0, 1.0, 2.0), "system.bound": (None, 3.0, 3.0)}
     result = run(vary, vary=values, vary_in_step=True, seeds=SEEDS[:2])
     assert [m.seed for m in result.members] == [*SEEDS[:2]] * 3
@@ -307,24 +307,14 @@ def test_the_console_shows_the_best_setting_and_a_row_for_each_member(vary, caps
     assert [row[0] for row in means] == ["0", "40"] and all("±" in row for row in means)
 
 
-def test_the_curve_is_drawn(vary):
-    data = (run(plotted(vary)).folder / "learning_curve.png").read_bytes()
+def test_the_learning_curve_is_drawn(vary):
+    data = (run(with_plot(vary)).folder / "learning_curve.png").read_bytes()
     assert data.startswith(b"\x89PNG")
 
 
-def always_save(monkeypatch):
-    offer = resume.Saver.offer
-
-    def patient(self, *args):
-        self.idle.wait()
-        offer(self, *args)
-
-    monkeypatch.setattr(resume.Saver, "offer", patient)
-
-
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_a_resumed_run_is_the_uninterrupted_one(vary, monkeypatch, chunk):
-    always_save(monkeypatch)
+def test_a_resumed_run_equals_the_uninterrupted_one(vary, monkeypatch, chunk):
+    save_every_chunk(monkeypatch)
     finished = run(vary)
     folder = stop_after(monkeypatch, vary, chunk)
     run(vary, resume=str(folder))
@@ -332,13 +322,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(vary, monkeypatch, chunk):
     assert ours.keys() == theirs.keys() and "state.hyper.shift" in ours
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    same_logs(folder, finished.folder)
+    assert_same_logs(folder, finished.folder)
 
 
 @pytest.mark.parametrize(
     "vary_now", [{}, {"system.shift": (0.0, 4.0)}, VARY | {"system.bound": (2.0,)}]
 )
-def test_other_members_are_refused_though_allowed(vary, whole, vary_now):
+def test_members_cannot_change_even_if_allowed(vary, whole, vary_now):
     folder = whole.folder
     changes = ("vary.system.shift", "vary.system.bound", "vary")
     with pytest.raises(ConfigError, match=r"cannot change: vary\.") as error:
@@ -346,8 +336,8 @@ def test_other_members_are_refused_though_allowed(vary, whole, vary_now):
     assert "allow_changes" not in str(error.value)
 
 
-def test_a_changed_value_trains_on_from_the_checkpoint(config, monkeypatch):
-    always_save(monkeypatch)
+def test_a_resumed_run_can_change_a_hyperparameter(config, monkeypatch):
+    save_every_chunk(monkeypatch)
     folder = stop_after(monkeypatch, config, 3)
     algorithm = Config(4, hyper_of(shift=2.0))
     with pytest.raises(ConfigError, match=r"system.shift: 0.0, now 2.0.*\[system.shift\]"):
@@ -357,7 +347,7 @@ def test_a_changed_value_trains_on_from_the_checkpoint(config, monkeypatch):
     np.testing.assert_array_equal(result.params["shift"], [2, 2, 2])
 
 
-def test_auto_takes_the_run_that_varies_the_same(vary, monkeypatch):
+def test_resume_auto_finds_the_run_with_the_same_vary(vary, monkeypatch):
     first = stop_after(monkeypatch, vary, 2)
     other = dataclasses.replace(vary, vary={"system.shift": (0.0, 3.0)})
     stop_after(monkeypatch, other, 2)
@@ -415,29 +405,31 @@ def test_a_policy_is_loaded_by_member(trained, vary):
         ({"system.bound": "x"}, r'vary.system.bound="x": .*vary.system.bound=\[null,4,1.5\]'),
     ],
 )
-def test_a_setting_that_the_run_has_not_is_named(trained, setting, message):
+def test_a_setting_that_the_run_lacks_is_refused(trained, setting, message):
     with pytest.raises(ConfigError, match=message):
         magpo.load_policy(trained[0].folder, setting=setting, system=SYSTEM)
 
 
-def printed(monkeypatch, capsys, module, *arguments):
+def output_of(monkeypatch, capsys, module, *arguments):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
     commands.run(module.__doc__, module.main)
     return capsys.readouterr().out
 
 
-def test_evaluate_plays_all_members_or_those_of_a_value(trained, monkeypatch, capsys):
+def test_evaluate_plays_all_members_or_those_with_a_value(trained, monkeypatch, capsys):
     result, _ = trained
     folder = f"run={result.folder}"
-    rows = printed(monkeypatch, capsys, evaluate, folder, "episodes=2", "greedy=true").splitlines()
+    rows = output_of(
+        monkeypatch, capsys, evaluate, folder, "episodes=2", "greedy=true"
+    ).splitlines()
     assert rows[1].split()[:3] == ["shift", "bound", "seed"]
     assert len(rows) == 2 + 12 + 6
     assert sum("mean" in row.split() for row in rows) == 6
     for row, score in zip(rows[2:14], result.best.score, strict=True):
         assert float(row.split()[4]) == score
     arguments = (folder, "episodes=2", "vary.system.shift=3", "vary.system.bound=null")
-    few = printed(monkeypatch, capsys, evaluate, *arguments).splitlines()
+    few = output_of(monkeypatch, capsys, evaluate, *arguments).splitlines()
     assert [row.split()[:3] for row in few[2:]] == [
         ["3", "null", "3"],
         ["3", "null", "11"],
@@ -445,11 +437,11 @@ def test_evaluate_plays_all_members_or_those_of_a_value(trained, monkeypatch, ca
     ]
     assert few[2].split() == rows[8].split()
     with pytest.raises(SystemExit):
-        printed(monkeypatch, capsys, evaluate, folder, "vary.system.shift=2")
+        output_of(monkeypatch, capsys, evaluate, folder, "vary.system.shift=2")
     assert "vary.system.shift=2.0: the run has" in capsys.readouterr().err
 
 
-def test_export_and_render_take_a_member(trained, monkeypatch, capsys, tmp_path):
+def test_export_and_render_use_the_chosen_member(trained, monkeypatch, capsys, tmp_path):
     folder = trained[0].folder
     chosen = []
     build = policy.build
@@ -457,12 +449,12 @@ def test_export_and_render_take_a_member(trained, monkeypatch, capsys, tmp_path)
         policy, "build", lambda *args, **kw: chosen.append(args[1]) or build(*args, **kw)
     )
     arguments = (f"run={folder}", "vary.system.shift=3", f"out={tmp_path / 'out'}")
-    printed(monkeypatch, capsys, export, *arguments, "seed=11")
+    output_of(monkeypatch, capsys, export, *arguments, "seed=11")
     description = json.loads((tmp_path / "out/policy.json").read_text())
     assert next(iter(description["inputs"])) == "carry_0"
     assert description["carry_at_the_start"] == "zeros"
     monkeypatch.setattr(render, "write_gif", lambda *args: None)
-    printed(monkeypatch, capsys, render, *arguments[:2], f"out={tmp_path / 'a.gif'}")
+    output_of(monkeypatch, capsys, render, *arguments[:2], f"out={tmp_path / 'a.gif'}")
     # Reading a run rehearses its first member each time.
     assert chosen[::2] == [0, 0] and chosen[1] in (7, 9, 11) and chosen[3] in range(6, 12)
 
@@ -478,7 +470,7 @@ def test_a_run_that_varies_is_plotted_by_setting(vary, whole):
         np.testing.assert_array_equal(line.values[-1], finals[places])
 
 
-def test_an_old_checkpoint_is_refused_with_one_line(config, capsys):
+def test_an_old_checkpoint_gives_a_one_line_error(config, capsys):
     folder = run(config).folder
     for path in checkpoint.checkpoints(folder / "checkpoints"):
         meta = json.loads((path / "meta.json").read_text())
@@ -496,7 +488,7 @@ def test_an_old_checkpoint_is_refused_with_one_line(config, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_labels():
+def test_settings_are_labelled_with_their_values():
     assert members.label({"system.delta": 1.2, "system.lr": 0.0001}) == "delta=1.2 lr=0.0001"
     assert members.label({"system.delta": None, "system.x": 2.0}, ",") == "delta=null,x=2"
     assert members.label({}) == ""

@@ -1,4 +1,4 @@
-"""Resumed runs: the same bits and logs, or one line that says why not."""
+"""Resumed runs: the same bits and logs, or a one-line error that says why not."""
 
 import dataclasses
 import json
@@ -17,8 +17,7 @@ from magpo.report.console import Console
 from magpo.runs import checkpoint, folders, resume
 
 
-@pytest.fixture(autouse=True)
-def _a_checkpoint_after_every_chunk(monkeypatch):
+def save_every_chunk(monkeypatch):
     offer = resume.Saver.offer
 
     def patient(self, *args):
@@ -26,6 +25,11 @@ def _a_checkpoint_after_every_chunk(monkeypatch):
         offer(self, *args)
 
     monkeypatch.setattr(resume.Saver, "offer", patient)
+
+
+@pytest.fixture(autouse=True)
+def _save_every_chunk(monkeypatch):
+    save_every_chunk(monkeypatch)
 
 
 def stop_after(monkeypatch, config, chunk):
@@ -54,7 +58,7 @@ def arrays(folder, chunk=K):
     }
 
 
-def same_logs(folder, other):
+def assert_same_logs(folder, other):
     def lines(folder):
         return [
             {k: v for k, v in record.items() if k not in ("run", "wall_s")}
@@ -84,7 +88,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, monkeypatch, chunk):
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    same_logs(folder, whole.folder)
+    assert_same_logs(folder, whole.folder)
     walls = [measurement.wall_s for measurement in resumed.measurements]
     assert walls == sorted(walls)
     assert folders.status(folder) == "finished"
@@ -93,20 +97,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, monkeypatch, chunk):
     )
 
 
-def test_an_interruption_saves_what_it_would_lose(config, monkeypatch):
+def test_an_interrupted_run_saves_a_last_checkpoint(config, monkeypatch):
     folder = stop_after(monkeypatch, dataclasses.replace(config, checkpoint_share=1e-9), 4)
     names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
     assert names == ["00000003", "00000001"]  # the first one is always due
     run(config, resume=str(folder))  # the log already had chunk 4
-    same_logs(folder, run(config).folder)
+    assert_same_logs(folder, run(config).folder)
 
 
-def test_without_a_checkpoint_a_run_starts_again_unchanged(config, monkeypatch):
+def test_a_run_without_a_checkpoint_restarts_with_the_same_config(config, monkeypatch):
     folder = stop_after(monkeypatch, config, 0)
     with pytest.raises(ConfigError, match=r"precision: float32, now bfloat16.*allow_changes=\["):
         run(config, resume=str(folder), precision="bfloat16")
     again = {"resume": str(folder), "precision": "bfloat16", "allow_changes": ("precision",)}
-    same_logs(run(config, **again).folder, run(config).folder)
+    assert_same_logs(run(config, **again).folder, run(config).folder)
     assert yaml.safe_load((folder / "config.yaml").read_text())["precision"] == "bfloat16"
 
 
@@ -118,7 +122,7 @@ def test_a_finished_run_without_checkpoints_is_left_alone(config):
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_log_that_lost_records_is_named(config, monkeypatch, capsys):
+def test_lost_records_of_a_log_are_reported(config, monkeypatch, capsys):
     folder = stop_after(monkeypatch, config, 4)
     log = folder / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
@@ -160,12 +164,12 @@ def test_a_removed_folder_is_recreated(config, monkeypatch, capsys):
         in capsys.readouterr().out
     )
     assert folders.status(folder) == "finished"
-    same_logs(folder, whole.folder)
+    assert_same_logs(folder, whole.folder)
     run(config, resume=str(folder))
-    same_logs(folder, whole.folder)
+    assert_same_logs(folder, whole.folder)
 
 
-def test_records_of_a_run_resumed_in_its_folder_have_its_name(config, monkeypatch):
+def test_a_run_resumed_from_inside_its_folder_keeps_its_name(config, monkeypatch):
     folder = stop_after(monkeypatch, config, 2)
     monkeypatch.chdir(folder)
     run(config, resume=".")
@@ -173,7 +177,7 @@ def test_records_of_a_run_resumed_in_its_folder_have_its_name(config, monkeypatc
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_renamed_run_keeps_its_name(config, monkeypatch, named):
+def test_a_run_in_a_renamed_folder_keeps_its_name(config, monkeypatch, named):
     folder = stop_after(monkeypatch, config, 2)
     renamed = folder.rename(folder.with_name("renamed"))
     about = json.loads((renamed / "run.json").read_text())
@@ -187,7 +191,7 @@ def test_a_renamed_run_keeps_its_name(config, monkeypatch, named):
 
 @pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoints", "config.yaml"])
-def test_an_unwritable_file_is_bad_input(config, monkeypatch, name, chunk):
+def test_an_unwritable_file_is_refused_before_compiling(config, monkeypatch, name, chunk):
     folder = stop_after(monkeypatch, config, chunk)
     logger = dataclasses.replace(config.logger, tensorboard=True)
     if name == "tensorboard":
@@ -216,7 +220,7 @@ def test_only_the_newest_checkpoints_are_kept(config):
     assert not (run(config, keep=0).folder / "checkpoints").exists()
 
 
-def test_a_finished_run_can_be_made_longer(config):
+def test_a_finished_run_can_be_extended(config):
     short = run(config, total_steps=config.steps_per_chunk * 3, num_evaluations=3)
     whole = run(config)
     changes = {"resume": str(short.folder)}
@@ -226,19 +230,19 @@ def test_a_finished_run_can_be_made_longer(config):
     with pytest.raises(ConfigError, match="must follow 24 steps, not 36"):
         run(config, **changes, total_steps=config.steps_per_chunk * 9)
     run(config, **changes)
-    same_logs(short.folder, whole.folder)
+    assert_same_logs(short.folder, whole.folder)
     saved = yaml.safe_load((short.folder / "config.yaml").read_text())
     assert saved["num_evaluations"] == K
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(config, monkeypatch, capsys):
     whole = run(config)
     folder = stop_after(monkeypatch, config, 4)
     newest, _ = checkpoint.checkpoints(folder / "checkpoints")
     (newest / "meta.json").write_bytes(b"{}")
     run(config, resume=str(folder))
     assert f"{newest}: meta.json is missing or damaged" in capsys.readouterr().err
-    same_logs(folder, whole.folder)
+    assert_same_logs(folder, whole.folder)
 
     for path in checkpoint.checkpoints(folder / "checkpoints"):
         (path / "manifest.json").unlink()
@@ -255,7 +259,7 @@ def test_an_unusable_checkpoint_is_never_used_later(config, monkeypatch):
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {"00000002", "00000003.unusable"}
     (folder / "away").rename(folder / "checkpoints/00000003.unusable/manifest.json")
-    same_logs(run(again).folder, whole)
+    assert_same_logs(run(again).folder, whole)
 
 
 def test_another_runs_checkpoint_is_refused(config, monkeypatch):
@@ -315,7 +319,7 @@ def test_a_refused_resume_changes_nothing(config):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_auto_takes_the_newest_unfinished_run_of_the_same_config(config, monkeypatch):
+def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_config(config, monkeypatch):
     finished = run(config, resume="auto").folder
     first, second = (stop_after(monkeypatch, config, 2) for _ in range(2))
     stop_after(monkeypatch, dataclasses.replace(config, precision="bfloat16"), 2)
@@ -325,7 +329,7 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_config(config, monkeyp
     assert run(config, resume="auto").folder not in (finished, first, second)
 
 
-def test_listing_a_run_does_not_hide_it(config, monkeypatch):
+def test_listing_a_run_does_not_hide_it_from_resume_auto(config, monkeypatch):
     folder = stop_after(monkeypatch, config, 2)
     with folders._try_lock(folder, shared=True):  # as a listing does
         assert folders.status(folder) == "interrupted"

@@ -18,7 +18,7 @@ RECORD = '{"name": "eval/episode_return", "env_steps": 5, "value": 2}\n'
 
 
 @pytest.fixture
-def listed(monkeypatch, capsys):
+def list_runs(monkeypatch, capsys):
     def call(*arguments):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["runs", *map(str, arguments)])
@@ -28,7 +28,7 @@ def listed(monkeypatch, capsys):
     return call
 
 
-def test_a_run_is_listed_with_its_status_and_how_to_resume_it(config, listed):
+def test_a_run_is_listed_with_its_status_and_how_to_resume_it(config, list_runs):
     result = run(config)
     folder = result.folder
     (summary,) = listing.summaries(folder.parents[3])
@@ -38,19 +38,19 @@ def test_a_run_is_listed_with_its_status_and_how_to_resume_it(config, listed):
     last = result.measurements[-1].evaluation["episode_return"].mean()
     assert summary.last_return == pytest.approx(last)
     assert summary.resume is None
-    assert "finished" in listed(folder.parents[3])
+    assert "finished" in list_runs(folder.parents[3])
 
     folders._set_status(folder, "interrupted")
-    assert f"python counting.py resume={folder}" in listed(folder.parents[3])
+    assert f"python counting.py resume={folder}" in list_runs(folder.parents[3])
     with folders.working(folder):
-        assert "running" in listed(folder.parents[3])
-        assert "resume=" not in listed(folder.parents[3])
+        assert "running" in list_runs(folder.parents[3])
+        assert "resume=" not in list_runs(folder.parents[3])
 
 
-def test_a_run_listed_from_inside_has_a_name(config, listed, monkeypatch):
+def test_a_run_listed_from_inside_its_folder_has_its_name(config, list_runs, monkeypatch):
     folder = folders.create(config)
     monkeypatch.chdir(folder)
-    assert folder.name in listed(".")
+    assert folder.name in list_runs(".")
 
 
 def test_a_killed_run_is_listed_as_stopped(config):
@@ -63,28 +63,28 @@ def test_a_killed_run_is_listed_as_stopped(config):
     assert listing.summaries(folder)[0].last_return == 2
 
 
-def test_other_folders_are_left_out(config, tmp_path, listed):
+def test_folders_without_a_run_are_left_out(config, tmp_path, list_runs):
     folder = folders.create(dataclasses.replace(config, results_dir=str(tmp_path)))
     config_yaml = (folder / "config.yaml").rename(tmp_path / "kept")
-    assert listed(tmp_path) == f"no runs under {tmp_path}\n"
-    (folder / "metrics.jsonl").write_text(RECORD)  # two of a run's files are a run
-    assert "unknown" in listed(tmp_path)
+    assert list_runs(tmp_path) == f"no runs under {tmp_path}\n"
+    (folder / "metrics.jsonl").write_text(RECORD)  # two of its files are enough
+    assert "unknown" in list_runs(tmp_path)
     config_yaml.rename(folder / "config.yaml")
     (folder / "run.json").unlink()
-    assert "unknown  " in listed(tmp_path) and "test/count" in listed(tmp_path)
+    assert "unknown  " in list_runs(tmp_path) and "test/count" in list_runs(tmp_path)
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(SystemExit) as stop:
-        listed(tmp_path / "none")
+        list_runs(tmp_path / "none")
     assert stop.value.code == 2
     with pytest.raises(SystemExit) as stop:
-        listed("x" * 5000)
+        list_runs("x" * 5000)
     assert stop.value.code == 2
 
 
-def test_the_last_returns_are_found_in_a_log_of_any_length(config, listed):
+def test_the_last_returns_are_found_in_a_log_of_any_length(config, list_runs):
     folder = folders.create(config)
     other = json.dumps({"name": "loss/policy", "value": 1}) + "\n"
-    for rows in (0, 10, 500, 50_000):  # around the lengths of the end that is read first
+    for rows in (0, 10, 500, 50_000):  # shorter and longer than the part that is read first
         text = "".join(RECORD.replace("2}", f"{value}}}") for value in (7, 2, 3, 4))
         (folder / "metrics.jsonl").write_text(text + other * rows)
         (summary,) = listing.summaries(folder)
@@ -112,7 +112,7 @@ def test_the_last_returns_are_found_in_a_log_of_any_length(config, listed):
     ids=lambda text: text[:30],
 )
 def test_a_damaged_run_is_listed_and_so_are_the_others(
-    name, old, new, shown, config, tmp_path, listed
+    name, old, new, shown, config, tmp_path, list_runs
 ):
     config = dataclasses.replace(config, results_dir=str(tmp_path))
     damaged, intact = folders.create(config), folders.create(config)
@@ -121,11 +121,11 @@ def test_a_damaged_run_is_listed_and_so_are_the_others(
     text = (damaged / name).read_text()
     assert text.count(old) == 1
     (damaged / name).write_text(text.replace(old, new))
-    rows = {line.split()[0]: line for line in listed(tmp_path).splitlines()[1:3]}
+    rows = {line.split()[0]: line for line in list_runs(tmp_path).splitlines()[1:3]}
     assert shown in rows[damaged.name]
     assert {"stopped", "2"} <= set(rows[intact.name].split())
-    records = json.loads(listed(tmp_path, "--json"), parse_constant=pytest.fail)
-    lines = list(csv.DictReader(listed(tmp_path, "--csv").splitlines()))
+    records = json.loads(list_runs(tmp_path, "--json"), parse_constant=pytest.fail)
+    lines = list(csv.DictReader(list_runs(tmp_path, "--csv").splitlines()))
     for rows in (records, lines):
         (found,) = [row for row in rows if row["run"] == intact.name]
         assert (found["state"], float(found["return"]), len(rows)) == ("stopped", 2, 2)
@@ -136,7 +136,7 @@ def study(config, tmp_path):
     """Create four runs of two systems on two tasks; map each run's return to its folder."""
     found = {}
 
-    def begin(value, status, **changes):
+    def create(value, status, **changes):
         run = dataclasses.replace(config, results_dir=str(tmp_path), **changes)
         folder = folders.create(run)
         folder = found[value] = folder.rename(folder.with_name(f"run_{len(found)}"))
@@ -145,15 +145,15 @@ def study(config, tmp_path):
         folders._set_status(folder, status)
 
     hyper, task = dataclasses.replace(HYPER, shift=2.5), EnvConfig("test/other", {"walls": 7})
-    begin(8, "finished")
-    begin(-3, "failed", algorithm=Config(4, hyper), num_envs=8, total_steps=10**6)
-    begin(5, "finished", vary={"system.shift": (1.0, 2.0)}, keep=5)
-    begin(1, "interrupted", env=task, system="own")
+    create(8, "finished")
+    create(-3, "failed", algorithm=Config(4, hyper), num_envs=8, total_steps=10**6)
+    create(5, "finished", vary={"system.shift": (1.0, 2.0)}, keep=5)
+    create(1, "interrupted", env=task, system="own")
     return found
 
 
-def test_settings_in_which_runs_of_a_task_differ_are_shown(study, tmp_path, listed):
-    header, *rows = listed(tmp_path).splitlines()
+def test_settings_in_which_runs_of_a_task_differ_are_shown(study, tmp_path, list_runs):
+    header, *rows = list_runs(tmp_path).splitlines()
     assert header.split()[-1] == "settings"
     shown = {row.split()[0]: row.split("  ")[-1].strip() for row in rows}
     assert [shown[study[value].name] for value in (8, -3, 5, 1)] == [
@@ -188,25 +188,28 @@ def test_equal_names_are_distinguished_and_many_settings_are_counted():
         (["system=own", "state=running"], set()),
     ],
 )
-def test_runs_are_filtered(study, tmp_path, listed, arguments, returns):
-    records = json.loads(listed(tmp_path, *arguments, "--json"))
+def test_runs_are_filtered(study, tmp_path, list_runs, arguments, returns):
+    records = json.loads(list_runs(tmp_path, *arguments, "--json"))
     assert {record["return"] for record in records} == returns
-    table = listed(tmp_path, *arguments)
+    table = list_runs(tmp_path, *arguments)
     assert {value for value, folder in study.items() if folder.name in table} == returns
 
 
-def test_runs_are_sorted(study, tmp_path, listed):
+def test_runs_are_sorted(study, tmp_path, list_runs):
     def returns(*arguments):
-        return [record["return"] for record in json.loads(listed(tmp_path, *arguments, "--json"))]
+        return [
+            record["return"] for record in json.loads(list_runs(tmp_path, *arguments, "--json"))
+        ]
 
     assert returns() == returns("sort=time") == list(study)
     assert returns("sort=return") == [-3, 5, 8, 1]  # by task, the highest last
 
 
-def test_records_are_complete(study, config, tmp_path, listed):
-    records = {record["return"]: record for record in json.loads(listed(tmp_path, "--json"))}
+def test_records_are_complete(study, config, tmp_path, list_runs):
+    records = {record["return"]: record for record in json.loads(list_runs(tmp_path, "--json"))}
     rows = {
-        float(row["return"]): row for row in csv.DictReader(listed(tmp_path, "--csv").splitlines())
+        float(row["return"]): row
+        for row in csv.DictReader(list_runs(tmp_path, "--csv").splitlines())
     }
     for value, folder in study.items():
         record, row = records[value], rows[value]
@@ -235,7 +238,7 @@ def test_records_are_complete(study, config, tmp_path, listed):
         ("steps=3", "unknown key 'steps'"),
     ],
 )
-def test_bad_requests_give_one_line(study, tmp_path, monkeypatch, capsys, argument, line):
+def test_bad_requests_give_a_one_line_error(study, tmp_path, monkeypatch, capsys, argument, line):
     for arguments in ([argument], ["--json", argument]):
         monkeypatch.setattr(sys, "argv", ["runs", str(tmp_path), *arguments])
         with pytest.raises(SystemExit) as stop:
@@ -244,5 +247,5 @@ def test_bad_requests_give_one_line(study, tmp_path, monkeypatch, capsys, argume
         assert stop.value.code == 2 and err.count("\n") == 1 and line in err and out == ""
 
 
-def test_json_and_csv_exclude_each_other(study, tmp_path, refused):
-    assert "--json and --csv" in refused(listing, tmp_path, "--json", "--csv")
+def test_json_and_csv_exclude_each_other(study, tmp_path, error_of):
+    assert "--json and --csv" in error_of(listing, tmp_path, "--json", "--csv")

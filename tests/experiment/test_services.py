@@ -24,7 +24,7 @@ from magpo.runs import resume
 SECRET = "correct_horse_battery_staple_correct_hors"
 
 
-def test_tensorboard_has_what_the_log_has(config):
+def test_tensorboard_has_the_values_of_the_log(config):
     logger = dataclasses.replace(config.logger, tensorboard=True)
     folder = run(config, logger=logger).folder
     for seed in SEEDS:
@@ -39,16 +39,9 @@ def test_tensorboard_has_what_the_log_has(config):
             assert found == [(step, pytest.approx(value)) for step, value in expected]
 
 
-def test_tensorboard_hides_what_a_resumed_run_does_again(config, monkeypatch):
+def test_tensorboard_hides_values_that_a_resumed_run_repeats(config, monkeypatch):
     logger = dataclasses.replace(config.logger, tensorboard=True)
-    offer = resume.Saver.offer
-
-    def never_the_last(self, chunk, *args):
-        if chunk == 2:
-            self.next = 0.0
-            offer(self, chunk, *args)
-
-    monkeypatch.setattr(resume.Saver, "offer", never_the_last)
+    monkeypatch.setattr(resume.Saver, "offer", save_only_after(2))
     folder = run(config, logger=logger).folder
     run(config, logger=logger, resume=str(folder))
     events = EventAccumulator(str(folder / "tensorboard" / f"seed_{SEEDS[0]}"))
@@ -80,7 +73,7 @@ def test_neptune_without_a_token_writes_to_disk(config, monkeypatch):
 
 @pytest.fixture
 def secrets(monkeypatch):
-    """Set environment variables with secrets, and none that name a server."""
+    """Set secrets in environment variables, and unset those that name a server."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -95,9 +88,9 @@ def tracked(config, secrets, monkeypatch):
     config = dataclasses.replace(config, logger=logger)
     monkeypatch.setattr(trackers, "PATIENCE_S", 300)  # a busy machine starts the clients slowly
     with monkeypatch.context() as changed:
-        changed.setattr(resume.Saver, "offer", only_after(2))
+        changed.setattr(resume.Saver, "offer", save_only_after(2))
         changed.setattr(resume.Saver, "stop", lambda saver: None)
-        changed.setattr(recorder.Recorder, "record", interrupted_after(4))
+        changed.setattr(recorder.Recorder, "record", interrupt_after(4))
         with pytest.raises(KeyboardInterrupt):
             run(config)
     (folder,) = Path(config.results_dir).glob("*/*/*/*")
@@ -108,7 +101,7 @@ def tracked(config, secrets, monkeypatch):
     return run(config, resume=str(folder)).folder
 
 
-def only_after(chosen):
+def save_only_after(chosen):
     offer = resume.Saver.offer
 
     def one(self, chunk, *args):
@@ -119,7 +112,7 @@ def only_after(chosen):
     return one
 
 
-def interrupted_after(last):
+def interrupt_after(last):
     record = recorder.Recorder.record
 
     def until(self, index, *args):
@@ -157,14 +150,14 @@ def wandb_records(file):
             record = b""
 
 
-def test_trackers_have_each_value_once(tracked):
-    of_wandb(tracked)
-    of_mlflow(tracked)
+def test_trackers_receive_each_value_once(tracked):
+    check_wandb(tracked)
+    check_mlflow(tracked)
     for file in filter(Path.is_file, tracked.parents[3].rglob("*")):
         assert SECRET.encode() not in file.read_bytes(), file
 
 
-def of_wandb(folder):
+def check_wandb(folder):
     for place, seed in enumerate(SEEDS):
         found, summary, ids = [], {}, set()
         for file in sorted((folder / "wandb").glob(f"offline-run-*-{place}/*.wandb")):
@@ -188,7 +181,7 @@ def of_wandb(folder):
             assert summary[name] == value
 
 
-def of_mlflow(folder):
+def check_mlflow(folder):
     client = mlflow.MlflowClient(f"sqlite:///{folder.parents[3]}/mlflow.db")
     experiment = client.get_experiment_by_name("magpo").experiment_id
     runs = client.search_runs([experiment], f"tags.`magpo.run` = '{folder.name}'")
@@ -205,7 +198,7 @@ def of_mlflow(folder):
 
 
 @pytest.mark.parametrize("client", trackers.TRACKERS)
-def test_a_missing_client_is_said_before_anything_is_written(client, config, monkeypatch):
+def test_a_missing_client_is_reported_before_training(client, config, monkeypatch):
     monkeypatch.setattr(loop, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"{client} client: pip install 'magpo\[{client}\]'"):
         run(config, logger=dataclasses.replace(config.logger, **{client: True}))
@@ -228,8 +221,8 @@ def test_a_service_that_fails_does_not_stop_the_run(name, config, monkeypatch, c
     assert capsys.readouterr().out.count(f"warning: {name}: no route to host") == 1
 
 
-class Kept(trackers.Tracker):
-    """A service that keeps everything sent to it."""
+class Recording(trackers.Tracker):
+    """A service that records everything sent to it."""
 
     sent = ()
 
@@ -243,33 +236,33 @@ class Kept(trackers.Tracker):
         self.sent += (one,)
 
 
-def test_a_tracker_sends_what_it_has_not_sent_and_nothing_twice(config, tmp_path):
+def test_a_tracker_sends_each_measurement_once(config, tmp_path):
     members = config.members[:1]
     facts = measurements.Run(tmp_path, "counting", "a", "b", members, "episode_return", 1, "x")
 
-    def measured(chunk, steps):
+    def measure(chunk, steps):
         evaluation = {"episode_return": np.full((1, 2), steps, np.float32)}
         return measurements.Measurement(chunk, (steps,), 0.0, evaluation, {}, {})
 
     def sent(*measured, earlier=()):
-        tracker = Kept(facts, "id", config.logger, [{}], earlier)
+        tracker = Recording(facts, "id", config.logger, [{}], earlier)
         for measurement in measured:
             tracker.write(measurement)
         tracker.close()
         return [rows for one in tracker.sent for rows in one]
 
-    first, second, third = (measured(chunk, 10 * chunk) for chunk in range(3))
-    best = measured(None, 10)
+    first, second, third = (measure(chunk, 10 * chunk) for chunk in range(3))
+    best = measure(None, 10)
     name = "eval/episode_return"
     assert sent(second, earlier=[first]) == [{0: {name: 0.0}}, {10: {name: 10.0}}]
     absolute = {10: {"absolute/episode_return": 10.0}}
     assert sent(second, third, best, earlier=[first]) == [{20: {name: 20.0}}, absolute]
     assert sent(third, best, earlier=[first, second]) == []
-    assert sent(measured(3, 30), best) == [{30: {name: 30.0}}, absolute]
+    assert sent(measure(3, 30), best) == [{30: {name: 30.0}}, absolute]
     assert sent() == []
 
 
-def test_a_service_that_never_answers_delays_nothing(config, monkeypatch):
+def test_a_service_that_never_answers_does_not_block_the_run(config, monkeypatch):
     answer = threading.Event()
     monkeypatch.setattr(neptune, "init_run", lambda **options: answer.wait())
     monkeypatch.setattr(trackers, "PATIENCE_S", 0.1)

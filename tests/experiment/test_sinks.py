@@ -12,15 +12,15 @@ from magpo import experiment
 from magpo.report.writer import LoggingError
 
 
-def returns():
-    """The guide's logger."""
+def guides_logger():
+    """Return the guide's logger."""
     page = (Path(__file__).parents[2] / "docs/guides/logger.md").read_text()
     *_, program = re.findall(r"```python\n(.*?)```", page, re.S)
     exec(program, names := {"__name__": "guide"})
     return names["Returns"]
 
 
-Returns = returns()
+Returns = guides_logger()
 
 
 class Broken(Returns):

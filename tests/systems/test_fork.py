@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_ways import SMALL
+from test_invocation import SMALL
 
 import magpo
 from magpo import files

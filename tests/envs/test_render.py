@@ -23,7 +23,7 @@ TASKS = {
 }
 
 
-def rendered(monkeypatch, capsys, *arguments):
+def run_render(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["render", *map(str, arguments)])
     commands.run(render.__doc__, render.main)
     return capsys.readouterr().out
@@ -32,7 +32,7 @@ def rendered(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_gif_has_a_frame_for_each_state(task, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a.gif"
-    printed = rendered(monkeypatch, capsys, f"env={task}", "steps=3", f"out={out}")
+    printed = run_render(monkeypatch, capsys, f"env={task}", "steps=3", f"out={out}")
     steps = int(re.search(r"(\d+) steps, return", printed)[1])
     picture = Image.open(out)
     assert 1 <= steps <= 3 and picture.n_frames == steps + 1
@@ -46,7 +46,7 @@ def test_a_gif_has_a_frame_for_each_state(task, tmp_path, monkeypatch, capsys):
 def test_mabrax_is_rendered_as_a_brax_page(tmp_path, monkeypatch, capsys):
     out = tmp_path / "a.html"
     task = ("env=mabrax/hopper-3x1", "env.backend=spring")
-    rendered(monkeypatch, capsys, *task, "steps=2", f"out={out}")
+    run_render(monkeypatch, capsys, *task, "steps=2", f"out={out}")
     assert "<html" in out.read_text()[:200].lower()
 
 
@@ -56,7 +56,7 @@ def test_a_trained_policy_is_rendered(tmp_path, monkeypatch, capsys):
     overrides.append(f"results_dir={tmp_path}")
     folder = experiment.run(mappo, config.load("mappo", overrides)).folder
     out = tmp_path / "a.gif"
-    printed = rendered(monkeypatch, capsys, f"run={folder}", "greedy=true", f"out={out}")
+    printed = run_render(monkeypatch, capsys, f"run={folder}", "greedy=true", f"out={out}")
     steps = int(re.search(r"a\.gif: (\d+) steps, return", printed)[1])
     assert steps <= 9 and Image.open(out).n_frames == steps + 1
 
@@ -78,7 +78,7 @@ def test_a_trained_policy_is_rendered(tmp_path, monkeypatch, capsys):
         (["run=nowhere"], "no run there"),
     ],
 )
-def test_bad_requests_give_one_line(arguments, message, monkeypatch, capsys):
+def test_bad_requests_give_a_one_line_error(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["render", *arguments])
     with pytest.raises(SystemExit) as stop:
         commands.run(render.__doc__, render.main)
