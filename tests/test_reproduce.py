@@ -287,7 +287,7 @@ def test_the_report_gives_each_row_a_verdict(table, call, absolutes, cells):
     assert f"| {TASK} | mappo | {cells} |\n" in text
     assert ("mappo: no finding yet." in text) == bool({"above", "below"} & {*cells.split()})
     assert check_report(text, Path("out")) == 1
-    assert "Not run: 1 rows (coordsum 1).\n\nNot built here: 1 rows (coordsum 1)." in text
+    assert "Not run: 1 rows (coordsum 1).\n\nNot in this library: 1 rows (coordsum 1)." in text
 
     Path("out/findings.csv").write_text(f"paper,task,system,finding\nmagpo,{TASK},mappo,because\n")
     assert f"\n- {TASK}, mappo: because\n" in call("--report")

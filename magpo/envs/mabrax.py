@@ -1,8 +1,8 @@
 """MABrax: each agent moves some joints of one body (jaxmarl's MABrax, on brax).
 
-All agents get the body's reward. A fall terminates the episode if brax says so; the time limit
-truncates it. Each agent sees the joints near its own. Views and actions are padded to the longest;
-padded action dimensions are masked.
+All agents get the body's reward. A fall terminates the episode on the bodies where brax ends it;
+the time limit truncates it. Each agent sees the joints near its own. Views and actions are padded
+to the longest; padded action dimensions are masked.
 """
 
 import warnings

@@ -148,7 +148,7 @@ class Console:
         """Print the memory that training needs on each device; warn if there is less."""
         self.line(f"memory: {decimal(needed)} of {decimal(available)} on each device")
         if needed > available:
-            self.warn("that is too much: lower num_envs or seeds_per_batch")
+            self.warn("training needs more memory than there is: lower num_envs or seeds_per_batch")
 
     def line(self, line: str, style: str = "") -> None:
         """Print one line, never wrapped, so that paths and commands can be copied."""

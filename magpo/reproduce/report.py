@@ -16,7 +16,7 @@ from magpo.reproduce import results
 from magpo.reproduce.results import Key, Seeds
 
 INTRODUCTION = (
-    "# Published results, repeated\n\n"
+    "# Published results and ours\n\n"
     "This page compares our results with the tables of the MAGPO and GPAE papers. "
     "[Published rows](guides/figures.md#published-rows) shows how to train them."
 )
@@ -115,9 +115,9 @@ def _summary(seeds: Mapping[Key, Seeds]) -> str:
     rows = [row for row in results.rows().values() if row.command]
     run = [(row, found) for row in rows if (found := ours(row, seeds.get(results.key(row), {})))]
     counts = Counter(verdict(row, found).partition(" ")[0] for row, found in run)
-    verdicts = ", ".join(f"{counts[word]} {word}" for word in sorted(counts) if word != "-")
-    text = f"So far {len(run)} of {len(rows)} results have been run"
-    return f"{text}: {verdicts}." if verdicts else f"{text}."
+    words = ("inside", "above", "below", *(["unfinished"] if counts["unfinished"] else []))
+    verdicts = ", ".join(f"{counts[word]} {word}" for word in words)
+    return f"So far {len(run)} of {len(rows)} results have been run: {verdicts}."
 
 
 def _section(
@@ -135,7 +135,7 @@ def _section(
     not_run = [row for row, result in found if not result]
     for what, some in (
         ("Not run", [row for row in not_run if row.command]),
-        ("Not built here", [row for row in not_run if not row.command]),
+        ("Not in this library", [row for row in not_run if not row.command]),
     ):
         if some:
             counts = Counter(row.task.partition("/")[0] for row in some)

@@ -171,6 +171,6 @@ def test_an_excessive_memory_footprint_is_reported(tmp_path, capsys):
     info = Run(tmp_path, "mappo", "a", "b", run.members, "episode_return", 1, "x")
     Console(info, run).footprint(needed=3_000_000_000, available=2_000_000_000)
     printed = capsys.readouterr().out
-    assert printed.startswith("memory: 3.0 GB of 2.0 GB on each device\nwarning: that is too")
+    assert printed.startswith("memory: 3.0 GB of 2.0 GB on each device\nwarning: training needs")
     Console(info, run).footprint(needed=1, available=2)
     assert "warning" not in capsys.readouterr().out

@@ -386,7 +386,7 @@ def test_the_console_prints_one_line_per_evaluation_and_the_folder(config, capsy
     result = run(config)
     out = capsys.readouterr().out
     assert sum(" of 120 steps" in line for line in out.splitlines()) == K + 1
-    assert "memory: " in out and "too much" not in out
+    assert "memory: " in out and "more memory than" not in out
     assert "120 per member, 127 rounded down to whole chunks" in out
     assert "Rewards are sparse" not in out
     assert out.rstrip().endswith(f"results: {result.folder}")
