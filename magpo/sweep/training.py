@@ -104,12 +104,12 @@ class Metrics:
         self.evaluations: dict[int, dict[Any, float]] = {}  # by steps and member
         self.absolute: dict[Any, float] = {}
 
-    def read(self) -> None:
-        """Read the lines added since the last call, once the run has a folder."""
+    def read(self) -> bool:
+        """Read the lines added since the last call; return whether there are any."""
         self.folder = self.folder or folders.newest(self.config)
-        file = self.folder and self.folder / "metrics.jsonl"
+        file, before = self.folder and self.folder / "metrics.jsonl", self.offset
         if file is None or not file.is_file():
-            return
+            return False
         with file.open("rb") as stream:
             size = stream.seek(0, 2)
             self.offset = stream.seek(self.offset if size >= self.offset else 0)
@@ -119,6 +119,7 @@ class Metrics:
                 self.offset += len(line)
                 if b'"eval/' in line or b'"absolute/' in line:
                     self._take(line)
+        return self.offset != before
 
     def _take(self, line: bytes) -> None:
         record = json.loads(line)
@@ -185,14 +186,17 @@ def train(
     its trials are pruned. Returns 0 if all trials have ended, otherwise the exit code of a run that
     was stopped or failed for another reason than divergence.
     """
-    metrics = Metrics(group.config, search.env.headline)
+    metrics, running = Metrics(group.config, search.env.headline), _running(study, group)
+    show()
 
     def watch() -> bool:
-        metrics.read()
-        for trial in _running(study, group):
-            _report(study, trial, metrics, group.settings[trial.number], prune)
-        show()
-        return not _running(study, group)
+        nonlocal running
+        if metrics.read():
+            for trial in running:
+                _report(study, trial, metrics, group.settings[trial.number], prune)
+            running = _running(study, group)
+            show()
+        return not running
 
     stopped, code = watch(), 0
     while not stopped and _status(metrics) == "running":  # left by a sweep that was killed
