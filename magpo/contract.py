@@ -55,6 +55,7 @@ class Card(NamedTuple):
     # The TrainState's fields whose arrays have a leading axis of environments. Several devices can
     # share these arrays; each has a copy of all others.
     per_environment: tuple[str, ...] = ("env_state", "timestep", "carry")
+    actions: str = "discrete, continuous"  # the kinds of actions that it learns
 
 
 class AlgorithmConfig(Protocol):

@@ -252,7 +252,7 @@ def test_every_system_composes_with_every_task(system, task):
 
 @pytest.mark.parametrize("system", plugins.systems())
 def test_every_system_has_its_papers_budget(system):
-    updates = {"gpae_mappo": 610}.get(system, 1220)
+    updates = {"gpae_mappo": 610, "vdn": 4880, "qmix": 4880}.get(system, 1220)
     assert load(system, ["env=rware/tiny-4ag"]).num_updates == updates
     assert load(system, ["env=rware/tiny-4ag", "budget=paper"]).num_updates == 1220
 
@@ -516,7 +516,7 @@ def test_help_lists_the_keys(mine, monkeypatch, capsys):
     for expected in (
         "env=<suite>/<task>",
         "tiny-4ag",
-        "budget: gpae | paper | quick",
+        "budget: gpae | jaxmarl | paper | quick",
         "eval_episodes: 32",
     ):
         assert expected in out

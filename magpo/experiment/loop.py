@@ -101,6 +101,7 @@ def run(
     setup = make_setup(algorithm, env, config)
     programs, arguments = build_programs(algorithm, setup, env, config)
     (state,) = arguments.train_chunk
+    devices.check_memory(config, state)
     best, params, *_ = arguments.keep_best
     checks.check_act(algorithm, setup, env, params)
     programs.train_chunk.trace(state)  # checks what it returns; compiling reuses it

@@ -148,6 +148,25 @@ def memory_needed(train_chunk: Any) -> int:
     return int(2 * sizes.argument_size_in_bytes + sizes.temp_size_in_bytes)
 
 
+def check_memory(config: RunConfig, state: Any) -> None:
+    """Raise ConfigError if each device has less memory than a state of these shapes takes.
+
+    A checkpoint needs a copy of the state.
+    """
+
+    def size(x: Any) -> int:
+        return int(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize)
+
+    needed = sum(map(size, jax.tree.leaves(state))) * (2 if config.keep else 1)
+    available = memory_available(config)
+    if needed > available:
+        raise ConfigError(
+            f"the training state needs {needed / 1e9:.1f} GB of memory on each device, which has "
+            f"{available / 1e9:.1f} GB: train fewer members or environments, or lower the size of "
+            "a replay buffer"
+        )
+
+
 def memory_available(config: RunConfig) -> int:
     """Return the bytes of memory of each of the run's devices."""
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -105,6 +105,23 @@ class TanhNormal(NamedTuple):
         return self._sum(0.5 * (variance_ratio + shift - 1.0 - jnp.log(variance_ratio)))
 
 
+class ActionValues(NamedTuple):
+    """Values of discrete actions; the policy takes the best legal one."""
+
+    value: Array  # (..., A), the dtype's lowest value where illegal
+
+    def sample(self, key: Array) -> Array:  # (...) int32
+        del key
+        return self.mode()
+
+    def mode(self) -> Array:
+        return jnp.argmax(self.value, axis=-1)
+
+    def of(self, action: Array) -> Array:
+        """Return the values (...) of actions (...)."""
+        return jnp.take_along_axis(self.value, action[..., None], axis=-1)[..., 0]
+
+
 def executed_action(action: Array, action_kind: ActionKind) -> Array:
     """Return the action that environments and autoregressive decoders get for a raw action."""
     return action if action_kind == "discrete" else jnp.tanh(action)

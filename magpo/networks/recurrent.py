@@ -15,9 +15,15 @@ from flax import linen as nn
 from flax.linen.initializers import lecun_normal, zeros_init
 
 from magpo.networks.gru import gru
-from magpo.networks.heads import ActionKind, Distribution, PolicyHead, executed_action
+from magpo.networks.heads import (
+    ActionKind,
+    ActionValues,
+    Distribution,
+    PolicyHead,
+    executed_action,
+)
 from magpo.networks.kernels import look_up, sum_of_others
-from magpo.networks.torsos import Dense, orthogonal, parts
+from magpo.networks.torsos import Dense, mask_out, orthogonal, parts
 from magpo.types import Array, EnvSpec, Observation, action_spec
 
 
@@ -82,6 +88,28 @@ class FeedForwardActor(nn.Module):
         for _ in range(2):
             x = nn.tanh(Dense(self.hidden_dim, kernel_init=orthogonal(2**0.5))(x))
         return hidden, PolicyHead(self.action_dim, self.action_kind)(x, action_mask)
+
+
+class RecurrentActionValues(nn.Module):
+    """One agent's action values from its own observations: Dense, GRU, head."""
+
+    action_dim: int
+    action_kind: ActionKind
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(
+        self, hidden: Array, agents_view: Array, action_mask: Array, reset_before: Array
+    ) -> tuple[Array, ActionValues]:
+        """Return the last hidden state (B, H) and the values (C, B, A).
+
+        hidden (B, H), agents_view (C, B, O), action_mask (C, B, A), reset_before (C, B).
+        """
+        init = orthogonal()
+        embedded = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="embed")(agents_view))
+        hiddens = GRU(self.hidden_dim, name="gru")(hidden, embedded, reset_before)
+        value = Dense(self.action_dim, kernel_init=init, name="head")(hiddens)
+        return hiddens[-1], ActionValues(mask_out(value, action_mask))
 
 
 class RecurrentCritic(nn.Module):
@@ -155,18 +183,20 @@ class Actors:
     """All agents' decentralised policies.
 
     If `shared`, all agents have one set of parameters, otherwise each its own, along a leading axis
-    N.
+    N. If `values`, the networks return ActionValues instead of distributions.
     """
 
     spec: EnvSpec
     hidden_dim: int
     recurrent: bool = True
     shared: bool = True
+    values: bool = False
 
     @property
-    def network(self) -> RecurrentActor | FeedForwardActor:
-        """One agent's policy."""
-        kind = RecurrentActor if self.recurrent else FeedForwardActor
+    def network(self) -> RecurrentActor | FeedForwardActor | RecurrentActionValues:
+        """One agent's network."""
+        kind: Any = RecurrentActor if self.recurrent else FeedForwardActor
+        kind = RecurrentActionValues if self.values else kind
         return kind(self.spec.action_dim, self.spec.action_kind, self.hidden_dim)
 
     def init(self, key: Array) -> Any:
@@ -192,7 +222,7 @@ class Actors:
 
     def unroll(
         self, params: Any, carry: Any, observation: Observation, reset_before: Array
-    ) -> tuple[Any, Distribution]:
+    ) -> tuple[Any, Any]:
         """Run the policies along sequences.
 
         Args:
@@ -212,14 +242,14 @@ class Actors:
 
     def unroll_shared(
         self, params: Any, carry: Any, observation: Observation, reset_before: Array
-    ) -> tuple[Any, Distribution]:
+    ) -> tuple[Any, Any]:
         """Run `unroll` with one set of parameters for all agents in `observation`."""
         inputs = observation.agents_view, observation.action_mask
         return _unroll(self.network, params, carry, inputs, reset_before)
 
     def step(
         self, params: Any, carry: Any, observation: Observation, reset_before: Array
-    ) -> tuple[Any, Distribution]:
+    ) -> tuple[Any, Any]:
         """Run the policies for one step; return the carry (B, N, H) and distributions (B, N)."""
         return _step(self.unroll, params, carry, observation, reset_before)
 

@@ -9,7 +9,7 @@ def row(name: str) -> list[str]:
     """Return a system's row of cells."""
     card = contract.algorithm(plugins.system(name)).CARD
     words = [card.centralised, card.deployed.value, card.carry, card.parameters.value]
-    return [name, *words, "discrete, continuous"]
+    return [name, *words, card.actions]
 
 
 def main(*, markdown: bool = False) -> None:

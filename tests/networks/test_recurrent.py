@@ -25,6 +25,7 @@ NETWORKS = {
     "shared": Actors(SPEC, H),
     "separate": Actors(SPEC, H, shared=False),
     "feed-forward": Actors(SPEC, H, recurrent=False),
+    "action values": Actors(SPEC, H, values=True),
     "state critic": Critic(SPEC, H),
     "observation critic": Critic(SPEC, H, "observation"),
 }

@@ -1,5 +1,6 @@
 """Tiny configurations of every system, and what tests must know of their differences."""
 
+import dataclasses
 import importlib
 import inspect
 from functools import cache, partial
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from magpo import config, envs, plugins
+from magpo.contract import as_data
 from magpo.types import Environment, spec
 
 LBF = "lbf/2s-8x8-2p-2f-coop"
@@ -18,17 +20,21 @@ SHARED = [
     "rollout_length=8",
     "total_steps=96",
     "num_evaluations=1",
-    "system.ppo_epochs=2",
-    "system.num_minibatches=2",
 ]
+PPO = ["system.ppo_epochs=2", "system.num_minibatches=2"]
 GUIDED = [
+    *PPO,
     "network.guider.embed_dim=8",
     "network.guider.n_head=2",
     "network.guider.chunk_size=4",
     "network.learner.hidden_dim=8",
 ]
-RECURRENT = ["network.actor.hidden_dim=8", "network.critic.hidden_dim=6"]
-SEQUENCE = ["network.embed_dim=8", "network.n_head=2"]
+RECURRENT = [*PPO, "network.actor.hidden_dim=8", "network.critic.hidden_dim=6"]
+SEQUENCE = [*PPO, "network.embed_dim=8", "network.n_head=2"]
+REPLAYED = [
+    *("system.gradient_steps=2", "system.batch_size=6", "system.buffer_size=12"),
+    *("system.learning_starts=0", "system.target_period=1", "system.n_step=2"),
+]
 PROBED_GUIDED = [
     "system.actor_lr=0.003",
     "system.num_minibatches=1",
@@ -42,6 +48,10 @@ PROBED_RECURRENT = [
     "system.num_minibatches=1",
     "network.actor.hidden_dim=16",
     "network.critic.hidden_dim=16",
+]
+PROBED_REPLAYED = [
+    *("system.actor_lr=0.003", "system.reward_scale=1", "system.buffer_size=512"),
+    *("system.learning_starts=0", "system.target_period=4", "system.epsilon_end=0.2"),
 ]
 PROBED_SEQUENCE = ["system.actor_lr=0.003", "network.embed_dim=16"]
 
@@ -72,6 +82,14 @@ CASES = {
         [*RECURRENT, "system.reuse=3"],
         [*PROBED_RECURRENT, "system.anneal_lr=false", "system.ent_coef=0.01"],
     ),
+    "vdn": Small(
+        "vdn", [*REPLAYED, "network.hidden_dim=8"], [*PROBED_REPLAYED, "network.hidden_dim=16"]
+    ),
+    "qmix": Small(
+        "qmix",
+        [*REPLAYED, "network.agents.hidden_dim=8", "network.mixer.embed_dim=4"],
+        [*PROBED_REPLAYED, "network.agents.hidden_dim=16", "network.mixer.embed_dim=8"],
+    ),
     "magpo, mat": Small("magpo", [*GUIDED, "network.guider.kind=mat"]),
     "ippo": Small("mappo", [*RECURRENT, "system.critic_input=observation"]),
     "sable, no memory": Small("sable", [*SEQUENCE, "network.memory=false"]),
@@ -79,6 +97,8 @@ CASES = {
     "gpae, no memory": Small("gpae_mappo", [*RECURRENT, "network.actor.memory=false"]),
 }
 SYSTEMS = plugins.of_package()
+VALUE_BASED = ["qmix", "vdn"]
+POLICY_GRADIENT = sorted({*SYSTEMS} - {*VALUE_BASED})
 
 
 def short_run(name: str, task: str) -> list[str]:
@@ -129,12 +149,24 @@ def jitted(function: Any) -> Any:
 
 def differences(case: Case, state: Any) -> dict[str, jax.Array]:
     """Return by how much training differs from what a rollout from `state` stored: all zeros."""
+    if hasattr(case.module, "explore"):
+        hyper = dataclasses.replace(state.hyper, epsilon_start=0.0, epsilon_end=0.0)
+        state = state._replace(hyper=as_data(hyper))
     _, collected, *_ = jitted(case.module.rollout)(case.setup, case.env, state)
     return jax.jit(partial(_recomputed, case.module, case.setup))(state, collected)
 
 
 def _recomputed(module: Any, setup: Any, state: Any, collected: Any) -> dict[str, jax.Array]:
     key, hyper = jax.random.key(0), state.hyper
+    if hasattr(module, "explore"):  # without exploration, the best actions of the same values
+        batch, params = module.sequences(setup, collected), module.policy_params(state)
+        inputs = batch.observation, batch.reset_before
+        _, values = setup.agents.unroll(params, batch.carry, *inputs)
+        seen = collected.transitions.observation.agents_view.swapaxes(0, 1)
+        return {
+            "action": module.at_steps(values.mode(), batch) - batch.action,
+            "observation": module.at_steps(batch.observation.agents_view, batch) - seen,
+        }
     if hasattr(module, "estimate"):  # GPAE recomputes for old rollouts what others store
         estimates, _ = module.estimate(setup, state.params, collected)
         fields = dict.fromkeys(module.Batch._fields, estimates.value)

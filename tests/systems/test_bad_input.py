@@ -26,6 +26,7 @@ from magpo.errors import ConfigError
         ("mappo", ["num_envs=2", "system.num_minibatches=3"], "divide the number of sequences"),
         ("happo", ["num_envs=2", "system.num_minibatches=3"], "divide the number of sequences"),
         ("sable", ["network.n_head=3"], "2 . n_head must divide embed_dim = 64, not 6"),
+        ("vdn", ["system.buffer_size=8"], "system.buffer_size must be at least 32, .* not 8"),
         ("mat", ["network.n_head=3"], "n_head must divide embed_dim = 64, not 3"),
         ("mat", ["network.memory=true"], "'network.memory' is a key of sable, not of mat"),
     ],

@@ -35,7 +35,7 @@ def test_training_reproduces_what_the_rollout_stored(name):
     assert (step_count != step_count[0]).any()  # episodes begin and end at different steps
 
 
-@pytest.mark.parametrize("name", [*cases.SYSTEMS, "magpo, mat"])
+@pytest.mark.parametrize("name", [*cases.POLICY_GRADIENT, "magpo, mat"])
 def test_training_reproduces_what_the_rollout_stored_for_continuous_actions(name):
     case = cases.build(name, "mpe/simple_spread_3ag")
     state = cases.jitted(case.module.init)(case.setup, case.env, jax.random.key(0))
@@ -155,7 +155,7 @@ def slow_advantages(t, last_value, gamma, gae_lambda):
 
 
 @pytest.mark.parametrize("truncates", [True, False])
-@pytest.mark.parametrize("name", cases.SYSTEMS)
+@pytest.mark.parametrize("name", cases.POLICY_GRADIENT)
 def test_advantages_match_the_slow_model(name, truncates):
     T, E, N = 6, 5, 3
     rng = np.random.default_rng(0)

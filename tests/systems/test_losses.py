@@ -47,7 +47,7 @@ SURROGATES = [
 
 
 # MAGPO's losses depend on its learner, GPAE does not clip values: each has separate tests.
-PPO = sorted({*cases.SYSTEMS} - {"magpo", "gpae_mappo"})
+PPO = sorted({*cases.POLICY_GRADIENT} - {"magpo", "gpae_mappo"})
 
 
 def joint_loss(module):

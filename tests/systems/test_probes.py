@@ -17,14 +17,22 @@ from systems.probe import LENGTH, Kind, Probe
 GAMMA = 0.7
 
 
-def values(setup, state):
-    """Return the critic's values of the observations after training, (E, N)."""
+def values(module, setup, state):
+    """Return the critic's values of the observations after training, (E, N); of Q-learning, the
+    team's value of the best actions."""
     inputs = state.timestep.observation, state.timestep.last()
     params, carry = state.params, getattr(state, "carry", ())
     if hasattr(setup, "guider"):
         return setup.guider.apply(params.guider, carry.guider, *inputs, method="value")
     if hasattr(setup, "network"):
         return setup.network.apply(params, carry, *inputs, method="value")
+    if hasattr(setup, "agents"):
+        _, best = setup.agents.step(module.policy_params(state), carry, *inputs)
+        best = best.of(best.mode())
+        mixed = (
+            [best] if not hasattr(setup, "mixer") else [setup, params, best, inputs[0].global_state]
+        )
+        return jnp.repeat(module.team_value(*mixed)[:, None], best.shape[-1], axis=1)
     if isinstance(setup.critic, ActionCritic):  # any actions will do
         observation, reset_before = inputs
         action = jnp.zeros(observation.action_mask.shape[:2], int)
@@ -51,7 +59,7 @@ def trained(request):
         scores = evaluate(module, setup, env, params, key, 64)
         observation = state.timestep.observation
         seen = observation.agents_view[:, 0, 2]  # after the agent id
-        value = values(setup, state)
+        value = values(module, setup, state)
         return scores["episode_return"].mean(), value, observation.step_count, seen
 
     keys = jax.random.split(jax.random.key(0), len(Kind))
