@@ -10,8 +10,8 @@ CUDA ?= cuda12
 SMOKE_TASKS ?= coordsum/3x10-30 rware/tiny-2ag lbf/2s-8x8-2p-2f-coop connector/con-5x5x3a \
 	mpe/simple_spread_3ag smax/3m mabrax/hopper-3x1
 SMOKE_FEW ?= mpe/simple_spread_3ag
-SMOKE_SKIP ?= magpo ctds mappo sable
-SMOKE_RUNS := $(SMOKE_TASKS:%=smoke/%/magpo) \
+SMOKE_SKIP ?= magpo ctds mappo sable vdn qmix
+SMOKE_RUNS := $(SMOKE_TASKS:%=smoke/%/magpo) smoke/smax/3m/qmix \
 	$(foreach system,$(filter-out $(SMOKE_SKIP),$(SYSTEMS)),$(SMOKE_FEW:%=smoke/%/$(system)))
 SMOKE := budget=quick tuned=false num_envs=4 rollout_length=16 total_steps=256 num_evaluations=2 \
 	eval_episodes=2 env.time_limit=20 results_dir=results/smoke
@@ -46,9 +46,10 @@ lint: install
 
 # Tiny runs of MAGPO on one task of every suite, and of the other systems on a continuous task (the
 # tests run them on a discrete one), except systems whose networks are parts of another system's.
+# QMIX, for discrete actions only, runs on SMAX.
 # They are compiled without optimisation, which would take most of the time, as in tests/conftest.py.
 # `make -j2 -O smoke` runs two at once.
-# `make smoke SMOKE_FEW='$(SMOKE_TASKS)' SMOKE_SKIP=` runs all systems on all tasks.
+# `make smoke SMOKE_FEW='$(SMOKE_TASKS)' SMOKE_SKIP='vdn qmix'` runs all others on all tasks.
 smoke: $(SMOKE_RUNS)
 
 smoke/%: export XLA_FLAGS += --xla_backend_optimization_level=0 \
