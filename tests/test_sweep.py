@@ -351,9 +351,9 @@ def test_a_study_of_another_search_is_refused(monkeypatch, capsys):
 
 def test_a_run_that_does_not_fit_is_refused_before_training(monkeypatch):
     plugins.load(["counting.py"])
-    monkeypatch.setattr("magpo.hardware.devices.memory_available", lambda config: 10)
+    monkeypatch.setattr("magpo.hardware.devices.memory_needed", lambda train_chunk: 10**15)
     given = config.load("counting", TINY)
-    with pytest.raises(config.compose.ConfigError, match=r"1 members need .* which has 10: train"):
+    with pytest.raises(config.compose.ConfigError, match=r"1 members need 1,0.*: train fewer"):
         experiment.run(plugins.system("counting"), given, must_fit=True)
     assert not list(Path().rglob("checkpoints/0*"))
 

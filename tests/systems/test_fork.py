@@ -25,4 +25,4 @@ def test_a_copy_outside_the_package_trains(tmp_path):
     (folder,) = (tmp_path / "results" / "my_mappo" / "coordsum").glob("*/*")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {record["system"] for record in records} == {"my_mappo"}
-    assert max(record["env_steps"] for record in records) == 64
+    assert max(record["env_steps"] for record in records) == 128
