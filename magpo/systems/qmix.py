@@ -353,9 +353,8 @@ def gradient_step(setup: Setup, state: TrainState, key: Array) -> tuple[TrainSta
     )
     updates, opt_state = optimiser(state.hyper).update(grads, state.opt_state)
     params = optax.apply_updates(state.params, updates)
-    return state._replace(params=params, opt_state=opt_state), metrics | grad_norms(
-        **grads._asdict()
-    )
+    metrics |= grad_norms(**grads._asdict())
+    return state._replace(params=params, opt_state=opt_state), metrics
 
 
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
@@ -370,10 +369,10 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
     )
     keys = jax.random.split(key_steps, hyper.gradient_steps)
     trained, metrics = jax.lax.scan(partial(gradient_step, setup), state, keys)
-    # The first steps only fill the buffer.
-    num_steps = state.update_count * config.num_envs * config.rollout_length
+    # The first updates only fill the buffer. They are counted, because steps would overflow int32.
+    start = hyper.learning_starts / (config.num_envs * config.rollout_length)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(num_steps >= hyper.learning_starts, new, old),
+        lambda new, old: jnp.where(state.update_count >= start, new, old),
         (trained.params, trained.opt_state),
         (state.params, state.opt_state),
     )

@@ -39,6 +39,7 @@ from magpo.metrics import episode_means, episode_sums
 from magpo.networks.heads import ActionValues
 from magpo.networks.kernels import spread
 from magpo.networks.recurrent import Actors
+from magpo.optimiser import grad_norms
 from magpo.types import Array, Environment, EnvSpec, Metrics, Observation, TimeStep
 from magpo.values import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -321,7 +322,7 @@ def gradient_step(setup: Setup, state: TrainState, key: Array) -> tuple[TrainSta
     )
     updates, opt_state = optimiser(state.hyper).update(grads, state.opt_state)
     params = optax.apply_updates(state.params, updates)
-    metrics["grad_norm/agents"] = optax.tree.norm(grads)
+    metrics |= grad_norms(agents=grads)
     return state._replace(params=params, opt_state=opt_state), metrics
 
 
@@ -337,10 +338,10 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
     )
     keys = jax.random.split(key_steps, hyper.gradient_steps)
     trained, metrics = jax.lax.scan(partial(gradient_step, setup), state, keys)
-    # The first steps only fill the buffer.
-    num_steps = state.update_count * config.num_envs * config.rollout_length
+    # The first updates only fill the buffer. They are counted, because steps would overflow int32.
+    start = hyper.learning_starts / (config.num_envs * config.rollout_length)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(num_steps >= hyper.learning_starts, new, old),
+        lambda new, old: jnp.where(state.update_count >= start, new, old),
         (trained.params, trained.opt_state),
         (state.params, state.opt_state),
     )
