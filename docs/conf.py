@@ -17,6 +17,8 @@ exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 
 html_theme = "sphinx_book_theme"
 html_title = "magpo"
+html_static_path = ["_static"]
+html_css_files = ["equations.css"]
 html_theme_options = {"show_toc_level": 2, "navbar_persistent": []}
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
