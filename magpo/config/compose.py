@@ -8,7 +8,7 @@ replace earlier ones:
 3. the published game
 4. the logger
 5. the budget
-6. the task's tuned values
+6. the tuned values of the task, or else of its suite
 7. the overrides, key=value in Hydra's grammar
 
 All values are in these files; the code refers to them by dotted names.
@@ -100,10 +100,11 @@ def _new(name: str, folders: Sequence[Path], chosen: Values) -> tuple[Values, Va
     if as_published:
         values |= _published(task)
     values |= _logger(folders, logger) | read_option(folders, "budget", budget)
-    tuned = tuned and find(folders, f"tuned_values/{name}/{task}") is not None
-    if tuned:
-        values |= read_option(folders, "tuned_values", f"{name}/{task}")
-    about = {"budget": budget, "tuned": tuned, "published": as_published}
+    of_task_or_suite = f"{name}/{task}", f"{name}/{task.partition('/')[0]}"
+    found = [file for file in of_task_or_suite if find(folders, f"tuned_values/{file}")]
+    if tuned and found:
+        values |= read_option(folders, "tuned_values", found[0])
+    about = {"budget": budget, "tuned": tuned and bool(found), "published": as_published}
     return {"system": name, "env": task, **about}, values
 
 
