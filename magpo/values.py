@@ -71,5 +71,6 @@ def _line(error: ErrorDetails, schema: type) -> str:
         return f"{key} is missing"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    rule = error["msg"].replace("Input should", "must").replace("valid array", "list")
+    listed = f"list, such as [{error['input']}]"
+    rule = error["msg"].replace("Input should", "must").replace("valid array", listed)
     return f"{key} {rule.replace('an object', 'a group of keys')}, not {error['input']!r}"

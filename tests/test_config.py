@@ -378,7 +378,10 @@ BAD = {
     "varied_size": ([TINY, "vary.network.learner.width=[1,2]"], "width: only floats can vary"),
     "varied_seeds": ([TINY, "vary.seeds=[1,2]"], "vary.seeds: only floats"),
     "varied_group": ([TINY, "vary.system=[1,2]"], "vary.system: only floats"),
-    "varied_not_a_list": ([TINY, "vary.system.lr=0.5"], "vary.system.lr must be a list, not 0.5"),
+    "varied_not_a_list": (
+        [TINY, "vary.system.lr=0.5"],
+        "vary.system.lr must be a list, such as [0.5]",
+    ),
     "varied_empty_list": (
         [TINY, "vary.system.lr=[]"],
         "vary.system.lr must be one or more different",
@@ -409,7 +412,7 @@ BAD = {
     "vary_is_not_a_group": ([TINY, "vary=3"], "vary"),
     "varied_sweep": ([TINY, "vary.system.lr=1,2"], "--multirun"),
     "does_not_divide": ([TINY, "num_envs=9"], "must divide num_envs=9, not 2"),
-    "one_seed_without_brackets": ([TINY, "seeds=3"], "seeds must be a list"),
+    "one_seed_without_brackets": ([TINY, "seeds=3"], "seeds must be a list, such as [3], not 3"),
     "no_seeds": ([TINY, "seeds=[]"], "seeds must be one or more"),
     "duplicate_seed": ([TINY, "seeds=[4,5,4]"], "different"),
     "negative_seed": ([TINY, "seeds=[4,-1]"], "seeds.1 must be greater"),

@@ -41,7 +41,7 @@ def test_training_works_under_a_profiler(tmp_path):
 def test_running_a_file_of_the_package_says_how_to_start_it(tmp_path, name):
     done = run_python(SYSTEMS / f"{name}.py", *SMALL, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: this magpo.py hides the package: use -m magpo.systems")
+    assert done.stderr.startswith("error: run systems as python -m magpo.systems.<name>, and")
     assert done.stderr.count("\n") == 1
 
 

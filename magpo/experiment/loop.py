@@ -41,7 +41,7 @@ from magpo.report.measurements import ABSOLUTE_EVALUATIONS, Measurement, Run
 from magpo.report.sinks import JsonLines, LearningCurve, MarlEval, Sink, TensorBoard
 from magpo.report.trackers import TRACKERS, Tracker
 from magpo.report.writer import LoggingError, Writer
-from magpo.runs import folders, resume
+from magpo.runs import folders, listing, resume
 from magpo.runs.resume import Saver, Start
 from magpo.types import Array, Environment, spec
 
@@ -215,8 +215,11 @@ def _run(
             except (KeyboardInterrupt, SystemExit):  # SystemExit comes from a launcher's handler
                 saver.stop()
                 raise
-    except (KeyboardInterrupt, DivergenceError):
+    except (KeyboardInterrupt, DivergenceError) as stop:
         console.line(f"stopped; all measurements so far are in {folder}", "yellow")
+        if isinstance(stop, KeyboardInterrupt):
+            command = listing.resume_command(config.system, folder, config.imports)
+            console.line(f"continue with: {command}", "yellow")
         raise
     console.finished(result.measurements, np.asarray(result.best.chunk), result.absolute)
     return result

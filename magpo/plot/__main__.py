@@ -123,7 +123,7 @@ def notes(lines: Sequence[Line]) -> Iterator[str]:
             if line.suite == suite:
                 tasks[line.label].add(line.task)
         if len(set(map(frozenset, tasks.values()))) > 1:
-            yield f"{suite}: systems have different tasks, so their aggregates do not compare"
+            yield f"{suite}: systems have different tasks, so their aggregates cannot be compared"
     without = [f"{x.label} on {x.suite}/{x.task}" for x in lines if x.absolute is None]
     if without:
         yield f"no absolute metric, the last evaluation is used: {', '.join(without)}"

@@ -208,9 +208,11 @@ def labelled(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def written(value: Any) -> str:
-    """Return a setting as the command line takes it."""
+    """Return a setting as the command line takes it, floats with four digits."""
     if value is ABSENT:
         return "absent"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

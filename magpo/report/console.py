@@ -110,6 +110,7 @@ class Console:
         # Only the last chunks, because a machine's pace changes.
         self.chunk_s: deque[float] = deque(maxlen=9)
         self.began, self.compiling_s, self.earlier_s = time.perf_counter(), 0.0, 0.0
+        self.resumed_at: int | None = None  # steps
 
     def header(self, env: Environment, policy: Any, params: Any) -> None:
         """Print a summary of the run. `policy` is the deployed part of `params`; both (M, ...)."""
@@ -133,6 +134,7 @@ class Console:
             "evaluation": f"{config.eval_episodes} episodes every {config.steps_per_chunk:,} steps",
             "values": "tuned for this task" if config.tuned else "defaults",
             **({"game": "as published"} if config.published else {}),
+            **({} if self.resumed_at is None else {"resumed": self._resumed()}),
         }
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", justify="right")
@@ -143,6 +145,10 @@ class Console:
         self.line(f"results: {self.run.folder}")
         if config.budget == "quick" and self.run.suite in SPARSE_SUITES:
             self.line(HINT.format(system=self.run.system), "yellow")
+
+    def _resumed(self) -> str:
+        at_end = self.resumed_at == self.config.trained_steps
+        return f"at {self.resumed_at:,} steps" + ", where it had finished" * at_end
 
     def footprint(self, needed: int, available: int) -> None:
         """Print the memory that training needs on each device; warn if there is less."""
@@ -171,6 +177,8 @@ class Console:
         """Restore best returns and elapsed time from a measurement of the run before its resume."""
         self._keep_best(measurement)
         self.earlier_s = measurement.wall_s
+        if measurement.chunk is not None:
+            self.resumed_at = measurement.env_steps[0]
 
     def update(self, measurement: Measurement) -> None:
         """Show an evaluation: beside the progress bar on a terminal, elsewhere as a line."""

@@ -32,7 +32,8 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
         last = i + 1 == len(settings)
         seeds = values[:, places]  # (K, S)
         colour, dashes = shade(i, len(settings))
-        label = f"{members.label(setting) or 'mean of seeds'}: {spread(seeds[-1])}"
+        name = members.label(setting) or ("mean of seeds" if len(places) > 1 else "evaluation")
+        label = f"{name}: {spread(seeds[-1])}"
         axes.plot(steps, seeds.mean(1), dashes, color=colour, marker=".", ms=4, label=label)
         if len(settings) == 1:
             axes.plot(steps, seeds, color=colour, alpha=min(0.35, 1.5 / len(places)), linewidth=0.7)
@@ -41,7 +42,8 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0, label=label)
         for episodes in absolute:
             score = episodes[places].mean(-1)  # (S,)
-            label = f"absolute metric ({episodes.shape[1]} episodes)" if last else ""
+            of = f"{episodes.shape[1]} episodes" + ", ± std over seeds" * (len(places) > 1)
+            label = f"absolute metric ({of})" if last else ""
             at = steps[-1], score.mean(), sample_std(score) or 0
             axes.errorbar(*at, fmt="D", color=colour, mfc="white", capsize=3, zorder=5, label=label)
     if row := run.published:

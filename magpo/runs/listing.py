@@ -87,7 +87,8 @@ def _summary(folder: Path) -> Summary:
         run = run._replace(total_steps=int(values["total_steps"] // per_chunk * per_chunk))
         run = run._replace(status=status(folder))
         if run.status not in ("running", "finished", "unknown"):
-            run = run._replace(resume=_resume(run, map(str, about.get("imports", ()))))
+            imports = map(str, about.get("imports", ()))
+            run = run._replace(resume=resume_command(run.system, folder, imports))
         returns = _last_returns(folder / "metrics.jsonl", run.num_members)
         run = run._replace(steps=int(max((record["env_steps"] for record in returns), default=0)))
         run = run._replace(last_return=_best_mean(returns, run.varied))
@@ -95,12 +96,12 @@ def _summary(folder: Path) -> Summary:
     return run
 
 
-def _resume(run: Summary, imports: Iterable[str]) -> str:
+def resume_command(system: str, folder: Path, imports: Iterable[str]) -> str:
     """Return the command that continues a run, with the imports that it needs."""
-    own = run.system not in _of_package()
-    program = f"{run.system}.py" if own else f"-m magpo.systems.{run.system}"
+    own = system not in _of_package()
+    program = f"{system}.py" if own else f"-m magpo.systems.{system}"
     others = [f" import={name}" for name in imports if name != program]
-    return f"python {program} resume={shlex.quote(str(run.folder))}{''.join(others)}"
+    return f"python {program} resume={shlex.quote(str(folder))}{''.join(others)}"
 
 
 _of_package = cache(plugins.of_package)  # reads a folder

@@ -30,7 +30,9 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 if __name__ == "magpo":
-    sys.exit("error: this magpo.py hides the package: use -m magpo.systems.<name>; rename a fork")
+    sys.exit(
+        "error: run a system as `python -m magpo.systems.<name>`, and rename a copy of magpo.py"
+    )
 
 import chex
 import jax
