@@ -6,6 +6,7 @@ sequence, K sequences that a critic reads of each environment, H features of a h
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import chex
@@ -328,55 +329,75 @@ class Critic:
         return _step(self.unroll, params, carry, observation, reset_before)
 
 
-class PerAgentCritic(nn.Module):
-    """EQ^i(s, a^-i): the value of a state for agent i, given the actions of all other agents.
+Sees = Literal["state", "others", "all"]  # the actions that a per-agent critic reads
 
-    A dense layer and a GRU read the global state; the next layer also reads the other agents'
-    actions and the agent's id (Kim et al., 2026, Section 4.1). Without `sees_actions`, the value
-    depends on the state alone and is the same for all agents.
+
+class PerAgentCritic(nn.Module):
+    """The value of a state for each agent, given the actions that it `sees`.
+
+    A dense layer and a GRU read the global state. The next layer also reads the agent's id and the
+    actions of all other agents, for EQ^i(s, a^-i) (Kim et al., 2026, Section 4.1), or those of all
+    agents, for Q(s, (a^i, a^-i)) (Foerster et al., 2018). If a critic sees the state alone, its
+    value is the same for all agents.
     """
 
     num_agents: int
     action_dim: int
     action_kind: ActionKind
     hidden_dim: int
-    sees_actions: bool
+    sees: Sees
 
     @nn.compact
     def __call__(
-        self, hidden: Array, global_state: Array, action: Array, reset_before: Array
+        self,
+        hidden: Array,
+        global_state: Array,
+        action: Array,
+        reset_before: Array,
+        own_actions: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Return hidden states (C, B, H) and values (C, B, N).
+        """Return hidden states (C, B, H) and values (C, B, N), or (C, B, N, K) of own actions.
 
         Args:
             hidden: (B, H) before the first step.
             global_state: (C, B, G).
             action: (C, B, N[, A]), raw.
             reset_before: (C, B) bool.
+            own_actions: (C, B, N, K[, A]), raw: K actions of each agent to be valued, the other
+                agents' actions being those in `action`; for a critic that sees all actions.
         """
         init = orthogonal(2**0.5)
         embedded = nn.relu(Dense(self.hidden_dim, kernel_init=init, name="embed")(global_state))
         hiddens = GRU(self.hidden_dim, name="gru")(hidden, embedded, reset_before)
-        num_inputs = self.hidden_dim
-        if self.sees_actions:
-            num_inputs += self.num_agents * (self.action_dim + 1)
-        kernel = self.param("kernel", init, (num_inputs, self.hidden_dim))
-        state_kernel, id_kernel, action_kernel = jnp.split(
-            kernel, (self.hidden_dim, self.hidden_dim + self.num_agents * self.sees_actions)
-        )
+        others = self.num_agents, self.num_agents * self.action_dim  # rows of ids and actions
+        read = {"state": (), "others": others, "all": (*others, self.action_dim)}[self.sees]
+        rows = self.hidden_dim, *read
+        kernel = self.param("kernel", init, (sum(rows), self.hidden_dim))
+        state_kernel, *kernels = jnp.split(kernel, list(accumulate(rows))[:-1])
         mixed = hiddens @ state_kernel + self.param("bias", zeros_init(), (self.hidden_dim,))
         mixed = mixed[..., None, :]  # (C, B, 1, H)
-        if self.sees_actions:
-            mixed = mixed + sum_of_others(self._embed_actions(action_kernel, action)) + id_kernel
+        if self.sees != "state":
+            mixed = mixed + sum_of_others(self._embed_actions(kernels[1], action)) + kernels[0]
+        if self.sees == "all":
+            assert own_actions is not None
+            mixed = mixed[..., None, :] + self._inputs(own_actions) @ kernels[2]  # (C, B, N, K, H)
         value = Dense(1, kernel_init=orthogonal(1.0), name="head")(nn.relu(mixed))[..., 0]
-        return hiddens, jnp.broadcast_to(value, (*hiddens.shape[:-1], self.num_agents))
+        return hiddens, jnp.broadcast_to(
+            value, (*hiddens.shape[:-1], self.num_agents, *value.shape[3:])
+        )
 
     def _embed_actions(self, kernel: Array, action: Array) -> Array:
         """Return each agent's action times its own rows of the kernel, (C, B, N, H)."""
         kernel = kernel.reshape(self.num_agents, self.action_dim, self.hidden_dim)
         if self.action_kind == "discrete":
             return look_up(kernel, action)
-        return jnp.einsum("...na,nah->...nh", executed_action(action, self.action_kind), kernel)
+        return jnp.einsum("...na,nah->...nh", self._inputs(action), kernel)
+
+    def _inputs(self, action: Array) -> Array:
+        """Return raw actions as the network reads them, (..., A): one-hot or executed."""
+        if self.action_kind == "discrete":
+            return jax.nn.one_hot(action, self.action_dim)
+        return executed_action(action, self.action_kind)
 
 
 @dataclass(frozen=True)
@@ -385,14 +406,14 @@ class ActionCritic:
 
     spec: EnvSpec
     hidden_dim: int
-    sees_actions: bool
+    sees: Sees
 
     @property
     def network(self) -> PerAgentCritic:
         """The network of all agents' values."""
         spec = self.spec
         agents = spec.num_agents, spec.action_dim, spec.action_kind
-        return PerAgentCritic(*agents, self.hidden_dim, self.sees_actions)
+        return PerAgentCritic(*agents, self.hidden_dim, self.sees)
 
     def init(self, key: Array) -> Any:
         """Return the parameters."""
@@ -402,32 +423,28 @@ class ActionCritic:
             jnp.zeros((1, 1, *action.shape), action.dtype),
             jnp.ones((1, 1), bool),
         )
-        return self.network.init(key, self.initial_carry((1,)), state, actions, reset_before)
+        own = [actions[:, :, :, None]] if self.sees == "all" else []
+        inputs = state, actions, reset_before, *own
+        return self.network.init(key, self.initial_carry((1,)), *inputs)
 
     def initial_carry(self, batch_shape: tuple[int, ...]) -> Array:
         """Return the carry at an episode's start, (*batch_shape, H)."""
         return jnp.zeros((*batch_shape, self.hidden_dim))
 
-    def unroll(
-        self, params: Any, carry: Array, state: Array, action: Array, reset_before: Array
-    ) -> tuple[Array, Array]:
-        """Return the carries (B, C, H) after every step and the values (B, C, N).
+    def unroll(self, params: Any, carry: Array, *inputs: Array) -> tuple[Array, Array]:
+        """Return the carries (B, C, H) after every step and the values (B, C, N[, K]).
 
-        carry (B, H), state (B, C, G), raw action (B, C, N[, A]), reset_before (B, C).
+        carry (B, H); inputs: state (B, C, G), raw action (B, C, N[, A]), reset_before (B, C) and,
+        for a critic that sees all actions, own actions (B, C, N, K[, A]).
         """
-        chex.assert_equal_shape_prefix((state, action, reset_before), 2)
-        inputs = (x.swapaxes(0, 1) for x in (state, action, reset_before))
-        carries, value = self.network.apply(params, carry, *inputs)
+        chex.assert_equal_shape_prefix(inputs, 2)
+        by_time = (x.swapaxes(0, 1) for x in inputs)
+        carries, value = self.network.apply(params, carry, *by_time)
         return carries.swapaxes(0, 1), value.swapaxes(0, 1)
 
-    def step(
-        self, params: Any, carry: Array, state: Array, action: Array, reset_before: Array
-    ) -> tuple[Array, Array]:
-        """Run the critic for one step, with any leading axes; return (..., H) and (..., N)."""
-        shape = reset_before.shape
-        rows = jax.tree.map(
-            lambda x: x.reshape(1, -1, *x.shape[len(shape) :]), (state, action, reset_before)
-        )
-        hidden = carry.reshape(-1, self.hidden_dim)
-        carries, value = self.network.apply(params, hidden, *rows)
-        return carries.reshape(carry.shape), value.reshape(*shape, -1)
+    def step(self, params: Any, carry: Array, *inputs: Array) -> tuple[Array, Array]:
+        """Run `unroll` for one step, with any leading axes; return (..., H) and (..., N[, K])."""
+        shape = carry.shape[:-1]
+        rows = (x.reshape(1, -1, *x.shape[len(shape) :]) for x in inputs)
+        carries, value = self.network.apply(params, carry.reshape(-1, self.hidden_dim), *rows)
+        return carries.reshape(carry.shape), value.reshape(*shape, *value.shape[2:])

@@ -211,9 +211,14 @@ def make(config: Config, spec: EnvSpec) -> Setup:
     if config.hyper.anomaly_probability and spec.stop_action is None:
         raise ConfigError(f"system.anomaly_probability is for smax/..., not {spec.name}")
     actor, critic = config.network.actor, config.network.critic
-    actors = Actors(spec, actor.hidden_dim, recurrent=actor.memory)
-    sees_actions = config.hyper.advantage == "gpae"
-    return Setup(config, spec, actors, ActionCritic(spec, critic.hidden_dim, sees_actions))
+    return Setup(
+        config,
+        spec,
+        actor=Actors(spec, actor.hidden_dim, recurrent=actor.memory),
+        critic=ActionCritic(
+            spec, critic.hidden_dim, sees="others" if config.hyper.advantage == "gpae" else "state"
+        ),
+    )
 
 
 def traces(hyper: Hyper, log_ratio: Array) -> Array:

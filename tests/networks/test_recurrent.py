@@ -66,7 +66,7 @@ def test_unrolling_equals_stepping(name, sequences):
 
 def test_unrolling_an_action_critic_equals_stepping(sequences):
     observation, reset_before = sequences
-    critic = ActionCritic(SPEC, H, sees_actions=True)
+    critic = ActionCritic(SPEC, H, "others")
     action = jax.random.randint(jax.random.key(2), (B, C, N), 0, A)
     inputs = observation.global_state, action, reset_before
     params, start = critic.init(jax.random.key(1)), jnp.ones((B, H))

@@ -18,7 +18,7 @@ N, A = 3, 4
 
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
 def test_the_critic_sees_all_actions_but_the_agents_own(kind):
-    critic = PerAgentCritic(N, A, kind, 8, sees_actions=True)
+    critic = PerAgentCritic(N, A, kind, 8, "others")
     key = jax.random.key(0)
     state, hidden, never = (
         jax.random.normal(key, (2, 5, 7)),
@@ -41,7 +41,7 @@ def test_the_critic_sees_all_actions_but_the_agents_own(kind):
 
 
 def test_without_actions_the_value_depends_on_the_state_alone():
-    critic = PerAgentCritic(N, A, "discrete", 8, sees_actions=False)
+    critic = PerAgentCritic(N, A, "discrete", 8, "state")
     key = jax.random.key(0)
     given = jnp.ones((5, 8)), jax.random.normal(key, (2, 5, 7))
     action, never = jnp.zeros((2, 5, N), int), jnp.zeros((2, 5), bool)
