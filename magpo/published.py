@@ -20,7 +20,7 @@ class Row(NamedTuple):
     system: str  # as printed; GPAE's variants are gpae_off, gpae_on, gpae_st, gpae_eta_1.1, ...
     mean: float  # of the suite's headline metric; a win rate from 0 to 1
     std: float | None  # over seeds: 10 in MAGPO's table, 5 in GPAE's; Tables 3 and 4 print none
-    command: tuple[str, ...]  # a system and its overrides; () where the system is not built yet
+    command: tuple[str, ...]  # a system and its overrides
     budget: str  # paper: 20M steps | gpae: 10M steps
 
     @property
@@ -72,7 +72,7 @@ def find(values: Mapping[str, Any]) -> Row | None:
     named = {"env": "run.env", "published": "run.published"}
     for row in rows():
         wanted = [override.split("=", 1) for override in row.command[1:]]
-        if row.command[:1] == (values.get("run.system"),) and all(
+        if row.command[0] == values.get("run.system") and all(
             values.get(named.get(key, key)) == yaml.safe_load(value) for key, value in wanted
         ):
             return row

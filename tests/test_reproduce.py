@@ -33,7 +33,6 @@ SHORT = TINY.replace("32000 num_evaluations=100", "128 num_evaluations=2")
 TASK = "coordsum/3x10-30"
 ROWS = [
     ("magpo", "1", "coordsum", "3x10-30", "mappo", "6.00", "1.50", TINY, "paper"),
-    ("gpae", "2", "coordsum", "3x10-30", "vdn", "12", "1", "", "gpae"),
     ("gpae", "2", "coordsum", "3x10-30", "off", "9", "2", f"{SHORT} system.gamma=0.9", "gpae"),
     ("gpae", "3", "coordsum", "3x10-30", "off", "9", "", f"{SHORT} system.gamma=0.9", "gpae"),
 ]
@@ -141,7 +140,7 @@ def test_a_row_is_interrupted_resumed_and_not_run_again(table, call):
 
 
 def test_only_missing_seeds_are_trained_and_tables_share_a_run(table, call, monkeypatch):
-    call(TASK, "paper=gpae", "seeds=[0,4]", *QUIET)  # vdn has no command
+    call(TASK, "paper=gpae", "seeds=[0,4]", *QUIET)
     call(TASK, "off", "seeds=[4,7,9]", *QUIET)
     folders_ = sorted(Path("results/reproduce/mappo", TASK).iterdir())
     seeds = [yaml.safe_load((folder / "config.yaml").read_text())["seeds"] for folder in folders_]
@@ -287,7 +286,7 @@ def test_the_report_gives_each_row_a_verdict(table, call, absolutes, cells):
     assert f"| {TASK} | mappo | {cells} |\n" in text
     assert ("mappo: no finding yet." in text) == bool({"above", "below"} & {*cells.split()})
     assert check_report(text, Path("out")) == 1
-    assert "Not run: 1 rows (coordsum 1).\n\nNot in this library: 1 rows (coordsum 1)." in text
+    assert "Not run: 1 rows (coordsum 1)." in text
 
     Path("out/findings.csv").write_text(f"paper,task,system,finding\nmagpo,{TASK},mappo,because\n")
     assert f"\n- {TASK}, mappo: because\n" in call("--report")
@@ -313,10 +312,9 @@ def test_rows_of_five_seeds_have_an_interval(table, call):
         (["coordsum/3x10-31"], "no published row on 'coordsum/3x10-31': did you mean 'coordsum/3"),
         (
             [TASK, "mapo"],
-            "has no row 'mapo': did you mean 'mappo'? allowed: mappo, vdn, off",
+            "has no row 'mapo': did you mean 'mappo'? allowed: mappo, off",
         ),
-        ([TASK, "mappo", "paper=gpae"], f"{TASK} has no row 'mappo': allowed: vdn, off"),
-        ([TASK, "vdn"], "vdn is not built yet"),
+        ([TASK, "mappo", "paper=gpae"], f"{TASK} has no row 'mappo': allowed: off"),
         ([TASK, "paper=mapgo"], "paper must be 'magpo' or 'gpae'"),
         ([TASK, "system.gamma=0.5"], "system.gamma: cannot be set for a published row"),
         ([TASK, "total_steps=64"], "total_steps: cannot be set for a published row"),

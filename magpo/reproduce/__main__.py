@@ -64,10 +64,8 @@ def select(words: Sequence[str], paper: str | None) -> list[Row]:
         if system not in known:
             near = nearest(system, known)
             raise ConfigError(f"{task} has no row {system!r}: {near}allowed: {', '.join(known)}")
-        if not any(row.command for row in of_task if row.system == system):
-            raise ConfigError(f"{task} {system}: {system} is not built yet, so it cannot be run")
     chosen = systems or known
-    return [row for system in chosen for row in of_task if row.system == system and row.command]
+    return [row for system in chosen for row in of_task if row.system == system]
 
 
 def check(rows: Sequence[Row], overrides: Sequence[str], seeds: Sequence[int]) -> None:
@@ -121,7 +119,7 @@ def write_csv(row: Row, results_dir: str, out: Path, facts: Mapping[str, str]) -
         file = results.path(out, row)
         seeds = results.merged(results.read(file) if file.exists() else {}, measured)
         results.write(file, seeds)
-        print(f"{file}: {_state(row, found, seeds)}")
+        print(f"{file}: {_state(found, seeds)}")
     return bool(measured)
 
 
@@ -146,14 +144,14 @@ def _commit() -> str:
     return commit.strip() + ("-dirty" if changes else "")
 
 
-def _state(row: Row, runs: Sequence[results.Run], seeds: Seeds) -> str:
+def _state(runs: Sequence[results.Run], seeds: Seeds) -> str:
     """Return a row's state in words, with the steps reached or the number of seeds done."""
     unfinished = [seed.steps for seed in seeds.values() if not seed.finished]
     running = any(run.status == "running" for run in runs)
     if running or unfinished:
         return f"{'running' if running else 'interrupted'} at {max(unfinished, default=0):,} steps"
     if not seeds:
-        return "not run" if row.command else "not built"
+        return "not run"
     return "done, 1 seed" if len(seeds) == 1 else f"done, {len(seeds)} seeds"
 
 
@@ -170,7 +168,7 @@ def listing(
             found = results.runs(row, results_dir)
             measured = results.from_runs(row, found, {})
             seeds = results.merged(collected.get(results.key(row), {}), measured)
-            state = _state(row, found, seeds)
+            state = _state(found, seeds)
             if ours := reports.ours(row, seeds):
                 mean = reports.printed(row, ours.mean)
                 yield [paper, task, row.system, state, mean, reports.printed_published(row)]

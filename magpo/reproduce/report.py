@@ -112,7 +112,7 @@ def markdown(out: Path) -> str:
 
 def _summary(seeds: Mapping[Key, Seeds]) -> str:
     """Return the sentence that counts the results run so far and their verdicts."""
-    rows = [row for row in results.rows().values() if row.command]
+    rows = results.rows().values()
     run = [(row, found) for row in rows if (found := ours(row, seeds.get(results.key(row), {})))]
     counts = Counter(verdict(row, found).partition(" ")[0] for row, found in run)
     words = ("inside", "above", "below", *(["unfinished"] if counts["unfinished"] else []))
@@ -133,14 +133,10 @@ def _section(
     if notes:
         yield "\n".join(notes)
     not_run = [row for row, result in found if not result]
-    for what, some in (
-        ("Not run", [row for row in not_run if row.command]),
-        ("Not in this library", [row for row in not_run if not row.command]),
-    ):
-        if some:
-            counts = Counter(row.task.partition("/")[0] for row in some)
-            by_suite = ", ".join(f"{suite} {count}" for suite, count in counts.items())
-            yield f"{what}: {len(some)} rows ({by_suite})."
+    if not_run:
+        counts = Counter(row.task.partition("/")[0] for row in not_run)
+        by_suite = ", ".join(f"{suite} {count}" for suite, count in counts.items())
+        yield f"Not run: {len(not_run)} rows ({by_suite})."
 
 
 def _cells(row: Row, found: Ours) -> list[str]:

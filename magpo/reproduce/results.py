@@ -161,8 +161,8 @@ def runs(row: Row, results_dir: str) -> list[Run]:
     them.
     """
     found = list[Run]()
-    parent = Path(results_dir, *row.command[:1], row.task)
-    for folder in sorted(parent.glob("*/")) if row.command else ():
+    parent = Path(results_dir, row.command[0], row.task)
+    for folder in sorted(parent.glob("*/")):
         with suppress(*UNREADABLE):  # a run that is just beginning, or a damaged one
             values = configuration.plain_values(folder / folders.CONFIG)
             if _is_of(row, configuration.flat(values)):
