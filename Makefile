@@ -10,7 +10,7 @@ CUDA ?= cuda12
 SMOKE_TASKS ?= coordsum/3x10-30 rware/tiny-2ag lbf/2s-8x8-2p-2f-coop connector/con-5x5x3a \
 	mpe/simple_spread_3ag smax/3m mabrax/hopper-3x1
 SMOKE_FEW ?= mpe/simple_spread_3ag
-SMOKE_SKIP ?= magpo ctds mappo sable vdn qmix
+SMOKE_SKIP ?= magpo ctds mappo dae sable vdn qmix
 SMOKE_RUNS := $(SMOKE_TASKS:%=smoke/%/magpo) smoke/smax/3m/qmix \
 	$(foreach system,$(filter-out $(SMOKE_SKIP),$(SYSTEMS)),$(SMOKE_FEW:%=smoke/%/$(system)))
 SMOKE := budget=quick tuned=false num_envs=4 rollout_length=16 total_steps=256 num_evaluations=2 \
