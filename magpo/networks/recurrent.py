@@ -336,9 +336,9 @@ class PerAgentCritic(nn.Module):
     """The value of a state for each agent, given the actions that it `sees`.
 
     A dense layer and a GRU read the global state. The next layer also reads the agent's id and the
-    actions of all other agents, for EQ^i(s, a^-i) (Kim et al., 2026, Section 4.1), or those of all
-    agents, for Q(s, (a^i, a^-i)) (Foerster et al., 2018). If a critic sees the state alone, its
-    value is the same for all agents.
+    actions of all other agents, for EQ^i(s, a^-i) (Kim et al., 2026, Section 4.1) and DAE, or
+    those of all agents, for Q(s, (a^i, a^-i)) (Foerster et al., 2018). If a critic sees the state
+    alone, its value is the same for all agents.
     """
 
     num_agents: int

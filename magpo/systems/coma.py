@@ -1,17 +1,17 @@
 """COMA: counterfactual multi-agent policy gradients, with PPO's loss.
 
 Decentralised actors share one set of parameters. A recurrent critic values the joint action in the
-global state. An agent's advantage compares this value with the values of the agent's other actions,
-weighted by its policy, while the other agents' actions stay the same.
+global state. An agent's advantage compares this value with the mean over all of the agent's own
+actions, weighted by its policy, while the other agents' actions stay the same.
 
 Sources: "Counterfactual Multi-Agent Policy Gradients" (Foerster et al., 2018), and "Generalized
-Per-Agent Advantage Estimation for Multi-Agent Policy Optimization" (Kim et al., 2026), whose
-baseline COMA is.
+Per-Agent Advantage Estimation for Multi-Agent Policy Optimization" (Kim et al., 2026), which has
+COMA as a baseline.
 
 - `decide`: the counterfactual baseline, Eq. 2 of Kim et al.
 - `targets`: TD(lambda); the target network is the critic at the start of an update
-- `actor_loss`: PPO's clipped surrogate, as in Section 3.1 of Kim et al.; with `ppo_epochs: 1` and
-  `num_minibatches: 1`, its gradient is COMA's policy gradient
+- `actor_loss`: PPO's clipped surrogate, as in Section 3.1 of Kim et al.; with `ppo_epochs: 1`,
+  `num_minibatches: 1` and `ent_coef: 0`, its gradient is COMA's, on normalised advantages
 
 Run:
 

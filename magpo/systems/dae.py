@@ -1,14 +1,14 @@
 """DAE: PPO with difference advantage estimates.
 
 Decentralised actors share one set of parameters, and a recurrent critic reads the global state, as
-in MAPPO. A second network predicts the team's reward from the global state and the actions of all
-*other* agents, that is, the reward expected over the agent's own action. Each agent's advantage is
-GAE without the share of the rewards that was to be expected whatever the agent did; the share
+in MAPPO. A second network predicts each agent's reward from the global state and the actions of
+all *other* agents, that is, the reward expected over the agent's own action. Each agent's advantage
+is GAE without a share of the rewards that were to be expected whatever the agent did; the share
 shrinks with `beta` from step to step, because later rewards also depend on the agent's action.
 
 Source: "Difference Advantage Estimation for Multi-Agent Policy Gradients" (Li et al., 2022), in the
 form of Eq. 3 of "Generalized Per-Agent Advantage Estimation for Multi-Agent Policy Optimization"
-(Kim et al., 2026), whose baseline it is. No implementation has been published.
+(Kim et al., 2026), one of whose baselines it is. The authors' code is github.com/liyheng/DAE.
 
 - `advantages`: generalised advantage estimates, equal to MAPPO's
 - `expected_rewards`: what Eq. 3 subtracts from them
@@ -75,7 +75,7 @@ class ActorConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The settings of the critic and of the reward's network, `network.critic.*`."""
+    """The settings of the critic and of the reward network, `network.critic.*`."""
 
     hidden_dim: PositiveInt
 
@@ -207,10 +207,10 @@ def advantages(
 
 
 def expected_rewards(transitions: Transition, trace_decay: float, beta: float) -> Array:
-    """Return what DAE subtracts from the advantages, (T, E, N): the second sum of Eq. 3.
+    """Return what DAE subtracts from the advantages, (T, E, N), by Eq. 3.
 
-    It is the sum over l of trace_decay^l beta^(l+1) E[r_(t+l)], up to the episode's end, where
-    `trace_decay` is gamma times lambda.
+    It is the sum over l of trace_decay^l beta^(l+1) E[r_(t+l)], up to the end of the episode or of
+    the rollout, where `trace_decay` is gamma times lambda.
     """
 
     def step(ahead: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -255,7 +255,7 @@ def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metric
 
 
 def reward_loss(expected: Array, batch: Batch) -> tuple[Array, Metrics]:
-    """Return the mean squared error of the expected rewards."""
+    """Return half the mean squared error of the expected rewards."""
     chex.assert_equal_shape((expected, batch.steps.reward))
     loss = 0.5 * ((expected - batch.steps.reward) ** 2).mean()
     return loss, {"loss/reward": loss}
@@ -317,8 +317,9 @@ def sequences(hyper: Hyper, collected: Rollout) -> Batch:
     """Return each environment's rollout with its advantages (Eq. 3) and value targets."""
     steps, trace_decay = collected.transitions, hyper.gamma * hyper.gae_lambda
     advantage, target = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
-    advantage = advantage - expected_rewards(steps, trace_decay, hyper.beta)
-    steps, (advantage, target) = split_time((steps, (advantage, target)), len(advantage))
+    expected = expected_rewards(steps, trace_decay, hyper.beta)
+    estimates = advantage - expected, target - expected
+    steps, (advantage, target) = split_time((steps, estimates), len(advantage))
     return Batch(steps=steps, advantage=advantage, target=target, carry=collected.carry)
 
 

@@ -1,5 +1,7 @@
 """What DAE and COMA credit an agent with, by sums written out one number at a time."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ def transitions():
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.6, 1.0])
-def test_dae_subtracts_the_second_sum_of_equation_3(transitions, beta):
+def test_dae_subtracts_the_expected_rewards_of_equation_3(transitions, beta):
     found = dae.expected_rewards(transitions, 0.9, beta)
     expected = np.zeros((T, E, N))
     for t, e in np.ndindex(T, E):
@@ -44,21 +46,29 @@ def test_dae_subtracts_the_second_sum_of_equation_3(transitions, beta):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_dae_without_beta_has_mappos_advantages():
-    case = cases.build("dae", cases.LBF, "system.beta=0")
+@pytest.mark.parametrize("beta", [0.0, 0.6])
+def test_daes_advantages_and_targets_leave_out_the_same(beta):
+    """Check that without beta they are MAPPO's."""
+    case = cases.build("dae", cases.LBF, f"system.beta={beta}")
     state = cases.jitted(dae.init)(case.setup, case.env, jax.random.key(0))
     state, collected = cases.jitted(dae.rollout)(case.setup, case.env, state)
     hyper = state.hyper
     batch = dae.sequences(hyper, collected)
-    plain, _ = dae.advantages(
-        collected.transitions, collected.last_value, hyper.gamma, hyper.gae_lambda
-    )
-    np.testing.assert_allclose(batch.advantage, plain.swapaxes(0, 1), atol=1e-6)
-    assert (collected.transitions.expected_reward != 0).all()
+    steps = collected.transitions
+    plain = dae.advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
+    expected = dae.expected_rewards(steps, hyper.gamma * hyper.gae_lambda, beta)
+    assert (expected != 0).all() == (beta > 0)
+    for x, ours in zip(plain, (batch.advantage, batch.target), strict=True):
+        np.testing.assert_allclose(ours, (x - expected).swapaxes(0, 1), atol=1e-6)
+
+
+def test_daes_reward_loss_is_half_the_mean_squared_error():
+    batch = SimpleNamespace(steps=SimpleNamespace(reward=jnp.array([1.0, 3.0])))
+    assert dae.reward_loss(jnp.array([0.0, 1.0]), batch)[0] == 1.25
 
 
 def decided(task, batch):
-    """Return COMA's decisions of `batch` copies of one observation, and what made them."""
+    """Return COMA's decisions for `batch` copies of one observation, and their inputs."""
     case = cases.build("coma", task)
     state = cases.jitted(coma.init)(case.setup, case.env, jax.random.key(0))
     first = jax.tree.map(

@@ -86,6 +86,8 @@ def test_the_policy_is_near_optimal(trained, kind, best):
 
 @pytest.mark.parametrize("kind", [Kind.CONSTANT, Kind.OBSERVED, Kind.DELAYED, Kind.TRUNCATED])
 def test_the_values_are_near_the_true_ones(trained, kind):
+    if hasattr(trained[0], "expected_rewards"):
+        pytest.skip("DAE's values leave out expected rewards: test_credit has its targets")
     value, step_count, seen = (np.asarray(x[kind]) for x in trained[2:])
     left = LENGTH - step_count  # steps to the end, the rewarded one included
     expected = {
