@@ -97,6 +97,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, monkeypatch, chunk):
     )
 
 
+def test_the_console_says_how_to_continue_and_where_a_run_resumed(config, monkeypatch, capsys):
+    folder = stop_after(monkeypatch, config, 3)
+    assert f" resume={folder}\n" in capsys.readouterr().out
+    for place in ("at 48 steps ", "at 120 steps, where it had finished "):
+        run(config, resume=str(folder))
+        assert place in capsys.readouterr().out
+
+
 def test_an_interrupted_run_saves_a_last_checkpoint(config, monkeypatch):
     folder = stop_after(monkeypatch, dataclasses.replace(config, checkpoint_share=1e-9), 4)
     names = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]

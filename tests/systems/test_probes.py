@@ -38,9 +38,8 @@ def values(module, setup, state):
         action = jnp.zeros(observation.action_mask.shape[:2], int)
         inputs = observation.global_state, action, reset_before
         if setup.critic.sees == "all":
-            return setup.critic.step(params.critic, carry.critic, *inputs, action[..., None])[1][
-                ..., 0
-            ]
+            inputs = *inputs, action[..., None]
+            return setup.critic.step(params.critic, carry.critic, *inputs)[1][..., 0]
     return setup.critic.step(params.critic, carry.critic, *inputs)[1]
 
 
