@@ -25,8 +25,8 @@ EXPLANATION = (
     "the final evaluation in GPAE's tables. Five seeds or more have a 95 % bootstrap interval. "
     "The verdict is `inside` if our mean, rounded as the paper rounds, is within two published "
     "standard deviations of the published mean; GPAE's Tables 3 and 4 print none, so their rows "
-    "have no verdict. `python -m magpo.reproduce --report` writes this page from the CSVs in "
-    "`scripts/results/published/`."
+    "have no verdict. A result that two tables print counts once. `python -m magpo.reproduce "
+    "--report` writes this page from the CSVs in `scripts/results/published/`."
 )
 COLUMNS = ("task", "system", "ours", "published", "verdict", "seeds", "steps", "95 % interval")
 
