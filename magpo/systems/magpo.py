@@ -30,9 +30,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 if __name__ == "magpo":
-    sys.exit(
-        "error: run a system as `python -m magpo.systems.<name>`, and rename a copy of magpo.py"
-    )
+    sys.exit("error: run systems as python -m magpo.systems.<name>, and rename a copy of magpo.py")
 
 import chex
 import jax

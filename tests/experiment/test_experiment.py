@@ -240,7 +240,7 @@ def test_a_nan_stops_the_run_and_is_reported(config, what, capsys):
     with pytest.raises(experiment.DivergenceError) as error:
         run(config, algorithm=Config(4, dataclasses.replace(HYPER, nan=what)))
     assert f"update {update} of {U * K}, seed {seed}: {what} " in str(error.value)
-    lines = records(Path(capsys.readouterr().out.rsplit("so far are in ", 1)[1].strip()))
+    lines = records(Path(capsys.readouterr().out.rsplit("so far are in ", 1)[1].partition("\n")[0]))
     assert max(line["env_steps"] for line in lines) == chunks.min() * config.steps_per_chunk
     if what == "loss/policy":
         nulls = [line for line in lines if line["value"] is None]
@@ -259,7 +259,7 @@ def test_interruption_leaves_complete_files(config, monkeypatch, capsys):
     monkeypatch.setattr(Console, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(with_plot(config))
-    folder = Path(capsys.readouterr().out.rsplit("so far are in ", 1)[1].strip())
+    folder = Path(capsys.readouterr().out.rsplit("so far are in ", 1)[1].partition("\n")[0])
     assert max(line["env_steps"] for line in records(folder)) == 2 * config.steps_per_chunk
     data = json.loads((folder / "marl_eval.json").read_text())
     assert list(data["test"]["count"]["counting"]["seed_3"]) == ["step_0", "step_1", "step_2"]

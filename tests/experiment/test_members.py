@@ -462,11 +462,11 @@ def test_export_and_render_use_the_chosen_member(trained, monkeypatch, capsys, t
 def test_a_run_that_varies_is_plotted_by_setting(vary, whole):
     result = whole
     lines = {line.label: line for line in read.pool(read.find([result.folder]))}
-    assert len(lines) == 6 and "COUNTING (shift=3.0, bound=null)" in lines
+    assert len(lines) == 6 and "COUNTING (shift=3, bound=null)" in lines
     finals = result.measurements[-1].evaluation["episode_return"].mean(-1)
     for setting, places in members.by_setting(vary.members):
-        name = f"COUNTING (shift={setting['system.shift']}, bound=%s)"
-        line = lines[name % ("null" if (b := setting["system.bound"]) is None else b)]
+        name = f"COUNTING (shift={setting['system.shift']:g}, bound=%s)"
+        line = lines[name % ("null" if (b := setting["system.bound"]) is None else f"{b:g}")]
         np.testing.assert_array_equal(line.values[-1], finals[places])
 
 
