@@ -115,7 +115,7 @@ class Carry(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What E environments' agents do, and what the critic thinks of it."""
+    """A joint action in each of E environments, with its value and baselines."""
 
     carry: Carry  # (E, ...) after the step
     action: Array  # (E, N[, A]), raw: a squashed action before tanh
