@@ -29,6 +29,7 @@ import optax
 
 from magpo import experiment
 from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
+from magpo.envs import stops
 from magpo.envs.wrappers import AutoReset, terminal_value
 from magpo.metrics import episode_means, episode_sums, explained_variance
 from magpo.networks.heads import Categorical, Distribution, executed_action
@@ -62,6 +63,7 @@ class Hyper:
     gamma: Fraction
     td_lambda: Fraction
     baseline_samples: PositiveInt
+    anomaly_probability: Fraction
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Decision(NamedTuple):
     carry: Carry  # (E, ...) after the step
     action: Array  # (E, N[, A]), raw: a squashed action before tanh
     log_prob: Array  # (E, N)
+    forced: Array  # (E, N) bool, where the action is not the policy's
     value: Array  # (E, N) of the joint action
     baseline: Array  # (E, N) the value expected over the agent's own action
 
@@ -141,6 +144,7 @@ class Transition(NamedTuple):
     reset_before: Array  # (E,) bool, true for an episode's first observation
     action: Array  # (E, N[, A]), raw: a squashed action before tanh
     log_prob: Array  # (E, N)
+    forced: Array  # (E, N) bool, where the action is not the policy's
     value: Array  # (E, N) of the joint action
     baseline: Array  # (E, N) the value expected over the agent's own action
     reward: Array  # (E, N)
@@ -176,7 +180,8 @@ class Setup:
 
 
 def make(config: Config, spec: EnvSpec) -> Setup:
-    """Assemble the networks for an environment."""
+    """Assemble the networks for an environment. Raises ConfigError."""
+    stops.check(config.hyper.anomaly_probability, spec)
     actor, critic = config.network.actor, config.network.critic
     return Setup(
         config,
@@ -211,6 +216,7 @@ def targets(transitions: Transition, last_value: Array, gamma: float, td_lambda:
 
 def decide(
     setup: Setup,
+    hyper: Hyper,
     params: Params,
     carry: Carry,
     observation: Observation,
@@ -218,15 +224,17 @@ def decide(
     key: Array,
 ) -> Decision:
     """Sample actions, and compute their values and the counterfactual baselines (Eq. 2)."""
-    key_action, key_own = jax.random.split(key)
+    key_action, key_stop, key_own = jax.random.split(key, 3)
     actor_carry, policy = setup.actor.step(params.actor, carry.actor, observation, reset_before)
-    action = policy.sample(key_action)
+    action, forced = stops.force(
+        setup.spec, hyper.anomaly_probability, observation, policy.sample(key_action), key_stop
+    )
     if isinstance(policy, Categorical):  # all of an agent's actions
         probs = jnp.exp(policy.log_probs)  # (E, N, A)
         own_actions = jnp.broadcast_to(jnp.arange(probs.shape[-1]), probs.shape)
         taken = own_actions == action[..., None]
     else:  # the action taken, then samples
-        number = setup.config.hyper.baseline_samples
+        number = hyper.baseline_samples
         samples = jax.vmap(policy.sample)(jax.random.split(key_own, number))
         own_actions = jnp.moveaxis(jnp.concatenate([action[None], samples]), 0, 2)
         taken = jnp.arange(number + 1) == 0
@@ -237,6 +245,7 @@ def decide(
         carry=Carry(actor_carry, critic_carry),
         action=action,
         log_prob=policy.log_prob(action),
+        forced=forced,
         value=(taken * values).sum(axis=-1),
         baseline=(probs * values).sum(axis=-1),
     )
@@ -277,7 +286,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
     """Act for T steps."""
     config = setup.config
     envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
-    decide_now = partial(decide, setup, state.params)
+    decide_now = partial(decide, setup, state.hyper, state.params)
 
     def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
         key, key_terminal = jax.random.split(key)
@@ -290,6 +299,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
             reset_before=reset_before,
             action=decision.action,
             log_prob=decision.log_prob,
+            forced=decision.forced,
             value=decision.value,
             baseline=decision.baseline,
             reward=timestep.reward,
@@ -398,7 +408,8 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
         state._replace(key=key),
         jax.random.split(key_epochs, state.hyper.ppo_epochs),
     )
-    return state, jax.tree.map(jnp.mean, metrics) | episode_means(collected.episodes)
+    gap = stops.advantage_gap(setup.spec, batch.advantage, batch.steps.forced)
+    return state, jax.tree.map(jnp.mean, metrics) | gap | episode_means(collected.episodes)
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:

@@ -30,6 +30,7 @@ import optax
 
 from magpo import experiment
 from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
+from magpo.envs import stops
 from magpo.envs.wrappers import AutoReset, terminal_value
 from magpo.metrics import episode_means, episode_sums, explained_variance
 from magpo.networks.heads import Distribution, executed_action
@@ -63,6 +64,7 @@ class Hyper:
     gamma: Fraction
     gae_lambda: Fraction
     beta: Fraction
+    anomaly_probability: Fraction
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Transition(NamedTuple):
     reset_before: Array  # (E,) bool, true for an episode's first observation
     action: Array  # (E, N[, A]), raw: a squashed action before tanh
     log_prob: Array  # (E, N)
+    forced: Array  # (E, N) bool, where the action is not the policy's
     value: Array  # (E, N)
     reward: Array  # (E, N)
     expected_reward: Array  # (E, N) over the agent's own action
@@ -170,7 +173,8 @@ class Setup:
 
 
 def make(config: Config, spec: EnvSpec) -> Setup:
-    """Assemble the networks for an environment."""
+    """Assemble the networks for an environment. Raises ConfigError."""
+    stops.check(config.hyper.anomaly_probability, spec)
     actor, width = config.network.actor, config.network.critic.hidden_dim
     return Setup(
         config,
@@ -263,17 +267,20 @@ def reward_loss(expected: Array, batch: Batch) -> tuple[Array, Metrics]:
 
 def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Rollout]:
     """Act for T steps."""
-    config = setup.config
+    config, hyper = setup.config, state.hyper
     envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
     actor = partial(setup.actor.step, state.params.actor)
     critic = partial(setup.critic.step, state.params.critic)
     reward = partial(setup.reward.step, state.params.reward)
 
     def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
+        key_action, key_stop = jax.random.split(key)
         observation, reset_before = state.timestep.observation, state.timestep.last()
         actor_carry, policy = actor(state.carry.actor, observation, reset_before)
         critic_carry, value = critic(state.carry.critic, observation, reset_before)
-        action = policy.sample(key)
+        action, forced = stops.force(
+            setup.spec, hyper.anomaly_probability, observation, policy.sample(key_action), key_stop
+        )
         given = global_state(observation), action, reset_before
         reward_carry, expected_reward = reward(state.carry.reward, *given)
         executed = executed_action(action, setup.spec.action_kind)
@@ -283,6 +290,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
             reset_before=reset_before,
             action=action,
             log_prob=policy.log_prob(action),
+            forced=forced,
             value=value,
             reward=timestep.reward,
             expected_reward=expected_reward,
@@ -394,7 +402,8 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
         state._replace(key=key),
         jax.random.split(key_epochs, state.hyper.ppo_epochs),
     )
-    return state, jax.tree.map(jnp.mean, metrics) | episode_means(collected.episodes)
+    gap = stops.advantage_gap(setup.spec, batch.advantage, batch.steps.forced)
+    return state, jax.tree.map(jnp.mean, metrics) | gap | episode_means(collected.episodes)
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:

@@ -36,8 +36,8 @@ from pydantic import Field
 
 from magpo import experiment
 from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
+from magpo.envs import stops
 from magpo.envs.wrappers import AutoReset
-from magpo.errors import ConfigError
 from magpo.metrics import episode_means, episode_sums, explained_variance
 from magpo.networks.heads import Distribution, executed_action
 from magpo.networks.kernels import spread
@@ -208,8 +208,7 @@ class Setup:
 
 def make(config: Config, spec: EnvSpec) -> Setup:
     """Assemble the networks for an environment. Raises ConfigError."""
-    if config.hyper.anomaly_probability and spec.stop_action is None:
-        raise ConfigError(f"system.anomaly_probability is for smax/..., not {spec.name}")
+    stops.check(config.hyper.anomaly_probability, spec)
     actor, critic = config.network.actor, config.network.critic
     return Setup(
         config,
@@ -305,7 +304,9 @@ def rollout(
         key_action, key_stop, key_terminal = jax.random.split(key, 3)
         observation, reset_before = inputs = state.timestep.observation, state.timestep.last()
         actor_carry, policy = setup.actor.step(params.actor, state.carry.actor, *inputs)
-        action, forced = stop(setup, hyper, observation, policy.sample(key_action), key_stop)
+        action, forced = stops.force(
+            setup.spec, hyper.anomaly_probability, observation, policy.sample(key_action), key_stop
+        )
         executed = executed_action(action, setup.spec.action_kind)
         env_state, timestep = envs.step(state.env_state, executed)
         transition = Transition(
@@ -337,21 +338,6 @@ def global_state(observation: Observation) -> Array:
     """Return the global state, (..., G), which `Config.needs_global_state` asks for."""
     assert observation.global_state is not None
     return observation.global_state
-
-
-def stop(
-    setup: Setup, hyper: Hyper, observation: Observation, action: Array, key: Array
-) -> tuple[Array, Array]:
-    """Force one agent that has a choice to stop, with `anomaly_probability` (Section 3.1)."""
-    if setup.spec.stop_action is None:
-        return action, jnp.zeros(observation.action_mask.shape[:-1], bool)
-    key_when, key_who = jax.random.split(key)
-    has_choice = observation.action_mask.sum(axis=-1) > 1
-    who = jax.random.categorical(key_who, jnp.where(has_choice, 0.0, -jnp.inf))
-    when = jax.random.bernoulli(key_when, hyper.anomaly_probability, who.shape)
-    when &= has_choice.any(axis=-1)
-    forced = when[:, None] & (jnp.arange(setup.spec.num_agents) == who[:, None])
-    return jnp.where(forced, setup.spec.stop_action, action), forced
 
 
 def terminal(
@@ -524,18 +510,12 @@ def paper_metrics(setup: Setup, batch: Batch, trace: Array, filled: Array) -> Me
     log_joint = jnp.log(batch.ratio).sum(axis=-1, keepdims=True)
     joint = bounded_exp(log_joint)  # the joint ratio of many agents may overflow
     gap = jnp.abs(joint - trace) - jnp.abs(batch.ratio - trace)
-    metrics = {
+    return {
         "gpae/delta_c": gap.mean(where=filled),
         "gpae/delta_c_abs": jnp.abs(gap).mean(where=filled),
         "policy/largest_ratio": batch.ratio.max(where=filled, initial=0.0),
+        **stops.advantage_gap(setup.spec, batch.advantage, batch.steps.forced & filled),
     }
-    if setup.spec.stop_action is not None:
-        advantage, forced = batch.advantage, batch.steps.forced & filled
-        num_others = advantage.shape[-1] - 1
-        above = (advantage[..., None, :] - advantage[..., None]).sum(axis=-1) / num_others
-        gaps = jnp.where(forced, above, 0.0)
-        metrics["gpae/advantage_gap"] = gaps.sum() / jnp.maximum(forced.sum(), 1)
-    return metrics
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:

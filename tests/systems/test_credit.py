@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magpo.errors import ConfigError
 from magpo.systems import coma, dae
 from systems import cases
 
@@ -67,6 +68,25 @@ def test_daes_reward_loss_is_half_the_mean_squared_error():
     assert dae.reward_loss(jnp.array([0.0, 1.0]), batch)[0] == 1.25
 
 
+@pytest.mark.parametrize("system", [coma, dae])
+def test_agents_made_to_stop_are_stored_and_blamed(system):
+    forced = ["system.anomaly_probability=0.5", "env.time_limit=101"]
+    case = cases.build(system.__name__.rpartition(".")[2], "smax/3m", *forced)
+    state = cases.jitted(system.init)(case.setup, case.env, jax.random.key(0))
+    _, collected = cases.jitted(system.rollout)(case.setup, case.env, state)
+    steps = collected.transitions
+    assert 0.3 < steps.forced.any(-1).mean() < 0.7
+    assert (steps.action[steps.forced] == 4).all()
+    _, metrics = cases.jitted(system.update)(case.setup, case.env, state)
+    assert metrics["policy/advantage_gap"] != 0
+
+
+@pytest.mark.parametrize("name", ["coma", "dae", "gpae_mappo"])
+def test_only_smax_agents_can_be_stopped(name):
+    with pytest.raises(ConfigError, match="anomaly_probability is for smax"):
+        cases.build(name, cases.LBF, "system.anomaly_probability=0.1")
+
+
 def decided(task, batch):
     """Return COMA's decisions for `batch` copies of one observation, and their inputs."""
     case = cases.build("coma", task)
@@ -78,7 +98,7 @@ def decided(task, batch):
     reset = jnp.ones(batch, bool)
     params = jax.tree.map(lambda x: 2 * x, state.params)
     decide = jax.jit(coma.decide, static_argnums=0)
-    made = decide(case.setup, params, carry, observation, reset, jax.random.key(1))
+    made = decide(case.setup, state.hyper, params, carry, observation, reset, jax.random.key(1))
     return case.setup, params, carry, observation, reset, made
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magpo.errors import ConfigError
 from magpo.networks.recurrent import PerAgentCritic
 from magpo.systems import gpae_mappo as gpae
 from systems import cases
@@ -222,10 +221,5 @@ def test_forced_stops_are_legal_and_stored_with_the_policys_own_probability(stop
 
 
 def test_gae_gives_all_agents_the_same_advantage(stopped):
-    assert stopped[1]["gpae/advantage_gap"] == 0.0
+    assert stopped[1]["policy/advantage_gap"] == 0.0
     assert stopped[1]["gpae/delta_c"] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_only_smax_agents_can_be_stopped():
-    with pytest.raises(ConfigError, match="anomaly_probability is for smax"):
-        cases.build("gpae_mappo", "lbf/2s-8x8-2p-2f-coop", "system.anomaly_probability=0.1")
