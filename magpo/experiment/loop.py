@@ -202,6 +202,8 @@ def _run(
             if needed := devices.memory_needed(programs.train_chunk):
                 available = devices.memory_available(config)
                 console.footprint(needed, available)
+                if processes.is_first():
+                    folders.note(folder, "memory_bytes", str(needed))
                 if must_fit and needed > available:
                     raise ConfigError(
                         f"{len(config.members)} members need {needed:,} bytes on each device, "

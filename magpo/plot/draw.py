@@ -27,6 +27,7 @@ COLOURS = (
 )
 NO_ABSOLUTE, ENDED_EARLY = "*", "†"  # marks after the names of systems
 Colours = Mapping[str, str]  # by label
+Points = Mapping[str, Mapping[float, np.ndarray]]  # values (S,) by system and place on an axis
 
 
 def colours_of(lines: Sequence[Line]) -> Colours:
@@ -47,6 +48,52 @@ def save(figure: Figure, path: Path, formats: Sequence[str]) -> None:
 def task(lines: Sequence[Line], colours: Colours) -> Figure:
     """Draw the evaluation curves of one task: the mean over seeds and its band."""
     figure, (axes,) = canvas(7.0, 4.0)
+    handles = curves(axes, lines, colours)
+    legend(figure, handles + references(axes, lines, colours))
+    return figure
+
+
+def panels(groups: Sequence[Sequence[Line]], title: str, caption: Sequence[str]) -> Figure:
+    """Draw evaluation curves, each group in a panel of its own."""
+    figure, each = grid(len(groups))
+    colours = colours_of([line for lines in groups for line in lines])
+    handles = dict[str, Artist]()
+    for axes, lines in zip(each, groups, strict=False):
+        for handle in curves(axes, lines, colours) + references(axes, lines, colours):
+            handles.setdefault(str(handle.get_label()), handle)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12)
+    legend(figure, list(handles.values()), caption)
+    return figure
+
+
+def points(
+    found: Mapping[str | None, Points], axis: str, title: str, caption: Sequence[str]
+) -> Figure:
+    """Draw values over an axis of settings, a panel for each metric and a line for each system."""
+    figure, each = grid(len(found))
+    systems = list(dict.fromkeys(system for by_system in found.values() for system in by_system))
+    colours = dict(zip(systems, COLOURS, strict=False))
+    for axes, (metric, by_system) in zip(each, found.items(), strict=False):
+        for system, by_position in by_system.items():
+            positions = sorted(by_position)
+            values = [by_position[position] for position in positions]
+            means = [seeds.mean() for seeds in values]
+            edges = np.array([(seeds.min(), seeds.max()) for seeds in values]).T
+            axes.fill_between(positions, *edges, color=colours[system], alpha=0.16, linewidth=0)
+            axes.plot(positions, means, "o-", color=colours[system], linewidth=2, label=system)
+            axes.set_xscale("log")
+            axes.set_xticks(positions, map(str, positions))
+            axes.minorticks_off()
+        axes.set_xlabel(axis, fontsize=11)
+        axes.set_ylabel(shown(metric or "score"), fontsize=11)
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12)
+    legend(figure, each[0].get_legend_handles_labels()[0], caption)
+    return figure
+
+
+def curves(axes: Axes, lines: Sequence[Line], colours: Colours) -> list[Artist]:
+    """Draw evaluation curves, and return the legend's entries."""
     meanings = {}
     for line in lines:
         low, high, meaning = curve.band(line.values)
@@ -66,9 +113,9 @@ def task(lines: Sequence[Line], colours: Colours) -> Figure:
     of_steps(axes)
     axes.set_title(f"{lines[0].suite}/{lines[0].task}", loc="left", fontsize=12)
     unit = " (0 to 1)" if lines[0].metric == "win_rate" else ""
-    axes.set_ylabel(f"evaluation {shown(lines[0].metric)}{unit}", fontsize=11)
-    legend(figure, handles + references(axes, lines, colours))
-    return figure
+    kind = "" if "/" in lines[0].metric else "evaluation "
+    axes.set_ylabel(f"{kind}{shown(lines[0].metric)}{unit}", fontsize=11)
+    return handles
 
 
 def references(axes: Axes, lines: Sequence[Line], colours: Colours) -> list[Artist]:
@@ -148,14 +195,29 @@ def over_steps(
 def canvas(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """Return a figure with panels side by side, without boxes around them."""
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
-    axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
-    for one in axes:
+    return figure, styled(figure.subplots(1, panels, sharey=True, squeeze=False))
+
+
+def grid(panels: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels that share no axis, two in a row."""
+    rows, columns = math.ceil(panels / 2), min(panels, 2)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(1.5 + 5.0 * columns, 0.4 + 3.2 * rows), layout=layout)
+    axes = styled(figure.subplots(max(rows, 1), max(columns, 1), squeeze=False))
+    for unused in axes[panels:]:
+        unused.remove()
+    return figure, axes[: max(panels, 1)]
+
+
+def styled(axes: np.ndarray) -> list[Axes]:
+    """Return the axes of a grid, without boxes around them."""
+    for one in axes.flat:
         one.set_axisbelow(True)
         one.spines[["top", "right"]].set_visible(False)
         one.tick_params(labelsize=10)
         one.grid(color="#e6e6e6", linewidth=0.8)
         one.margins(x=0.02, y=0.06)
-    return figure, axes
+    return list(axes.flat)
 
 
 def row_canvas(names: Sequence[str], panels: int = 1) -> tuple[Figure, list[Axes]]:

@@ -78,8 +78,12 @@ def find(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def read(folder: Path) -> list[Run]:
-    """Return a run's evaluations, one Run for each of its settings."""
+def read(folder: Path, records: Sequence[str] = ()) -> list[Run]:
+    """Return a run's evaluations, one Run for each of its settings.
+
+    `records` are the full names of other metrics to read in the same way, such as `loss/policy`.
+    """
+    kinds = ['"eval/', '"absolute/', *(f'"{name}"' for name in records)]
     settings, episodes = settings_of(folder)
     varied = [key.removeprefix("vary.") for key in settings if key.startswith("vary.")]
     shared = {k: v for k, v in settings.items() if k.partition(".")[0] != "vary"}
@@ -90,12 +94,14 @@ def read(folder: Path) -> list[Run]:
                 line = data.decode()
                 # Most lines are about training, and parsing them is slow. The last line may still
                 # be half-written.
-                if not ('"eval/' in line or '"absolute/' in line) or not line.endswith("\n"):
+                if not (line.endswith("\n") and any(kind in line for kind in kinds)):
                     continue
                 record = json.loads(line)
                 where = record["system"], record["env"], record["task"], record["run"]
                 kind, _, metric = record["name"].partition("/")
                 value = record["value"]
+                if record["name"] in records:
+                    kind, metric = "eval", record["name"]
                 if kind not in ("eval", "absolute") or value is None:  # null: not finite
                     continue
                 if not all(isinstance(word, str) for word in where) or not math.isfinite(value):

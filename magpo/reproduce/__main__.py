@@ -4,18 +4,25 @@ usage: python -m magpo.reproduce                                  list all rows 
        python -m magpo.reproduce <suite>/<task> [system ...] [key=value ...]         train rows
        python -m magpo.reproduce [<suite>/<task> [system ...]] --collect          write the CSVs
        python -m magpo.reproduce --report                                 write docs/results.md
+       python -m magpo.reproduce figure-5a [budget=laptop] [key=value ...]     train and draw
 
 Rows are trained one after another, by default all rows of a task. Ctrl-C and SIGTERM save the run
 and stop; the same command then continues. Finished seeds are not trained again. A row's CSV is
 written when its run ends, however it ends. --collect writes CSVs without training, by default for
 all rows.
 
+An ablation is trained in the same way, and drawn when all its runs have ended or one is stopped:
+
+  MAGPO  figure-4a figure-4b figure-5a figure-5b figure-6 figure-8
+  GPAE   figure-1 figure-2 table-3 table-4
+
   <system>               as the paper prints it: mappo, gpae_off, ...
   paper=magpo|gpae       only this paper's rows
   seeds=[0]              each >= 0 and given once
   results_dir=results/reproduce   the folder of runs
   out=<folder>           the folder of CSVs (default: scripts/results/published in a checkout,
-                         otherwise results/published)
+                         otherwise results/published) or of the ablations' figures (figures)
+  budget=paper           of ablations: paper | laptop, for two cores
 
 The runs also take allow_changes, checkpoint_share, keep, logger, platform and seeds_per_batch.
 Other keys would change the experiment.
@@ -33,8 +40,8 @@ from magpo import config as configuration
 from magpo.config import compose
 from magpo.errors import ConfigError, nearest
 from magpo.published import Row
+from magpo.reproduce import ablations, results
 from magpo.reproduce import report as reports
-from magpo.reproduce import results
 from magpo.reproduce.results import Key, Seeds
 from magpo.runs import child
 from magpo.values import Seed, UserPath
@@ -56,7 +63,7 @@ def select(words: Sequence[str], paper: str | None) -> list[Row]:
     tasks = list(dict.fromkeys(row.task for row in rows))
     if task not in tasks:
         which = "published" if paper is None else f"{paper.upper()}'s"
-        near = nearest(task, tasks)
+        near = nearest(task, [*tasks, *ablations.entries()])
         raise ConfigError(f"no {which} row on {task!r}: {near}python -m magpo.reproduce lists all")
     of_task = [row for row in rows if row.task == task]
     known = list(dict.fromkeys(row.system for row in of_task))
@@ -70,6 +77,13 @@ def select(words: Sequence[str], paper: str | None) -> list[Row]:
 
 def check(rows: Sequence[Row], overrides: Sequence[str], seeds: Sequence[int]) -> None:
     """Raise ConfigError for an override that published rows do not take, or with a bad value."""
+    check_keys(overrides)
+    for row in rows:
+        configuration.load(row.command[0], [*row.command[1:], *overrides, _list(seeds)])
+
+
+def check_keys(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for an override that would change a published experiment."""
     for text in overrides:
         key, _ = compose.parse(text)
         if key.partition(".")[0] not in PASSED_ON:
@@ -78,8 +92,6 @@ def check(rows: Sequence[Row], overrides: Sequence[str], seeds: Sequence[int]) -
                 f"{key}: cannot be set for a published row: {nearest(key, allowed)}allowed: "
                 f"{', '.join(allowed)}"
             )
-    for row in rows:
-        configuration.load(row.command[0], [*row.command[1:], *overrides, _list(seeds)])
 
 
 def _list(seeds: Sequence[int]) -> str:
@@ -89,9 +101,28 @@ def _list(seeds: Sequence[int]) -> str:
 def train(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:
     """Train seeds of a row in a child process and return its exit code."""
     system, *own = row.command
-    quoted = results_dir.replace("'", "\\'")
     command = [sys.executable, "-m", f"magpo.systems.{system}", *own, *overrides, _list(seeds)]
-    return child.run([*command, f"results_dir='{quoted}'", "resume=auto"])
+    return child.run([*command, _results_dir(results_dir), "resume=auto"])
+
+
+def _results_dir(folder: str) -> str:
+    quoted = folder.replace("'", "\\'")
+    return f"results_dir='{quoted}'"
+
+
+def ablate(
+    name: str, budget: str, seeds: Sequence[int], overrides: Sequence[str], folder: str, out: Path
+) -> None:
+    """Train and draw an ablation; exit with a run's code if that is not 0."""
+    check_keys(overrides)
+    ablation = ablations.find(name, budget)
+    words = [*overrides, _list(seeds), _results_dir(f"{folder}/{name}_{budget}")]
+    print(f"{ablation.source}: {ablation.about}. In the paper: {ablation.shows}", flush=True)
+    code = ablations.train(ablation, words)
+    if figure := ablations.write(ablation, words, out / f"{name}_{budget}"):
+        print(f"figure and values: {figure}, {figure.with_suffix('.csv')}")
+    if code:
+        sys.exit(code)
 
 
 def reproduce(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:
@@ -184,13 +215,22 @@ def main(
     seeds: tuple[Seed, ...] = (0,),
     results_dir: UserPath = "results/reproduce",
     out: UserPath | None = None,
+    budget: Literal["paper", "laptop"] | None = None,
     collect: bool = False,
     report: bool = False,
 ) -> None:
-    """List, train, collect or report rows of published results."""
+    """List, train, collect or report rows of published results; train and draw ablations."""
     folder = OUT if out is None else Path(out)
     words = [text for text in arguments if "=" not in text]
     overrides = [text for text in arguments if "=" in text]
+    if words and words[0] in ablations.entries():
+        if len(words) > 1 or paper or collect or report:
+            raise ConfigError(f"{words[0]}: takes neither systems, nor paper, --collect, --report")
+        drawn = Path("figures") if out is None else Path(out)
+        ablate(words[0], budget or "paper", seeds, overrides, results_dir, drawn)
+        return
+    if budget is not None:
+        raise ConfigError("budget: is for ablations, such as figure-5a; rows take the papers'")
     if report:
         if arguments or collect:
             raise ConfigError("--report takes no rows: it covers all of them")

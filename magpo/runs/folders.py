@@ -193,6 +193,12 @@ def _try_lock(folder: Path, attempts: int = 1, shared: bool = False) -> Iterator
         yield free
 
 
+def note(folder: Path, fact: str, value: str) -> None:
+    """Record a fact about a run in run.json."""
+    with writable(folder):
+        _write_status(folder, about(folder) | {fact: value})
+
+
 def _write_status(folder: Path, facts: dict[str, str]) -> None:
     text = json.dumps(facts, indent=2) + "\n"
     write_aside(folder / STATUS, lambda aside: aside.write_text(text, encoding="utf-8"))

@@ -505,12 +505,15 @@ def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainStat
 
 
 def paper_metrics(setup: Setup, batch: Batch, trace: Array, filled: Array) -> Metrics:
-    """Return Eq. 9's gap, signed and absolute, the largest ratio, and Section 3.1's gap."""
+    """Return Eq. 9's distances and gaps, the largest ratio, and Section 3.1's gap."""
     filled = jnp.broadcast_to(filled[:, None, None], trace.shape)
     log_joint = jnp.log(batch.ratio).sum(axis=-1, keepdims=True)
     joint = bounded_exp(log_joint)  # the joint ratio of many agents may overflow
-    gap = jnp.abs(joint - trace) - jnp.abs(batch.ratio - trace)
+    of_joint, of_own = jnp.abs(joint - trace), jnp.abs(batch.ratio - trace)
+    gap = of_joint - of_own
     return {
+        "gpae/distance_joint": of_joint.mean(where=filled),
+        "gpae/distance_own": of_own.mean(where=filled),
         "gpae/delta_c": gap.mean(where=filled),
         "gpae/delta_c_abs": jnp.abs(gap).mean(where=filled),
         "policy/largest_ratio": batch.ratio.max(where=filled, initial=0.0),
