@@ -162,3 +162,9 @@ def test_alternatives_are_combined():
         *("a env=x n=1", "a env=x n=2", "b env=x n=1", "b env=x n=2")
     ]
     assert ablations.expanded("a vary.b=[1,2]") == ["a vary.b=[1,2]"]
+
+
+def test_the_guide_lists_all_ablations():
+    guide = (Path(__file__).parents[1] / "docs/guides/figures.md").read_text()
+    for name, entry in ablations.entries().items():
+        assert f"| `{name}` | {entry['source']} | {entry['about']} |\n" in guide
