@@ -223,7 +223,7 @@ def test_systems_that_ended_early_are_marked_in_the_aggregates(tmp_path, capsys)
     labels = ["MAGPO", "MAPPO"]
     assert draw.marked(labels, lines(tmp_path)) == {"MAGPO": "MAGPO†", "MAPPO": "MAPPO"}
     write(tmp_path, "sable", {0: 0.4}, steps=(0, 1990))  # rounded to whole chunks
-    assert draw.marked(["SABLE"], lines(tmp_path)) == {"SABLE": "SABLE"}
+    assert draw.marked(["Sable"], lines(tmp_path)) == {"Sable": "Sable"}
     plot_runs(tmp_path)
     assert "1000 to 2000 steps" in capsys.readouterr().err
 
@@ -323,9 +323,9 @@ def test_systems_appear_in_the_requested_order(tmp_path):
     for system in ("ctds", "magpo", "mappo", "sable"):
         write(tmp_path, system, {0: 0.5})
     pooled = lines(tmp_path, None, ["sable", "magpo"])
-    order = ["SABLE", "MAGPO", "CTDS", "MAPPO"]
+    order = ["Sable", "MAGPO", "CTDS", "MAPPO"]
     assert list(draw.colours_of(pooled)) == order
-    assert draw.colours_of(pooled)["SABLE"] == draw.COLOURS[0]
+    assert draw.colours_of(pooled)["Sable"] == draw.COLOURS[0]
     assert list(aggregate.normalised(pooled)) == order
     assert " & ".join(order) in "\n".join(table.latex(pooled))
     entries = draw.task(pooled, draw.colours_of(pooled)).legends[0].get_texts()
@@ -455,7 +455,7 @@ def test_the_command_line_accepts_several_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot", *words, "reps=5", "order=[sable]"])
     commands.run(plot.__doc__, plot.main)
     rows = table_of(tmp_path / "out" / "summary.csv")
-    assert [row["system"] for row in rows] == ["SABLE", "MAGPO"]
+    assert [row["system"] for row in rows] == ["Sable", "MAGPO"]
     assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".png"] == []
 
 

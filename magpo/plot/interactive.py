@@ -14,6 +14,7 @@ from magpo.plot import draw
 from magpo.plot.draw import Colours
 from magpo.plot.read import Line
 from magpo.report import curve
+from magpo.report.measurements import printed_name
 
 GRID = "rgba(128,128,128,0.25)"  # visible on light and dark pages; page.html colours the text
 
@@ -92,7 +93,7 @@ def _references(lines: Sequence[Line], colours: Colours) -> Iterator[dict[str, A
         if line.reference:
             rows.setdefault(line.reference, line)  # settings of one system share a row
     for row, line in rows.items():
-        system = row.system.upper().replace("_", "-")
+        system = printed_name(row.system)
         text = _text(f"published {system} ({row.source}, {row.steps})")
         yield _trace([0, last], [row.mean] * 2, to_hex(colours[line.label]), 1.5, "dash") | {
             "name": text,

@@ -17,7 +17,7 @@ import numpy as np
 from magpo import config, published
 from magpo.errors import ConfigError, nearest
 from magpo.files import UNREADABLE
-from magpo.report.measurements import ABSOLUTE_EVALUATIONS
+from magpo.report.measurements import ABSOLUTE_EVALUATIONS, printed_name
 
 # Settings that do not change what is learned.
 NO_SETTINGS = {
@@ -208,7 +208,7 @@ def labelled(runs: list[Run]) -> dict[str, list[Run]]:
             f"{written(run.settings.get(key, ABSENT))}"
             for key in differ
         )
-        system = run.system.upper().replace("_", "-")
+        system = printed_name(run.system)
         groups[f"{system} ({shown})" if shown else system].append(run)
     return groups
 

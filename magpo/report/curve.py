@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter
 
 from magpo.config import members
 from magpo.report.console import sample_std, spread
-from magpo.report.measurements import Measurement, Run
+from magpo.report.measurements import Measurement, Run, printed_name
 
 BLUE, GREY = "#0b62a4", "#5f6368"
 
@@ -50,7 +50,7 @@ def draw(path: Path, run: Run, measurements: list[Measurement]) -> None:
         text = f"{row.source} (after {row.steps}): {row.mean:.2f} ± {row.std:.2f}"
         axes.axhline(row.mean, color=GREY, linestyle=(0, (5, 3)), linewidth=1.2, label=text)
 
-    axes.set_title(f"{run.system.upper()} on {run.suite}/{run.task}", loc="left", fontsize=11)
+    axes.set_title(f"{printed_name(run.system)} on {run.suite}/{run.task}", loc="left", fontsize=11)
     axes.set_xlabel("environment steps (per member)")
     axes.set_ylabel(f"evaluation {run.headline.replace('_', ' ')}")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

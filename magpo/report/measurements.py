@@ -37,6 +37,11 @@ class Measurement(NamedTuple):
     timing: dict[str, float]
 
 
+def printed_name(system: str) -> str:
+    """Return a system's name as figures and tables show it: MAGPO, GPAE-MAPPO, Sable."""
+    return "Sable" if system == "sable" else system.upper().replace("_", "-")
+
+
 def defined(training: dict[str, np.ndarray], name: str) -> np.ndarray:
     """Return where a training metric has a value, (M, U) bool; a mean over no episode has none."""
     if name.startswith("rollout/") and name != "rollout/episodes":

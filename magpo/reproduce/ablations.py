@@ -18,6 +18,7 @@ from magpo.config.schema import RunConfig
 from magpo.plot import draw, read
 from magpo.plot.draw import Points
 from magpo.plot.read import Line
+from magpo.report.measurements import printed_name
 from magpo.runs import child, folders
 
 TABLE = Path(__file__).with_suffix(".yaml")
@@ -163,7 +164,7 @@ def over_axis(found: Sequence[tuple[Command, Path]], metric: str | None) -> Poin
     for command, folder in found:
         assert command.position is not None
         if values := _values(folder, metric):
-            points[command.system.upper()][command.position] = np.array(values)
+            points[printed_name(command.system)][command.position] = np.array(values)
     return points
 
 
