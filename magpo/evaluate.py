@@ -131,10 +131,11 @@ def main(
     params = jax.tree.map(lambda x: x[places], trained.params)
     key = jax.random.key(seed)
     parts = []
-    for left in range(episodes, 0, -BATCH):
-        keys, size = jax.random.split(key, len(trained.score))[places], min(left, BATCH)
-        parts.append(jax.device_get(play(params, keys, size)))  # (members, size) each
-        key = jax.random.fold_in(key, left)
+    with tables.working(f"playing {episodes} episodes"):
+        for left in range(episodes, 0, -BATCH):
+            keys, size = jax.random.split(key, len(trained.score))[places], min(left, BATCH)
+            parts.append(jax.device_get(play(params, keys, size)))  # (members, size) each
+            key = jax.random.fold_in(key, left)
     names = dict.fromkeys(["episode_return", task.headline, *parts[0]])
     metrics = {name: np.concatenate([part[name] for part in parts], 1) for name in names}
     print(f"{trained.config.system} on {task.name}, {episodes} episodes each")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from magpo import commands, envs
+from magpo import commands, envs, tables
 from magpo.envs.wrappers import random_action
 from magpo.errors import ConfigError
 from magpo.runs import policy
@@ -121,8 +121,9 @@ def main(
     file = Path(out or task.name.replace("/", "_") + suffix)
     if file.suffix.lower() != suffix:
         raise ConfigError(f"out={file}: must be a file's name that ends in {suffix}")
-    frames = list(play(task, acting, steps, seed, greedy))
-    (write_html if suffix == ".html" else write_gif)(file, task, frames)
+    with tables.working("playing an episode and drawing it"):
+        frames = list(play(task, acting, steps, seed, greedy))
+        (write_html if suffix == ".html" else write_gif)(file, task, frames)
     total = sum(frame.reward for frame in frames)
     print(f"{file}: {len(frames) - 1} steps, return {total:.3f}")
 

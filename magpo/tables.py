@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 
@@ -40,6 +41,11 @@ def show_lines(columns: Sequence[str], rows: Iterable[Sequence[str]], words: Seq
             for name, cell, width in zip(columns, line, widths, strict=True)
         )
         print("  ".join(cells).rstrip())
+
+
+def working(text: str) -> Status:
+    """Show, while the context lasts, what takes long; nothing is printed unless on a terminal."""
+    return Console(stderr=True).status(text)
 
 
 def plain(columns: Sequence[str], num_words: int = 0) -> Table:
