@@ -70,6 +70,8 @@ def find(values: Mapping[str, Any]) -> Row | None:
     defaults (step sizes, the budget) may differ.
     """
     named = {"env": "run.env", "published": "run.published"}
+    if values.get("network.guider.kind", "sable") != "sable":
+        return None  # the papers' tables have no such guider
     for row in rows():
         wanted = [override.split("=", 1) for override in row.command[1:]]
         if row.command[0] == values.get("run.system") and all(

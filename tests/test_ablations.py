@@ -14,8 +14,9 @@ import yaml
 
 from magpo import commands
 from magpo.reproduce import __main__ as reproduce
-from magpo.reproduce import ablations
+from magpo.reproduce import ablations, training
 
+TASK = "coordsum/3x10-30"
 SMALL = (
     "mappo env=coordsum/3x10-30 tuned=false env.time_limit=5 num_envs=4 rollout_length=16 "
     "total_steps=128 num_evaluations=2 eval_episodes=2 network.critic.hidden_dim=8 "
@@ -32,7 +33,7 @@ TINY = {
     | {
         "metrics": [None, "memory", "time/steps_per_s"],
         "axis": "width",
-        "values": [4, 8],
+        "positions": [4, 8],
         "runs": [SMALL + "network.actor.hidden_dim={4,8}"],
         "laptop": {"words": "total_steps=6400 num_evaluations=100"},
     },
@@ -98,8 +99,10 @@ def test_a_figure_of_curves_has_every_setting_metric_and_step(call):
         }
         assert len(expected) == 4 * (5 if name else 4)
         assert found == pytest.approx(expected, rel=1e-4)
-    call("figure-9", "budget=laptop", "seeds=[0,2]", *QUIET)
-    assert [*run.parent.iterdir()] == [run]  # not trained again
+    call("figure-9", "budget=laptop", "seeds=[0,2,1]", *QUIET)
+    (more,) = {*run.parent.iterdir()} - {run}  # finished seeds are not trained again
+    assert {r["seed"] for r in records(more, "eval/episode_return")} == {1}
+    assert {row["seed"] for row in lines("figures/figure-9_laptop.csv")} == {"0", "1", "2"}
 
 
 def test_a_figure_over_an_axis_is_stopped_and_continued(call, table):
@@ -113,7 +116,7 @@ def test_a_figure_over_an_axis_is_stopped_and_continued(call, table):
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait() == 128 + signal.SIGTERM
-    assert {row["width"] for row in lines("figures/figure-10_laptop.csv")} == {"4"}
+    assert {row["position"] for row in lines("figures/figure-10_laptop.csv")} == {"4"}
 
     call(*words)
     first, second = sorted(runs.iterdir())
@@ -121,21 +124,53 @@ def test_a_figure_over_an_axis_is_stopped_and_continued(call, table):
     for run, width in ((first, "4"), (second, "8")):
         (score,) = [r["value"] for r in records(run, "absolute/episode_return")]
         memory = int(json.loads((run / "run.json").read_text())["memory_bytes"])
-        found = {r["metric"]: float(r["value"]) for r in rows if r["width"] == width}
-        assert found[""] == pytest.approx(score, rel=1e-4)
+        found = {r["metric"]: float(r["value"]) for r in rows if r["position"] == width}
+        assert found["episode_return"] == pytest.approx(score, rel=1e-4)
         assert found["memory"] == pytest.approx(memory, rel=1e-4)
         speeds = sorted(r["value"] for r in records(run, "time/steps_per_s"))
         assert speeds[0] < found["time/steps_per_s"] < speeds[-1]
     assert Path("figures/figure-10_laptop.png").stat().st_size > 10_000
 
 
+def test_a_run_that_fails_does_not_keep_the_others_from_training(call, monkeypatch, capfd):
+    trained = []
+
+    def fail(command, *_):
+        trained.append(command)
+        return 1
+
+    monkeypatch.setattr(training, "train", fail)
+    with pytest.raises(SystemExit) as stopped:
+        call("figure-10")
+    assert stopped.value.code == 1 and len(trained) == 2
+    assert "nothing to draw: no run has an evaluation yet" in capfd.readouterr().out
+
+
+def test_runs_without_an_evaluation_are_not_drawn(call, table):
+    ablation = ablations.find("figure-10", "paper")
+    call("figure-10", *QUIET)
+    (table.parent / "figures/figure-10_paper.csv").unlink()
+    _, second = sorted(Path("results/reproduce/figure-10_paper/mappo", TASK).iterdir())
+    (second / "metrics.jsonl").write_text("")
+    ablations.write(ablation, "results/reproduce/figure-10_paper", Path("figures/figure-10_paper"))
+    rows = lines("figures/figure-10_paper.csv")
+    assert {row["position"] for row in rows if row["metric"] == "episode_return"} == {"4"}
+    assert {row["metric"] for row in rows} == {"episode_return", "memory", "time/steps_per_s"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["figure-99"], "no published row on 'figure-99': did you mean 'figure-9'?"),
-        (["figure-9", "mappo"], "figure-9: takes neither systems, nor paper"),
+        (["figure-99"], "no published row or ablation 'figure-99': did you mean 'figure-9'?"),
+        (["figure-8", "budget=laptop"], "no published row or ablation 'figure-8': did you mean"),
+        (["figure-9", "mappo"], "figure-9: takes no system, paper"),
+        (["figure-9", "buget=laptop"], "buget: cannot be set for a published experiment: did you"),
+        (["figure-10", "seeds=[0,1]"], "seeds: figure-10 measures runs of one seed"),
         (["figure-9", "budget=phone"], "budget must be 'paper' or 'laptop'"),
-        (["figure-9", "system.gamma=0.5"], "system.gamma: cannot be set for a published row"),
+        (
+            ["figure-9", "system.gamma=0.5"],
+            "system.gamma: cannot be set for a published experiment",
+        ),
         (["figure-9", "keep=-1"], "keep must be greater than or equal to 0"),
         (["coordsum/3x10-30", "budget=laptop"], "budget: is for ablations"),
     ],
@@ -151,7 +186,7 @@ def test_all_ablations_are_in_the_usage_and_have_valid_commands():
         assert name in words
         for budget in ("paper", "laptop"):
             ablation = ablations.find(name, budget)
-            settings = [command.config(["seeds=[0]"]) for command in ablation.commands]
+            settings = [reproduce.load(x.words, [], [0]) for x in ablation.commands]
             assert len(set(map(repr, settings))) == len(settings)
             for config in settings:
                 assert config.published or config.env.options["ends"] == "released"

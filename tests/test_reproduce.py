@@ -199,7 +199,7 @@ def test_a_run_is_matched_to_a_row_by_its_configuration(table, call, change, bel
     folder.mkdir(parents=True)
     kept = config.nested({name: value for name, value in flat.items() if value is not None})
     (folder / "config.yaml").write_text(yaml.safe_dump(kept))
-    assert [run.folder for run in results.runs(row, "results")] == [folder] * belongs
+    assert [run.folder for run in results.runs(row.command, "results")] == [folder] * belongs
     reported = f"runs in results that belong to no row: 1, such as {folder}" in call(
         "results_dir=results"
     )
@@ -309,17 +309,23 @@ def test_rows_of_five_seeds_have_an_interval(table, call):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["coordsum/3x10-31"], "no published row on 'coordsum/3x10-31': did you mean 'coordsum/3"),
+        (
+            ["coordsum/3x10-31"],
+            "no published row or ablation 'coordsum/3x10-31': did you mean 'coordsum/3",
+        ),
         (
             [TASK, "mapo"],
             "has no row 'mapo': did you mean 'mappo'? allowed: mappo, off",
         ),
         ([TASK, "mappo", "paper=gpae"], f"{TASK} has no row 'mappo': allowed: off"),
         ([TASK, "paper=mapgo"], "paper must be 'magpo' or 'gpae'"),
-        ([TASK, "system.gamma=0.5"], "system.gamma: cannot be set for a published row"),
-        ([TASK, "total_steps=64"], "total_steps: cannot be set for a published row"),
-        ([TASK, "published=false"], "published: cannot be set for a published row"),
-        ([TASK, "seed=[1]"], "seed: cannot be set for a published row: did you mean 'seeds'?"),
+        ([TASK, "system.gamma=0.5"], "system.gamma: cannot be set for a published experiment"),
+        ([TASK, "total_steps=64"], "total_steps: cannot be set for a published experiment"),
+        ([TASK, "published=false"], "published: cannot be set for a published experiment"),
+        (
+            [TASK, "seed=[1]"],
+            "for a published experiment: did you mean 'seeds'?",
+        ),
         ([TASK, "seeds=[1,1]"], "seeds must be one or more different numbers"),
         ([TASK, "seeds=[]"], "seeds must be one or more different numbers"),
         ([TASK, "keep=-1"], "keep must be greater than or equal to 0"),

@@ -27,7 +27,7 @@ COLOURS = (
 )
 NO_ABSOLUTE, ENDED_EARLY = "*", "†"  # marks after the names of systems
 Colours = Mapping[str, str]  # by label
-Points = Mapping[str, Mapping[float, np.ndarray]]  # values (S,) by system and place on an axis
+Points = Mapping[str, Mapping[float, Sequence[float]]]  # seeds' values by system and position
 
 
 def colours_of(lines: Sequence[Line]) -> Colours:
@@ -57,39 +57,54 @@ def panels(groups: Sequence[Sequence[Line]], title: str, caption: Sequence[str])
     """Draw evaluation curves, each group in a panel of its own."""
     figure, each = grid(len(groups))
     colours = colours_of([line for lines in groups for line in lines])
-    handles = dict[str, Artist]()
-    for axes, lines in zip(each, groups, strict=False):
-        for handle in curves(axes, lines, colours) + references(axes, lines, colours):
-            handles.setdefault(str(handle.get_label()), handle)
+    handles = list[Artist]()
+    for axes, lines in zip(each, groups, strict=True):
+        handles += curves(axes, lines, colours) + references(axes, lines, colours)
     figure.suptitle(title, x=0.02, ha="left", fontsize=12)
-    legend(figure, list(handles.values()), caption)
+    legend(figure, distinct(handles), caption)
     return figure
 
 
-def points(
-    found: Mapping[str | None, Points], axis: str, title: str, caption: Sequence[str]
-) -> Figure:
+def points(found: Mapping[str, Points], axis: str, title: str, caption: Sequence[str]) -> Figure:
     """Draw values over an axis of settings, a panel for each metric and a line for each system."""
     figure, each = grid(len(found))
-    systems = list(dict.fromkeys(system for by_system in found.values() for system in by_system))
+    systems = dict.fromkeys(system for by_system in found.values() for system in by_system)
     colours = dict(zip(systems, COLOURS, strict=False))
-    for axes, (metric, by_system) in zip(each, found.items(), strict=False):
+    handles = list[Artist]()
+    for axes, (metric, by_system) in zip(each, found.items(), strict=True):
+        ticks = sorted({position for by_position in by_system.values() for position in by_position})
         for system, by_position in by_system.items():
             positions = sorted(by_position)
             values = [by_position[position] for position in positions]
-            means = [seeds.mean() for seeds in values]
-            edges = np.array([(seeds.min(), seeds.max()) for seeds in values]).T
-            axes.fill_between(positions, *edges, color=colours[system], alpha=0.16, linewidth=0)
-            axes.plot(positions, means, "o-", color=colours[system], linewidth=2, label=system)
-            axes.set_xscale("log")
-            axes.set_xticks(positions, map(str, positions))
-            axes.minorticks_off()
+            low, high, means = map(min, values), map(max, values), map(np.mean, values)
+            colour = colours[system]
+            axes.fill_between(positions, [*low], [*high], color=colour, alpha=0.16, linewidth=0)
+            axes.plot(positions, [*means], "o-", color=colour, linewidth=2, label=system)
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
         axes.set_xlabel(axis, fontsize=11)
-        axes.set_ylabel(shown(metric or "score"), fontsize=11)
+        axes.set_ylabel({"memory": "memory (bytes)"}.get(metric, shown(metric)), fontsize=11)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        handles += axes.get_legend_handles_labels()[0]
+        if any(len(seeds) > 1 for places in by_system.values() for seeds in places.values()):
+            handles.append(explained("smallest to largest seed"))
     figure.suptitle(title, x=0.02, ha="left", fontsize=12)
-    legend(figure, each[0].get_legend_handles_labels()[0], caption)
+    legend(figure, distinct(handles), caption)
     return figure
+
+
+def distinct(handles: Iterable[Artist]) -> list[Artist]:
+    """Return the first of the legend's entries with each label."""
+    by_label = dict[str, Artist]()
+    for handle in handles:
+        by_label.setdefault(str(handle.get_label()), handle)
+    return list(by_label.values())
+
+
+def explained(label: str) -> Artist:
+    """Return the legend's entry for bands."""
+    return Patch(color=curve.GREY, alpha=0.3, linewidth=0, label=label)
 
 
 def curves(axes: Axes, lines: Sequence[Line], colours: Colours) -> list[Artist]:
@@ -109,7 +124,7 @@ def curves(axes: Axes, lines: Sequence[Line], colours: Colours) -> list[Artist]:
     handles: list[Artist] = axes.get_legend_handles_labels()[0]
     for meaning, which in meanings.items():
         text = f"{meaning} ({which})" if len(meanings) > 1 else meaning
-        handles.append(Patch(color=curve.GREY, alpha=0.3, linewidth=0, label=text))
+        handles.append(explained(text))
     of_steps(axes)
     axes.set_title(f"{lines[0].suite}/{lines[0].task}", loc="left", fontsize=12)
     unit = " (0 to 1)" if lines[0].metric == "win_rate" else ""
@@ -121,10 +136,13 @@ def curves(axes: Axes, lines: Sequence[Line], colours: Colours) -> list[Artist]:
 def references(axes: Axes, lines: Sequence[Line], colours: Colours) -> list[Artist]:
     """Draw a dashed line at each published result; return the legend's entries, one for each
     paper's table and number of steps."""
-    rows: dict[published.Row, str] = {}  # settings of one system share a row
+    labels = defaultdict[published.Row, list[str]](list)
     for line in lines:
         if line.reference:
-            rows.setdefault(line.reference, colours[line.label])
+            labels[line.reference].append(line.label)
+    rows = {  # several settings of a system may share a row
+        row: colours[own[0]] if len(own) == 1 else curve.GREY for row, own in labels.items()
+    }
     for i, (row, colour) in enumerate(rows.items()):
         dashes = (5 * (i % 2), (5, 5))  # two lines at the same height fill each other's gaps
         axes.axhline(row.mean, color=colour, linestyle=dashes, linewidth=1.3, zorder=1.5)
@@ -203,10 +221,10 @@ def grid(panels: int) -> tuple[Figure, list[Axes]]:
     rows, columns = math.ceil(panels / 2), min(panels, 2)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     figure = Figure(figsize=(1.5 + 5.0 * columns, 0.4 + 3.2 * rows), layout=layout)
-    axes = styled(figure.subplots(max(rows, 1), max(columns, 1), squeeze=False))
+    axes = styled(figure.subplots(rows, columns, squeeze=False))
     for unused in axes[panels:]:
         unused.remove()
-    return figure, axes[: max(panels, 1)]
+    return figure, axes[:panels]
 
 
 def styled(axes: np.ndarray) -> list[Axes]:

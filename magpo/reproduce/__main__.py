@@ -38,12 +38,12 @@ from typing import Literal
 from magpo import commands, tables
 from magpo import config as configuration
 from magpo.config import compose
+from magpo.config.schema import RunConfig
 from magpo.errors import ConfigError, nearest
 from magpo.published import Row
-from magpo.reproduce import ablations, results
+from magpo.reproduce import ablations, results, training
 from magpo.reproduce import report as reports
 from magpo.reproduce.results import Key, Seeds
-from magpo.runs import child
 from magpo.values import Seed, UserPath
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,10 @@ def select(words: Sequence[str], paper: str | None) -> list[Row]:
     if task not in tasks:
         which = "published" if paper is None else f"{paper.upper()}'s"
         near = nearest(task, [*tasks, *ablations.entries()])
-        raise ConfigError(f"no {which} row on {task!r}: {near}python -m magpo.reproduce lists all")
+        raise ConfigError(
+            f"no {which} row or ablation {task!r}: {near}python -m magpo.reproduce lists the rows, "
+            "--help the ablations"
+        )
     of_task = [row for row in rows if row.task == task]
     known = list(dict.fromkeys(row.system for row in of_task))
     for system in systems:
@@ -77,66 +80,53 @@ def select(words: Sequence[str], paper: str | None) -> list[Row]:
 
 def check(rows: Sequence[Row], overrides: Sequence[str], seeds: Sequence[int]) -> None:
     """Raise ConfigError for an override that published rows do not take, or with a bad value."""
-    check_keys(overrides)
+    check_keys(overrides, OWN)
     for row in rows:
-        configuration.load(row.command[0], [*row.command[1:], *overrides, _list(seeds)])
+        load(row.command, overrides, seeds)
 
 
-def check_keys(overrides: Sequence[str]) -> None:
+def check_keys(overrides: Sequence[str], own: Sequence[str]) -> None:
     """Raise ConfigError for an override that would change a published experiment."""
     for text in overrides:
         key, _ = compose.parse(text)
         if key.partition(".")[0] not in PASSED_ON:
-            allowed = [*OWN, *PASSED_ON]
+            allowed = [*own, *PASSED_ON]
             raise ConfigError(
-                f"{key}: cannot be set for a published row: {nearest(key, allowed)}allowed: "
+                f"{key}: cannot be set for a published experiment: {nearest(key, allowed)}allowed: "
                 f"{', '.join(allowed)}"
             )
 
 
-def _list(seeds: Sequence[int]) -> str:
-    return f"seeds={list(seeds)}".replace(" ", "")
+def load(command: Sequence[str], overrides: Sequence[str], seeds: Sequence[int]) -> RunConfig:
+    """Return the configuration of some seeds of a command. Raises ConfigError."""
+    return configuration.load(command[0], [*command[1:], *overrides, training.listed(seeds)])
 
 
-def train(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:
-    """Train seeds of a row in a child process and return its exit code."""
-    system, *own = row.command
-    command = [sys.executable, "-m", f"magpo.systems.{system}", *own, *overrides, _list(seeds)]
-    return child.run([*command, _results_dir(results_dir), "resume=auto"])
-
-
-def _results_dir(folder: str) -> str:
-    quoted = folder.replace("'", "\\'")
-    return f"results_dir='{quoted}'"
+def reproduce(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:
+    """Train the unfinished ones of a row's seeds and return an exit code."""
+    print(f"{row.task} {row.system}, {row.source}: {reports.printed_published(row)}", flush=True)
+    return training.train(row.command, seeds, overrides, results_dir)
 
 
 def ablate(
     name: str, budget: str, seeds: Sequence[int], overrides: Sequence[str], folder: str, out: Path
 ) -> None:
-    """Train and draw an ablation; exit with a run's code if that is not 0."""
-    check_keys(overrides)
+    """Train and draw an ablation; exit with a run's code if that is not 0. Raises ConfigError."""
+    check_keys(overrides, [*OWN, "budget"])
     ablation = ablations.find(name, budget)
-    words = [*overrides, _list(seeds), _results_dir(f"{folder}/{name}_{budget}")]
+    if len(seeds) > 1 and ablations.MEMORY in ablation.metrics:
+        raise ConfigError(f"seeds: {name} measures runs of one seed, such as seeds=[0]")
+    for command in ablation.commands:
+        load(command.words, overrides, seeds)
+    results_dir = f"{folder}/{name}_{budget}"
     print(f"{ablation.source}: {ablation.about}. In the paper: {ablation.shows}", flush=True)
-    code = ablations.train(ablation, words)
-    if figure := ablations.write(ablation, words, out / f"{name}_{budget}"):
+    code = ablations.train(ablation, seeds, overrides, results_dir)
+    if figure := ablations.write(ablation, results_dir, out / f"{name}_{budget}"):
         print(f"figure and values: {figure}, {figure.with_suffix('.csv')}")
+    else:
+        print("nothing to draw: no run has an evaluation yet")
     if code:
         sys.exit(code)
-
-
-def reproduce(row: Row, seeds: Sequence[int], overrides: Sequence[str], results_dir: str) -> int:
-    """Train the unfinished ones of a row's seeds and return an exit code."""
-    found = results.runs(row, results_dir)
-    at_work = [run for run in found if run.status == "running" and {*run.seeds} & {*seeds}]
-    done = {seed for run in found if run.status == "finished" for seed in run.seeds}
-    missing = [seed for seed in seeds if seed not in done]
-    print(f"{row.task} {row.system}, {row.source}: {reports.printed_published(row)}", flush=True)
-    if at_work:
-        print(f"another process trains it: {at_work[0].folder}")
-    elif missing:
-        return train(row, missing, overrides, results_dir)
-    return 0
 
 
 def write_csv(row: Row, results_dir: str, out: Path, facts: Mapping[str, str]) -> bool:
@@ -144,7 +134,7 @@ def write_csv(row: Row, results_dir: str, out: Path, facts: Mapping[str, str]) -
 
     Seeds that are only in the CSV stay there.
     """
-    found = results.runs(row, results_dir)
+    found = results.runs(row.command, results_dir)
     measured = results.from_runs(row, found, facts)
     if measured:
         file = results.path(out, row)
@@ -196,7 +186,7 @@ def listing(
     for (paper, task), of_task in tasks.items():
         others: dict[str, list[str]] = {}
         for row in of_task:
-            found = results.runs(row, results_dir)
+            found = results.runs(row.command, results_dir)
             measured = results.from_runs(row, found, {})
             seeds = results.merged(collected.get(results.key(row), {}), measured)
             state = _state(found, seeds)
@@ -225,12 +215,10 @@ def main(
     overrides = [text for text in arguments if "=" in text]
     if words and words[0] in ablations.entries():
         if len(words) > 1 or paper or collect or report:
-            raise ConfigError(f"{words[0]}: takes neither systems, nor paper, --collect, --report")
+            raise ConfigError(f"{words[0]}: takes no system, paper, --collect or --report")
         drawn = Path("figures") if out is None else Path(out)
         ablate(words[0], budget or "paper", seeds, overrides, results_dir, drawn)
         return
-    if budget is not None:
-        raise ConfigError("budget: is for ablations, such as figure-5a; rows take the papers'")
     if report:
         if arguments or collect:
             raise ConfigError("--report takes no rows: it covers all of them")
@@ -239,6 +227,8 @@ def main(
     rows = select(words, paper)
     if overrides and not words:
         raise ConfigError(f"{overrides[0]}: needs a task, <suite>/<task>, to run its rows")
+    if budget is not None:
+        raise ConfigError("budget: is for ablations, such as figure-5a; rows have the paper's")
     check(rows if words else [], overrides, seeds)
     collected = results.read_all(folder)  # a CSV that cannot be read is refused before training
     if collect:

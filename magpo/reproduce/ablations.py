@@ -1,9 +1,9 @@
 """The papers' ablations, trained and drawn: `python -m magpo.reproduce figure-5a`."""
 
 import re
-import sys
+import signal
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -12,29 +12,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from magpo import config as configuration
 from magpo import published, tables
-from magpo.config.schema import RunConfig
 from magpo.plot import draw, read
-from magpo.plot.draw import Points
 from magpo.plot.read import Line
 from magpo.report.measurements import printed_name
-from magpo.runs import child, folders
+from magpo.reproduce import results, training
+from magpo.runs import folders
 
 TABLE = Path(__file__).with_suffix(".yaml")
-MEMORY = "memory"  # of training on each device, which run.json has
+MEMORY = "memory"  # the metric that is in run.json: the bytes that training takes on each device
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class Command(NamedTuple):
     """A run of an ablation."""
 
-    system: str
-    overrides: tuple[str, ...]
+    words: tuple[str, ...]  # a system and its overrides
     position: float | None  # on the figure's axis, unless that has the environment steps
-
-    def config(self, overrides: Sequence[str]) -> RunConfig:
-        """Return the run's configuration. Raises ConfigError."""
-        return configuration.load(self.system, [*self.overrides, *overrides])
 
 
 class Ablation(NamedTuple):
@@ -43,10 +37,20 @@ class Ablation(NamedTuple):
     name: str
     source: str  # the paper and the figure, "MAGPO, Figure 5(a)"
     about: str
-    shows: str  # what the paper's figure shows, in words
+    shows: str  # what the paper shows, in words
     metrics: tuple[str | None, ...]  # None: the headline metric
     axis: str | None  # None: environment steps
     commands: tuple[Command, ...]
+
+
+class Value(NamedTuple):
+    """A seed's value of a metric, at a position on a figure's axis."""
+
+    metric: str
+    system: str
+    position: float
+    seed: int
+    value: float
 
 
 @cache
@@ -58,15 +62,15 @@ def entries() -> dict[str, Any]:
 def find(name: str, budget: str) -> Ablation:
     """Return an ablation with the budget `paper` or `laptop`."""
     entry = entries()[name]
-    words = ""
+    more = ""
     if budget == "laptop":
         entry = entry | entry["laptop"]
-        words = entry["words"]
-    values = entry.get("values", [None])
+        more = entry["words"]
+    positions = entry.get("positions", [None])
     commands = [
-        Command(system, in_published_game(overrides), values[i % len(values)])
+        Command(in_published_game(words.split()), positions[i % len(positions)])
         for run in entry["runs"]
-        for i, (system, *overrides) in enumerate(map(str.split, expanded(f"{run} {words}")))
+        for i, words in enumerate(expanded(f"{run} {more}"))
     ]
     return Ablation(
         name=name,
@@ -79,10 +83,10 @@ def find(name: str, budget: str) -> Ablation:
     )
 
 
-def in_published_game(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Return the overrides with `published=true`, if the papers' tables have the task."""
-    (task,) = (text[4:] for text in overrides if text.startswith("env="))
-    return (*overrides, "published=true") if published.has(task) else (*overrides,)
+def in_published_game(words: Sequence[str]) -> tuple[str, ...]:
+    """Return a run's words with `published=true`, if the papers' tables have its task."""
+    (task,) = (text[4:] for text in words if text.startswith("env="))
+    return (*words, "published=true") if published.has(task) else (*words,)
 
 
 def expanded(text: str) -> list[str]:
@@ -92,48 +96,49 @@ def expanded(text: str) -> list[str]:
     return ["".join(chosen) for chosen in product(*choices)]
 
 
-def train(ablation: Ablation, overrides: Sequence[str]) -> int:
-    """Train the unfinished runs, one after another, and return the first exit code that is not 0.
+def train(
+    ablation: Ablation, seeds: Sequence[int], overrides: Sequence[str], results_dir: str
+) -> int:
+    """Train the missing seeds of all runs, one run after another.
 
-    Raises ConfigError before any run begins if one of them takes no such override.
+    Returns the first exit code that is not 0. After a run that fails the others continue, unless a
+    signal has stopped it.
     """
-    configs = [command.config(overrides) for command in ablation.commands]
-    for number, (command, config) in enumerate(zip(ablation.commands, configs, strict=True), 1):
-        run = folders.newest(config)
-        state = folders.status(run) if run else "new"
-        words = [command.system, *command.overrides, *overrides]
-        print(f"{number} of {len(configs)}: {' '.join(words)}", flush=True)
-        if state == "running":
-            print(f"another process trains it: {run}")
-        elif state != "finished":
-            system, *own = words
-            code = child.run([sys.executable, "-m", f"magpo.systems.{system}", *own, "resume=auto"])
-            if code:
-                return code
-    return 0
+    first = 0
+    for number, command in enumerate(ablation.commands, 1):
+        print(f"run {number} of {len(ablation.commands)}: {' '.join(command.words)}", flush=True)
+        code = training.train(command.words, seeds, overrides, results_dir)
+        first = first or code
+        if code in STOPPED:
+            break
+    return first
 
 
-def write(ablation: Ablation, overrides: Sequence[str], out: Path) -> Path | None:
-    """Draw the runs so far, and write their values beside the figure.
+def write(ablation: Ablation, results_dir: str, out: Path) -> Path | None:
+    """Draw the runs so far, and write their values beside the figure; `out` has no suffix.
 
-    Returns the figure's path, or None without any evaluation yet.
+    Returns the figure's path, or None without any value yet.
     """
     found = [
-        (command, run)
+        (command, run.folder)
         for command in ablation.commands
-        if (run := folders.newest(command.config(overrides)))
+        for run in results.runs(command.words, results_dir)
+        if (run.folder / "metrics.jsonl").exists()
     ]
     title = f"{ablation.source}: {ablation.about}"
     caption = [f"In the paper: {ablation.shows}"]
     if ablation.axis is None:
-        lines = curves([run for _, run in found], ablation.metrics)
-        rows, figure = [*of_curves(lines)], draw.panels(lines, title, caption)
+        panels = curves([folder for _, folder in found], ablation.metrics)
+        rows = [*_rows(panels)]
     else:
-        points = {metric: over_axis(found, metric) for metric in ablation.metrics}
-        rows = [*of_points(points, ablation.axis)]
-        figure = draw.points(points, ablation.axis, title, caption)
+        values = [*over_axis(found, ablation.metrics)]
+        rows = [x._asdict() for x in values]
     if not rows:
         return None
+    if ablation.axis is None:
+        figure = draw.panels(panels, title, caption)
+    else:
+        figure = draw.points(_by_metric(values), ablation.axis, title, caption)
     out.parent.mkdir(parents=True, exist_ok=True)
     tables.write(out.with_suffix(".csv"), rows)
     draw.save(figure, out, ["png"])
@@ -141,63 +146,58 @@ def write(ablation: Ablation, overrides: Sequence[str], out: Path) -> Path | Non
 
 
 def curves(runs: Sequence[Path], metrics: Sequence[str | None]) -> list[list[Line]]:
-    """Return the lines of each panel, a metric on a task."""
-    training = [metric for metric in metrics if metric and "/" in metric]
-    measured = [run for folder in runs for run in read.read(folder, training) if run.evaluations]
+    """Return the lines of each panel: a metric on a task."""
+    records = [metric for metric in metrics if metric and "/" in metric]
+    measured = [run for folder in runs for run in read.read(folder, records) if run.evaluations]
     panels = list[list[Line]]()
     for metric in metrics:
-        if any(metric is None or metric in run.evaluations for run in measured):
-            by_task = defaultdict[str, list[Line]](list)
-            for line in read.pool(measured, metric):
-                by_task[f"{line.suite}/{line.task}"].append(line)
-            panels += by_task.values()
+        by_task = defaultdict[str, list[Line]](list)
+        for line in _pooled(measured, metric):
+            by_task[f"{line.suite}/{line.task}"].append(line)
+        panels += by_task.values()
     return panels
 
 
-def over_axis(found: Sequence[tuple[Command, Path]], metric: str | None) -> Points:
-    """Return the values of a metric, (S,), by system and position on the axis.
+def over_axis(
+    found: Sequence[tuple[Command, Path]], metrics: Sequence[str | None]
+) -> Iterator[Value]:
+    """Yield each seed's absolute metric, or its last evaluation.
 
-    A value is a seed's absolute metric, or its last evaluation; of a training metric, the median
-    of all updates.
+    Of other metrics than evaluations' it is the median over the run.
     """
-    points = defaultdict[str, dict[float, np.ndarray]](dict)
-    for command, folder in found:
-        assert command.position is not None
-        if values := _values(folder, metric):
-            points[printed_name(command.system)][command.position] = np.array(values)
+    for metric in metrics:
+        for command, folder in found:
+            assert command.position is not None
+            place = printed_name(command.words[0]), command.position
+            if metric == MEMORY:
+                if memory := folders.about(folder).get("memory_bytes"):
+                    yield Value(metric, *place, seed=0, value=float(memory))
+                continue
+            is_record = metric is not None and "/" in metric
+            for line in _pooled(read.read(folder, [str(metric)] if is_record else []), metric):
+                values = np.median(line.values, axis=0) if is_record else line.score
+                for seed, value in zip(line.curves, values, strict=True):
+                    yield Value(line.metric, *place, seed, float(value))
+
+
+def _pooled(runs: Sequence[read.Run], metric: str | None) -> list[Line]:
+    """Return the runs' lines, none of runs without the metric."""
+    having = [run for run in runs if metric is None or metric in run.evaluations]
+    return read.pool(having, metric) if having else []
+
+
+def _by_metric(values: Sequence[Value]) -> dict[str, draw.Points]:
+    metrics = dict.fromkeys(x.metric for x in values)
+    points: dict[str, Any] = {metric: defaultdict(lambda: defaultdict(list)) for metric in metrics}
+    for x in values:
+        points[x.metric][x.system][x.position].append(x.value)
     return points
 
 
-def _values(folder: Path, metric: str | None) -> list[float]:
-    """Return a run's values of a metric, one for each seed."""
-    if metric == MEMORY:
-        memory = folders.about(folder).get("memory_bytes")
-        return [float(memory)] if memory else []
-    is_record = metric is not None and "/" in metric
-    runs = read.read(folder, [metric] if metric and is_record else [])
-    if is_record:
-        return [
-            float(np.median(list(curve.values())))
-            for run in runs
-            for curve in run.evaluations.get(str(metric), {}).values()
-        ]
-    return [float(x) for line in read.pool(runs, metric) for x in line.score]
-
-
-def of_curves(panels: Sequence[Sequence[Line]]) -> Iterator[dict[str, Any]]:
+def _rows(panels: Sequence[Sequence[Line]]) -> Iterator[dict[str, Any]]:
     """Yield the rows of the table beside a figure of curves."""
     for line in (line for panel in panels for line in panel):
         about = {"task": f"{line.suite}/{line.task}", "line": line.label, "metric": line.metric}
         for step, values in zip(line.steps, line.values, strict=True):
             for seed, value in zip(line.curves, values, strict=True):
                 yield about | {"seed": seed, "env_steps": int(step), "value": f"{value:.5g}"}
-
-
-def of_points(points: Mapping[str | None, Points], axis: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the table beside a figure over another axis than steps."""
-    for metric, by_system in points.items():
-        for system, by_position in by_system.items():
-            for position, values in by_position.items():
-                for value in values:
-                    about = {"metric": metric, "system": system, axis: position}
-                    yield about | {"value": f"{value:.5g}"}

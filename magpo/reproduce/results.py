@@ -11,7 +11,7 @@ A CSV has the columns `seed, env_steps, name, value`. For each seed, it contains
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -153,34 +153,33 @@ def _config(command: tuple[str, ...]) -> RunConfig:
     return configuration.load(command[0], command[1:])
 
 
-def runs(row: Row, results_dir: str) -> list[Run]:
-    """Return the runs of a row, the oldest first.
+def runs(command: Sequence[str], results_dir: str) -> list[Run]:
+    """Return the runs of a command, a system and its overrides, the oldest first.
 
-    A run belongs to the row if it has the configuration of the row's command. FREE keys may differ.
-    Options of the system, network or task may be missing in either version, unless the command sets
-    them.
+    A run belongs to the command if it has its configuration. FREE keys may differ. Options of the
+    system, network or task may be missing in either version, unless the command sets them.
     """
     found = list[Run]()
-    parent = Path(results_dir, row.command[0], row.task)
+    parent = Path(results_dir, command[0], _config(tuple(command)).env.name)
     for folder in sorted(parent.glob("*/")):
         with suppress(*UNREADABLE):  # a run that is just beginning, or a damaged one
             values = configuration.plain_values(folder / folders.CONFIG)
-            if _is_of(row, configuration.flat(values)):
+            if _is_of(tuple(command), configuration.flat(values)):
                 found.append(Run(folder, folders.status(folder), tuple(values["seeds"])))
     return found
 
 
 def strangers(results_dir: str) -> list[Path]:
     """Return the folders of runs that belong to no row, such as other experiments or versions."""
-    of_rows = {run.folder for row in rows().values() for run in runs(row, results_dir)}
+    of_rows = {run.folder for row in rows().values() for run in runs(row.command, results_dir)}
     files = Path(results_dir).glob(f"*/*/*/*/{folders.CONFIG}")
     return sorted({file.parent for file in files} - of_rows)
 
 
-def _is_of(row: Row, given: Mapping[str, Any]) -> bool:
-    """Return whether a configuration, by dotted names, is that of the row's command."""
-    wanted = configuration.flat(configuration.dump(_config(row.command)))
-    chosen = [override.partition("=")[0] for override in row.command[1:]]
+def _is_of(command: tuple[str, ...], given: Mapping[str, Any]) -> bool:
+    """Return whether a configuration, by dotted names, is that of a command."""
+    wanted = configuration.flat(configuration.dump(_config(command)))
+    chosen = [override.partition("=")[0] for override in command[1:]]
     for name in {**wanted, **given}:
         group, both = name.partition(".")[0], name in wanted and name in given
         may_be_absent = group in ("system", "network", "env") and name not in chosen
