@@ -1,4 +1,4 @@
-"""Training metrics that all systems record."""
+"""Training metrics that all systems record, and means over some of the agents."""
 
 import jax.numpy as jnp
 
@@ -18,6 +18,13 @@ def episode_means(sums: Metrics) -> Metrics:
         f"rollout/{name}": number if name == "episodes" else total / jnp.maximum(number, 1)
         for name, total in sums.items()
     }
+
+
+def masked_mean(values: Array, where: Array | None) -> Array:
+    """Return the mean of the values that `where` marks, 0 if it marks none; None marks all."""
+    if where is None:
+        return values.mean()
+    return jnp.where(where, values, 0.0).sum() / jnp.maximum(where.sum(), 1)
 
 
 def explained_variance(value: Array, target: Array) -> Array:

@@ -12,7 +12,17 @@ SEVEN = {"make", "init", "train_chunk", "policy_params", "initial_carry", "act",
 # Modules and packages of magpo, the lowest layer first: each imports only from earlier ones; the
 # modules of a package may import one another.
 LAYERS = [
-    *("errors", "types", "values", "files", "tables", "metrics", "optimiser", "published"),
+    *(
+        "errors",
+        "types",
+        "values",
+        "files",
+        "tables",
+        "metrics",
+        "moments",
+        "optimiser",
+        "published",
+    ),
     *("envs", "networks", "contract", "plugins"),
     *("config", "commands", "hardware", "report", "runs"),
     *("evaluate", "experiment", "export", "plot", "render", "reproduce", "sweep", "systems"),
@@ -21,7 +31,7 @@ LAYERS = [
 # What a system may import: people copy its file.
 FOR_SYSTEMS = {
     *("commands", "contract", "envs", "errors", "experiment", "metrics", "networks", "optimiser"),
-    *("plugins", "tables", "types", "values"),
+    *("moments", "plugins", "tables", "types", "values"),
 }
 
 

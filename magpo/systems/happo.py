@@ -37,10 +37,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from magpo import experiment
+from magpo import experiment, moments
 from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
 from magpo.envs.wrappers import AutoReset, terminal_value
-from magpo.metrics import episode_means, episode_sums, explained_variance
+from magpo.errors import ConfigError
+from magpo.metrics import episode_means, episode_sums, explained_variance, masked_mean
+from magpo.moments import Moments
 from magpo.networks.heads import Distribution, executed_action
 from magpo.networks.kernels import spread
 from magpo.networks.recurrent import Actors, Critic, split_time
@@ -72,6 +74,9 @@ class Hyper:
     gae_lambda: Fraction
     recurrent_chunk_size: PositiveInt
     fixed_order: bool
+    value_norm: bool
+    anneal_lr: bool
+    dead_agents: Literal["learn", "mask"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Config:
     num_envs: int
     rollout_length: int
     updates_per_chunk: int
+    num_updates: int
     hyper: Hyper
     network: NetworkConfig
     needs_global_state: ClassVar[bool] = True
@@ -131,6 +137,7 @@ class TrainState(NamedTuple):
     env_state: Any  # (E, ...)
     timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: Carry
+    moments: Moments | None  # of the value targets; None without `value_norm`
 
 
 class Transition(NamedTuple):
@@ -161,6 +168,7 @@ class Batch(NamedTuple):
     advantage: Array  # (B, C, N)
     target: Array  # (B, C, N)
     factor: Array  # (B, C, 1) F, of the agents trained so far
+    learns: Array | None  # (B, C, N) bool, the agents alive; None: all agents learn
     carry: Carry  # (B, ...) before the first step
 
 
@@ -175,7 +183,9 @@ class Setup:
 
 
 def make(config: Config, spec: EnvSpec) -> Setup:
-    """Assemble the networks for an environment."""
+    """Assemble the networks for an environment. Raises ConfigError."""
+    if config.hyper.dead_agents == "mask" and spec.stop_action is None:
+        raise ConfigError(f"system.dead_agents=mask is for smax/..., not {spec.name}")
     actor, critic = config.network.actor.hidden_dim, config.network.critic.hidden_dim
     return Setup(config, spec, Actors(spec, actor, shared=False), Critic(spec, critic))
 
@@ -214,8 +224,8 @@ def actor_loss(
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
     surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
-    policy_loss = -(batch.factor * surrogate).mean()
-    entropy = policy.entropy(key).mean()
+    policy_loss = -masked_mean(batch.factor * surrogate, batch.learns)
+    entropy = masked_mean(policy.entropy(key), batch.learns)
     return policy_loss - hyper.ent_coef * entropy, {
         "loss/policy": policy_loss,
         "policy/entropy": entropy,
@@ -231,7 +241,7 @@ def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metric
     chex.assert_equal_shape((value, batch.steps.value, batch.target))
     value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
     errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
-    value_loss = 0.5 * jnp.maximum(*errors).mean()
+    value_loss = 0.5 * masked_mean(jnp.maximum(*errors), batch.learns)
     return hyper.vf_coef * value_loss, {
         "loss/value": value_loss,
         "value/explained_variance": explained_variance(value, batch.target),
@@ -243,7 +253,10 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
     config = setup.config
     envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
     actor = partial(setup.actor.step, state.params.actor)
-    critic = partial(setup.critic.step, state.params.critic)
+
+    def critic(carry: Array, observation: Observation, reset_before: Array) -> tuple[Array, Array]:
+        carry, value = setup.critic.step(state.params.critic, carry, observation, reset_before)
+        return carry, moments.denormalise(state.moments, value)
 
     def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
         observation, reset_before = state.timestep.observation, state.timestep.last()
@@ -291,16 +304,32 @@ def sequences(hyper: Hyper, collected: Rollout) -> Batch:
     """Split a rollout into chunks, with value targets and advantages normalised over the batch."""
     steps = collected.transitions
     advantage, target = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    estimates = advantage, target
-    steps, (advantage, target) = split_time((steps, estimates), hyper.recurrent_chunk_size)
+    learns = None
+    if hyper.dead_agents == "mask":
+        learns = steps.observation.action_mask.sum(axis=-1) > 1  # the dead have no choice
+    mean, std = advantage.mean(where=learns), advantage.std(where=learns)
+    advantage = (advantage - mean) / (std + 1e-8)
+    estimates = advantage, target, learns
+    steps, (advantage, target, learns) = split_time((steps, estimates), hyper.recurrent_chunk_size)
     return Batch(
         steps=steps,
         advantage=advantage,
         target=target,
         factor=jnp.ones_like(advantage[..., :1]),
+        learns=learns,
         carry=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), collected.carry),
     )
+
+
+def normalised(state: TrainState, batch: Batch) -> tuple[TrainState, Batch]:
+    """Add the value targets to the moments and normalise them.
+
+    The rollout's values return to the units in which the critic computed them.
+    """
+    before, after = state.moments, moments.updated(state.moments, batch.target)
+    steps = batch.steps._replace(value=moments.normalise(before, batch.steps.value))
+    batch = batch._replace(steps=steps, target=moments.normalise(after, batch.target))
+    return state._replace(moments=after), batch
 
 
 def of_agent(batch: Batch, agent: Array) -> Batch:
@@ -318,7 +347,8 @@ def of_agent(batch: Batch, agent: Array) -> Batch:
         log_prob=pick(batch.steps.log_prob),
     )
     carry = batch.carry._replace(actor=pick(batch.carry.actor, axis=1))
-    return batch._replace(steps=steps, advantage=pick(batch.advantage), carry=carry)
+    advantage, learns = jax.tree.map(pick, (batch.advantage, batch.learns))
+    return batch._replace(steps=steps, advantage=advantage, learns=learns, carry=carry)
 
 
 def policy_of(setup: Setup, params: Any, batch: Batch) -> Distribution:
@@ -343,12 +373,16 @@ def loss_of(
     return critic_loss(hyper, value, batch)
 
 
-def optimisers(hyper: Hyper) -> Params:
-    """Return each network's optax.GradientTransformation."""
-    return Params(
-        actor=clipped_adam(hyper.actor_lr, hyper.max_grad_norm),
-        critic=clipped_adam(hyper.critic_lr, hyper.max_grad_norm),
-    )
+def optimisers(config: Config, hyper: Hyper) -> Params:
+    """Return each network's optax.GradientTransformation; `anneal_lr` anneals both rates to 0."""
+    steps_per_update = hyper.ppo_epochs * hyper.num_minibatches
+    num_steps = float(config.num_updates * steps_per_update)  # int32 overflows
+
+    def adam(learning_rate: float) -> optax.GradientTransformation:
+        falling = optax.linear_schedule(learning_rate, 0.0, num_steps)
+        return clipped_adam(falling if hyper.anneal_lr else learning_rate, hyper.max_grad_norm)
+
+    return Params(actor=adam(hyper.actor_lr), critic=adam(hyper.critic_lr))
 
 
 class Trained(NamedTuple):
@@ -367,7 +401,7 @@ def train(
     key: Array,
 ) -> tuple[Trained, Metrics]:
     """Train one agent's actor, or the critic, for `ppo_epochs`; metrics are means over them."""
-    adam = getattr(optimisers(hyper), network)
+    adam = getattr(optimisers(setup.config, hyper), network)
     grad = jax.grad(partial(loss_of, network), has_aux=True)
 
     def minibatch(trained: Trained, inputs: tuple[Array, Array]) -> tuple[Trained, Metrics]:
@@ -418,7 +452,8 @@ def update_actors(
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
     """Collect a rollout and train each actor and the critic on it for `ppo_epochs`."""
     state, collected = rollout(setup, env, state)
-    hyper, batch = state.hyper, sequences(state.hyper, collected)
+    hyper = state.hyper
+    state, batch = normalised(state, sequences(hyper, collected))
     key, key_actors, key_critic = jax.random.split(state.key, 3)
     actors, critic = map(Trained, state.params, state.opt_state)
     actors, metrics = update_actors(setup, hyper, actors, batch, key_actors)
@@ -438,7 +473,7 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
     env_state, timestep = AutoReset(env, *batch_shape).reset(key_env)
     carry = Carry(setup.actor.initial_carry(batch_shape), setup.critic.initial_carry(batch_shape))
     params = Params(setup.actor.init(key_actor), setup.critic.init(key_critic))
-    actor, critic = optimisers(hyper)
+    actor, critic = optimisers(setup.config, hyper)
     opt_state = Params(jax.vmap(actor.init)(params.actor), critic.init(params.critic))
     return TrainState(
         params=params,
@@ -448,6 +483,7 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
         env_state=env_state,
         timestep=timestep,
         carry=carry,
+        moments=moments.init(hyper.value_norm),
     )
 
 

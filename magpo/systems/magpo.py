@@ -35,12 +35,15 @@ if __name__ == "magpo":
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 from pydantic import Field
 
-from magpo import experiment
+from magpo import experiment, moments
 from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
 from magpo.envs.wrappers import AutoReset, terminal_value
-from magpo.metrics import episode_means, episode_sums, explained_variance
+from magpo.errors import ConfigError
+from magpo.metrics import episode_means, episode_sums, explained_variance, masked_mean
+from magpo.moments import Moments
 from magpo.networks.autoregressive import init_joint
 from magpo.networks.heads import Distribution, executed_action
 from magpo.networks.kernels import spread
@@ -75,6 +78,9 @@ class Hyper:
     delta: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None
     rl_coef: NonNegativeFloat
     learner_kl: Literal["guider_to_learner", "learner_to_guider"]
+    value_norm: bool
+    anneal_lr: bool
+    dead_agents: Literal["learn", "mask"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class Config:
     num_envs: int
     rollout_length: int
     updates_per_chunk: int
+    num_updates: int
     hyper: Hyper
     network: NetworkConfig
     needs_global_state: ClassVar[bool] = False
@@ -143,6 +150,7 @@ class TrainState(NamedTuple):
     env_state: Any  # (E, ...)
     timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: Carry
+    moments: Moments | None  # of the value targets; None without `value_norm`
 
 
 class Transition(NamedTuple):
@@ -172,6 +180,7 @@ class Batch(NamedTuple):
     steps: Transition  # (B, C, ...)
     advantage: Array  # (B, C, N)
     target: Array  # (B, C, N)
+    learns: Array | None  # (B, C, N) bool, the agents alive; None: all agents learn
     carry: Carry  # (B, ...) before the first step
 
 
@@ -186,7 +195,9 @@ class Setup:
 
 
 def make(config: Config, spec: EnvSpec) -> Setup:
-    """Assemble the networks for an environment."""
+    """Assemble the networks for an environment. Raises ConfigError."""
+    if config.hyper.dead_agents == "mask" and spec.stop_action is None:
+        raise ConfigError(f"system.dead_agents=mask is for smax/..., not {spec.name}")
     sizes, action = asdict(config.network.guider), (spec.action_dim, spec.action_kind)
     if sizes.pop("kind") == "sable":
         guider: Any = Sable(spec.num_agents, *action, **sizes)
@@ -243,12 +254,12 @@ def guider_loss(
     surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
     outside = jnp.abs(log_distance) > log_delta
     kl = guider.kl(learner)
-    policy_loss = (outside * kl - surrogate).mean()
-    entropy = guider.entropy(key).mean()
+    policy_loss = masked_mean(outside * kl - surrogate, batch.learns)
+    entropy = masked_mean(guider.entropy(key), batch.learns)
 
     value_change = jnp.clip(value - steps.value, -hyper.clip_eps, hyper.clip_eps)
     errors = (value - batch.target) ** 2, (steps.value + value_change - batch.target) ** 2
-    value_loss = 0.5 * jnp.maximum(*errors).mean()
+    value_loss = 0.5 * masked_mean(jnp.maximum(*errors), batch.learns)
 
     loss = policy_loss - hyper.ent_coef * entropy + hyper.vf_coef * value_loss
     return loss, {
@@ -274,7 +285,7 @@ def learner_loss(
     ratio = jnp.exp(learner.log_prob(batch.steps.action) - batch.steps.log_prob)
     clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
     surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
-    loss = (kl - hyper.rl_coef * surrogate).mean()
+    loss = masked_mean(kl - hyper.rl_coef * surrogate, batch.learns)
     return loss, {
         "loss/learner": loss,
         "policy/kl_learner_to_guider": reverse_kl.mean(),
@@ -288,7 +299,8 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
     envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
 
     def value(carry: Any, observation: Observation, reset_before: Array) -> Array:
-        return setup.guider.apply(params, carry, observation, reset_before, method="value")
+        value = setup.guider.apply(params, carry, observation, reset_before, method="value")
+        return moments.denormalise(state.moments, value)
 
     def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
         observation, reset_before = state.timestep.observation, state.timestep.last()
@@ -302,7 +314,7 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
             reset_before=reset_before,
             action=joint.action,
             log_prob=joint.log_prob,
-            value=joint.value,
+            value=moments.denormalise(state.moments, joint.value),
             reward=timestep.reward,
             discount=timestep.discount,
             ended=timestep.last(),
@@ -335,7 +347,23 @@ def sequences(hyper: Hyper, collected: Rollout) -> Batch:
     steps = collected.transitions
     estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
     steps, (advantage, target) = split_time((steps, estimates), len(steps.reward))
-    return Batch(steps=steps, advantage=advantage, target=target, carry=collected.carry)
+    learns = None
+    if hyper.dead_agents == "mask":
+        learns = steps.observation.action_mask.sum(axis=-1) > 1  # the dead have no choice
+    return Batch(
+        steps=steps, advantage=advantage, target=target, learns=learns, carry=collected.carry
+    )
+
+
+def normalised(state: TrainState, batch: Batch) -> tuple[TrainState, Batch]:
+    """Add the value targets to the moments and normalise them.
+
+    The rollout's values return to the units in which the critic computed them.
+    """
+    before, after = state.moments, moments.updated(state.moments, batch.target)
+    steps = batch.steps._replace(value=moments.normalise(before, batch.steps.value))
+    batch = batch._replace(steps=steps, target=moments.normalise(after, batch.target))
+    return state._replace(moments=after), batch
 
 
 def losses(
@@ -352,15 +380,23 @@ def losses(
     return loss_guider + loss_learner, metrics_guider | metrics_learner
 
 
+def optimiser(config: Config, hyper: Hyper) -> optax.GradientTransformation:
+    """Return both networks' optimiser; `anneal_lr` anneals the step size to 0."""
+    steps_per_update = hyper.ppo_epochs * hyper.num_minibatches
+    num_steps = float(config.num_updates * steps_per_update)  # int32 overflows
+    falling = optax.linear_schedule(hyper.actor_lr, 0.0, num_steps)
+    return clipped_adam(falling if hyper.anneal_lr else hyper.actor_lr, hyper.max_grad_norm)
+
+
 def update_minibatch(
     setup: Setup, state: TrainState, batch: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
     """Take a gradient step with each network, on advantages normalised over the minibatch."""
     hyper, advantage = state.hyper, batch.advantage
-    normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    batch = batch._replace(advantage=normalised)
+    mean, std = advantage.mean(where=batch.learns), advantage.std(where=batch.learns)
+    batch = batch._replace(advantage=(advantage - mean) / (std + 1e-8))
     grads, metrics = jax.grad(losses, has_aux=True)(state.params, setup, hyper, batch, key)
-    adam = clipped_adam(hyper.actor_lr, hyper.max_grad_norm)
+    adam = optimiser(setup.config, hyper)
     params, opt_state = descend(Params(adam, adam), state.params, state.opt_state, grads)
     state = state._replace(params=params, opt_state=opt_state)
     return state, metrics | grad_norms(**grads._asdict())
@@ -385,7 +421,7 @@ def update_epoch(
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
     """Collect a rollout and train on it for `ppo_epochs`."""
     state, collected = rollout(setup, env, state)
-    batch = sequences(state.hyper, collected)
+    state, batch = normalised(state, sequences(state.hyper, collected))
     key, key_epochs = jax.random.split(state.key)
     state, metrics = jax.lax.scan(
         lambda state, key: update_epoch(setup, state, batch, key),
@@ -408,7 +444,7 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
         guider=init_joint(setup.guider, key_guider, carry.guider, timestep.observation, setup.spec),
         learner=setup.learner.init(key_learner),
     )
-    adam = clipped_adam(hyper.actor_lr, hyper.max_grad_norm)
+    adam = optimiser(config, hyper)
     return TrainState(
         params=params,
         opt_state=init_each(Params(adam, adam), params),
@@ -417,6 +453,7 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
         env_state=env_state,
         timestep=timestep,
         carry=carry,
+        moments=moments.init(hyper.value_norm),
     )
 
 

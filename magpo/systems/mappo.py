@@ -29,11 +29,14 @@ from typing import Any, Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
-from magpo import experiment
+from magpo import experiment, moments
 from magpo.contract import Card, Deployed, Parameters, as_data, hyperparameters
 from magpo.envs.wrappers import AutoReset, terminal_value
-from magpo.metrics import episode_means, episode_sums, explained_variance
+from magpo.errors import ConfigError
+from magpo.metrics import episode_means, episode_sums, explained_variance, masked_mean
+from magpo.moments import Moments
 from magpo.networks.heads import Distribution, executed_action
 from magpo.networks.kernels import spread
 from magpo.networks.recurrent import Actors, Critic, split_time
@@ -65,6 +68,9 @@ class Hyper:
     gae_lambda: Fraction
     recurrent_chunk_size: PositiveInt
     critic_input: Literal["global_state", "observation"]
+    value_norm: bool
+    anneal_lr: bool
+    dead_agents: Literal["learn", "mask"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Config:
     num_envs: int
     rollout_length: int
     updates_per_chunk: int
+    num_updates: int
     hyper: Hyper
     network: NetworkConfig
 
@@ -128,6 +135,7 @@ class TrainState(NamedTuple):
     env_state: Any  # (E, ...)
     timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: Carry
+    moments: Moments | None  # of the value targets; None without `value_norm`
 
 
 class Transition(NamedTuple):
@@ -157,6 +165,7 @@ class Batch(NamedTuple):
     steps: Transition  # (B, C, ...)
     advantage: Array  # (B, C, N)
     target: Array  # (B, C, N)
+    learns: Array | None  # (B, C, N) bool, the agents alive; None: all agents learn
     carry: Carry  # (B, ...) before the first step
 
 
@@ -171,7 +180,9 @@ class Setup:
 
 
 def make(config: Config, spec: EnvSpec) -> Setup:
-    """Assemble the networks for an environment."""
+    """Assemble the networks for an environment. Raises ConfigError."""
+    if config.hyper.dead_agents == "mask" and spec.stop_action is None:
+        raise ConfigError(f"system.dead_agents=mask is for smax/..., not {spec.name}")
     actor, critic = config.network.actor.hidden_dim, config.network.critic.hidden_dim
     critic_input = config.hyper.critic_input
     return Setup(config, spec, Actors(spec, actor), Critic(spec, critic, critic_input))
@@ -210,8 +221,9 @@ def actor_loss(
     chex.assert_equal_shape((log_ratio, batch.advantage))
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - hyper.clip_eps, 1 + hyper.clip_eps)
-    policy_loss = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
-    entropy = policy.entropy(key).mean()
+    surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
+    policy_loss = -masked_mean(surrogate, batch.learns)
+    entropy = masked_mean(policy.entropy(key), batch.learns)
     return policy_loss - hyper.ent_coef * entropy, {
         "loss/policy": policy_loss,
         "policy/entropy": entropy,
@@ -226,7 +238,7 @@ def critic_loss(hyper: Hyper, value: Array, batch: Batch) -> tuple[Array, Metric
     chex.assert_equal_shape((value, batch.steps.value, batch.target))
     value_change = jnp.clip(value - batch.steps.value, -hyper.clip_eps, hyper.clip_eps)
     errors = (value - batch.target) ** 2, (batch.steps.value + value_change - batch.target) ** 2
-    value_loss = 0.5 * jnp.maximum(*errors).mean()
+    value_loss = 0.5 * masked_mean(jnp.maximum(*errors), batch.learns)
     return hyper.vf_coef * value_loss, {
         "loss/value": value_loss,
         "value/explained_variance": explained_variance(value, batch.target),
@@ -238,7 +250,10 @@ def rollout(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainSta
     config = setup.config
     envs, no_reset = AutoReset(env, config.num_envs), jnp.zeros(config.num_envs, bool)
     actor = partial(setup.actor.step, state.params.actor)
-    critic = partial(setup.critic.step, state.params.critic)
+
+    def critic(carry: Array, observation: Observation, reset_before: Array) -> tuple[Array, Array]:
+        carry, value = setup.critic.step(state.params.critic, carry, observation, reset_before)
+        return carry, moments.denormalise(state.moments, value)
 
     def step(state: TrainState, key: Array) -> tuple[TrainState, tuple[Transition, Metrics]]:
         observation, reset_before = state.timestep.observation, state.timestep.last()
@@ -288,7 +303,21 @@ def sequences(hyper: Hyper, collected: Rollout) -> Batch:
     estimates = advantages(steps, collected.last_value, hyper.gamma, hyper.gae_lambda)
     carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), collected.carry)
     steps, (advantage, target) = split_time((steps, estimates), hyper.recurrent_chunk_size)
-    return Batch(steps=steps, advantage=advantage, target=target, carry=carry)
+    learns = None
+    if hyper.dead_agents == "mask":
+        learns = steps.observation.action_mask.sum(axis=-1) > 1  # the dead have no choice
+    return Batch(steps=steps, advantage=advantage, target=target, learns=learns, carry=carry)
+
+
+def normalised(state: TrainState, batch: Batch) -> tuple[TrainState, Batch]:
+    """Add the value targets to the moments and normalise them.
+
+    The rollout's values return to the units in which the critic computed them.
+    """
+    before, after = state.moments, moments.updated(state.moments, batch.target)
+    steps = batch.steps._replace(value=moments.normalise(before, batch.steps.value))
+    batch = batch._replace(steps=steps, target=moments.normalise(after, batch.target))
+    return state._replace(moments=after), batch
 
 
 def losses(
@@ -303,12 +332,16 @@ def losses(
     return loss_actor + loss_critic, metrics_actor | metrics_critic
 
 
-def optimisers(hyper: Hyper) -> Params:
-    """Return each network's optax.GradientTransformation."""
-    return Params(
-        actor=clipped_adam(hyper.actor_lr, hyper.max_grad_norm),
-        critic=clipped_adam(hyper.critic_lr, hyper.max_grad_norm),
-    )
+def optimisers(config: Config, hyper: Hyper) -> Params:
+    """Return each network's optax.GradientTransformation; `anneal_lr` anneals both rates to 0."""
+    steps_per_update = hyper.ppo_epochs * hyper.num_minibatches
+    num_steps = float(config.num_updates * steps_per_update)  # int32 overflows
+
+    def adam(learning_rate: float) -> optax.GradientTransformation:
+        falling = optax.linear_schedule(learning_rate, 0.0, num_steps)
+        return clipped_adam(falling if hyper.anneal_lr else learning_rate, hyper.max_grad_norm)
+
+    return Params(actor=adam(hyper.actor_lr), critic=adam(hyper.critic_lr))
 
 
 def update_minibatch(
@@ -316,10 +349,12 @@ def update_minibatch(
 ) -> tuple[TrainState, Metrics]:
     """Take a gradient step with each network, on advantages normalised over the minibatch."""
     hyper, advantage = state.hyper, batch.advantage
-    normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    batch = batch._replace(advantage=normalised)
+    mean, std = advantage.mean(where=batch.learns), advantage.std(where=batch.learns)
+    batch = batch._replace(advantage=(advantage - mean) / (std + 1e-8))
     grads, metrics = jax.grad(losses, has_aux=True)(state.params, setup, hyper, batch, key)
-    params, opt_state = descend(optimisers(hyper), state.params, state.opt_state, grads)
+    params, opt_state = descend(
+        optimisers(setup.config, hyper), state.params, state.opt_state, grads
+    )
     state = state._replace(params=params, opt_state=opt_state)
     return state, metrics | grad_norms(**grads._asdict())
 
@@ -343,7 +378,7 @@ def update_epoch(
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
     """Collect a rollout and train on it for `ppo_epochs`."""
     state, collected = rollout(setup, env, state)
-    batch = sequences(state.hyper, collected)
+    state, batch = normalised(state, sequences(state.hyper, collected))
     key, key_epochs = jax.random.split(state.key)
     state, metrics = jax.lax.scan(
         lambda state, key: update_epoch(setup, state, batch, key),
@@ -362,12 +397,13 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
     params = Params(setup.actor.init(key_actor), setup.critic.init(key_critic))
     return TrainState(
         params=params,
-        opt_state=init_each(optimisers(hyper), params),
+        opt_state=init_each(optimisers(setup.config, hyper), params),
         hyper=as_data(hyper),
         key=key,
         env_state=env_state,
         timestep=timestep,
         carry=carry,
+        moments=moments.init(hyper.value_norm),
     )
 
 

@@ -109,7 +109,7 @@ def fixed_batch(log_prob, advantage, value=0.0, target=0.0):
         action=jnp.zeros(n, int), log_prob=jnp.log(jnp.array(log_prob)), value=jnp.full(n, value)
     )
     advantage, target = jnp.array(advantage), jnp.full(n, target)
-    return magpo.Batch(steps=steps, advantage=advantage, target=target, carry=None)
+    return magpo.Batch(steps=steps, advantage=advantage, target=target, learns=None, carry=None)
 
 
 @pytest.mark.parametrize(
