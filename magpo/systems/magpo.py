@@ -20,13 +20,15 @@ entropy bonus. Differences from the released code:
 - Truncated episodes bootstrap.
 - The guider's feed-forward layers train (`network.guider.ffn`).
 
+Not from the paper, but ours: `adapted`, which moves delta in training (`delta_mode: adaptive`).
+
 Run:
 
     python -m magpo.systems.magpo env=rware/tiny-4ag
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 if __name__ == "magpo":
@@ -76,6 +78,8 @@ class Hyper:
     gamma: Fraction
     gae_lambda: Fraction
     delta: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None
+    delta_mode: Literal["fixed", "adaptive"]
+    delta_target: PositiveFloat
     rl_coef: NonNegativeFloat
     learner_kl: Literal["guider_to_learner", "learner_to_guider"]
     value_norm: bool
@@ -126,6 +130,10 @@ class Config:
         num_minibatches, chunk_size = self.hyper.num_minibatches, self.network.guider.chunk_size
         must_divide("system.num_minibatches", num_minibatches, "num_envs", self.num_envs)
         must_divide("network.guider.chunk_size", chunk_size, "rollout_length", self.rollout_length)
+        if self.hyper.delta_mode == "adaptive" and self.hyper.delta is None:
+            raise ValueError(
+                "system.delta_mode=adaptive begins with system.delta, so not with null"
+            )
 
 
 class Params(NamedTuple):
@@ -151,6 +159,7 @@ class TrainState(NamedTuple):
     timestep: TimeStep  # (E, ...) with the observation to act on next
     carry: Carry
     moments: Moments | None  # of the value targets; None without `value_norm`
+    exponent: Array | None  # () delta is `hyper.delta` to this power; None if `delta_mode: fixed`
 
 
 class Transition(NamedTuple):
@@ -418,17 +427,44 @@ def update_epoch(
     return jax.lax.scan(minibatch, state, (order, keys))
 
 
+def bound(state: TrainState) -> Any:
+    """Return delta, (): the hyperparameter, or where `delta_mode: adaptive` has moved it."""
+    delta: Any = state.hyper.delta
+    return delta if state.exponent is None else delta**state.exponent
+
+
+def adapted(state: TrainState, kl: Array, masked_share: Array) -> TrainState:
+    """Move delta on a log scale, so that the guider's KL to the learners stays at `delta_target`.
+
+    Above the target, delta moves towards 1. Below it, delta moves away from 1, but only while it
+    holds the guider back; elsewhere it changes nothing and would only drift. The arguments, (),
+    are means over an update's last epoch.
+    """
+    if state.exponent is None:
+        return state
+    hyper: Any = state.hyper
+    step = 0.3 * jnp.clip(jnp.log(hyper.delta_target / jnp.maximum(kl, 1e-9)), -1.0, 1.0)
+    step = jnp.where((step > 0) & (masked_share < 0.001), 0.0, step)
+    log_delta = jnp.clip(jnp.log(bound(state)) * jnp.exp(step), jnp.log(1.01), jnp.log(10.0))
+    return state._replace(exponent=log_delta / jnp.log(hyper.delta))
+
+
 def update(setup: Setup, env: Environment, state: TrainState) -> tuple[TrainState, Metrics]:
     """Collect a rollout and train on it for `ppo_epochs`."""
     state, collected = rollout(setup, env, state)
     state, batch = normalised(state, sequences(state.hyper, collected))
     key, key_epochs = jax.random.split(state.key)
+    hyper, delta = state.hyper, bound(state)
     state, metrics = jax.lax.scan(
         lambda state, key: update_epoch(setup, state, batch, key),
-        state._replace(key=key),
-        jax.random.split(key_epochs, state.hyper.ppo_epochs),
+        state._replace(key=key, hyper=replace(hyper, delta=delta)),
+        jax.random.split(key_epochs, hyper.ppo_epochs),
     )
-    return state, jax.tree.map(jnp.mean, metrics) | episode_means(collected.episodes)
+    last = jax.tree.map(lambda x: x[-1].mean(), metrics)
+    kl, masked_share = last["policy/kl_guider_to_learner"], last["policy/masked_share"]
+    state = adapted(state._replace(hyper=hyper), kl, masked_share)
+    metrics = jax.tree.map(jnp.mean, metrics) | {"policy/delta": delta}
+    return state, metrics | episode_means(collected.episodes)
 
 
 def init(setup: Setup, env: Environment, key: Array) -> TrainState:
@@ -454,6 +490,7 @@ def init(setup: Setup, env: Environment, key: Array) -> TrainState:
         timestep=timestep,
         carry=carry,
         moments=moments.init(hyper.value_norm),
+        exponent=jnp.ones(()) if hyper.delta_mode == "adaptive" else None,
     )
 
 

@@ -21,6 +21,11 @@ from magpo.errors import ConfigError
             "system.advantage=gae needs system.reuse=1, not 4",
         ),
         ("gpae_mappo", ["num_envs=2"], "must divide num_envs = 2, not 4"),
+        (
+            "magpo",
+            ["system.delta=null", "system.delta_mode=adaptive"],
+            "system.delta_mode=adaptive begins with system.delta, so not with null",
+        ),
         ("magpo", ["system.delta=1"], "system.delta must be greater than 1, not 1"),
         ("magpo", ["network.guider.n_head=3"], "2 . n_head must divide embed_dim = 64, not 6"),
         ("mappo", ["num_envs=2", "system.num_minibatches=3"], "divide the number of sequences"),

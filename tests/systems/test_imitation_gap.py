@@ -21,16 +21,12 @@ from systems.cases import PROBED_GUIDED
 from systems.probe import LENGTH, Kind, Probe
 
 
-@pytest.fixture(scope="module")
-def shares():
-    """Return the guider's and the learners' shares of rewarded steps, (2, S): MAGPO, then CTDS.
-
-    CTDS is MAGPO without delta and rl_coef (test_magpo.py), so one program trains both.
-    """
+def trained(*more, variants):
+    """Return the guider's and the learners' shares of rewarded steps, (variants, S)."""
     # A lower learning rate than the probes' and four times the environments: once all rewards are
     # equal, normalised advantages are noise. If it outweighs the entropy bonus, the guider's coin
     # drifts to one side, where learners can follow (fully in 1 seed of 32 with 16 environments).
-    own = ["system.actor_lr=0.001", "system.ent_coef=0.1", "total_steps=76800"]
+    own = ["system.actor_lr=0.001", "system.ent_coef=0.1", "total_steps=76800", *more]
     shared = ["num_envs=64", "rollout_length=12", "num_evaluations=1"]
     task = ["env=lbf/2s-8x8-2p-2f-coop", "tuned=false"]
     algorithm = config.load("magpo", [*task, *shared, *PROBED_GUIDED, *own]).algorithm
@@ -48,7 +44,7 @@ def shares():
         scores = evaluate(magpo, setup, env, magpo.policy_params(state), key, 256)
         return scores["episode_return"].mean()
 
-    settings = algorithm.hyper, replace(algorithm.hyper, delta=None, rl_coef=0.0)
+    settings = [replace(algorithm.hyper, **changes) for changes in variants]
     hyper = jax.tree.map(lambda *values: np.stack(values), *map(as_data, settings))
     keys = jax.random.split(jax.random.key(0), 3)[:2]
     state = jax.jit(jax.vmap(jax.vmap(init, (None, 0)), (0, None)))(hyper, keys)
@@ -57,6 +53,15 @@ def shares():
     state, guider = jax.jit(jax.vmap(jax.vmap(train)), compiler_options=optimised)(state)
     learned = jax.jit(jax.vmap(jax.vmap(learners), (0, None)))(state, keys)
     return [guider / LENGTH, learned / LENGTH]
+
+
+@pytest.fixture(scope="module")
+def shares():
+    """Return the shares of MAGPO, then of CTDS, (2, S).
+
+    CTDS is MAGPO without delta and rl_coef (test_magpo.py), so one program trains both.
+    """
+    return trained(variants=[{}, {"delta": None, "rl_coef": 0.0}])
 
 
 def test_ctds_learners_cannot_follow_their_guider(shares):
@@ -68,5 +73,11 @@ def test_ctds_learners_cannot_follow_their_guider(shares):
 
 def test_magpo_learners_can_follow_their_guider(shares):
     guider, learners = (x[0] for x in shares)
+    assert (guider > 0.9).all()
+    assert (learners > 0.9).all()
+
+
+def test_learners_can_follow_a_guider_with_an_adaptive_delta():
+    (guider,), (learners,) = trained("system.delta_mode=adaptive", variants=[{}])
     assert (guider > 0.9).all()
     assert (learners > 0.9).all()

@@ -94,6 +94,54 @@ def test_without_delta_and_rl_coef_magpo_is_ctds(initial):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def adaptive():
+    words = ["system.delta_mode=adaptive", "system.delta=2", "system.delta_target=0.01"]
+    _, setup, env = cases.build("magpo", cases.LBF, *words)
+    state = cases.jitted(magpo.init)(setup, env, jax.random.key(0))
+    return setup, env, state._replace(hyper=as_data(setup.config.hyper))
+
+
+@pytest.mark.parametrize(
+    ("delta", "kl", "masked_share", "power"),
+    [
+        (2.0, 0.01 * np.e**0.5, 0.0, -0.15),  # above the target: towards 1
+        (2.0, 0.01 * np.e**9, 0.5, -0.3),  # at most so far in one update
+        (2.0, 0.01 / np.e**0.5, 0.01, 0.15),  # below it, and delta holds the guider back
+        (2.0, 0.0, 0.01, 0.3),
+        (2.0, 0.01 / np.e, 0.0, 0.0),  # delta has no effect, so it does not drift
+        (2.0, 0.01, 0.5, 0.0),
+    ],
+)
+def test_delta_moves_on_a_log_scale(adaptive, delta, kl, masked_share, power):
+    _, _, state = adaptive
+    after = magpo.adapted(state, jnp.float32(kl), jnp.float32(masked_share))
+    np.testing.assert_allclose(magpo.bound(after), delta ** np.exp(power), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kl", "end"), [(1.0, 1.01), (0.0, 10.0)])
+def test_delta_stays_in_its_bounds(adaptive, kl, end):
+    _, _, state = adaptive
+    for _ in range(40):
+        state = magpo.adapted(state, jnp.float32(kl), jnp.float32(0.1))
+    np.testing.assert_allclose(magpo.bound(state), end, rtol=1e-4)
+
+
+def test_an_update_with_an_adapted_delta_equals_one_with_a_fixed_delta(adaptive):
+    setup, env, state = adaptive
+    state = cases.sharpen(state)._replace(exponent=jnp.float32(0.1))
+    fixed_setup = cases.build("magpo", cases.LBF).setup
+    hyper = as_data(dataclasses.replace(fixed_setup.config.hyper, delta=2.0**0.1))
+    fixed = state._replace(hyper=hyper, exponent=None)
+    ours, metrics = cases.jitted(magpo.update)(setup, env, state)
+    theirs, expected = cases.jitted(magpo.update)(fixed_setup, env, fixed)
+    assert metrics["policy/masked_share"] > 0
+    chex.assert_trees_all_close(tuple(ours.params), tuple(theirs.params), atol=1e-5)
+    chex.assert_trees_all_close(metrics, expected, rtol=1e-3, atol=1e-5)
+    assert ours.exponent != state.exponent and ours.hyper.delta == 2.0
+    assert metrics["policy/delta"] == pytest.approx(2.0**0.1, rel=1e-5)
+
+
 def policy_of(*probabilities) -> Categorical:
     return Categorical(jnp.log(jnp.array(probabilities)))
 
