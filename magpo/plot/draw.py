@@ -25,6 +25,7 @@ COLOURS = (
     *(curve.BLUE, "#d1580d", "#2b8a3e", "#8e44ad", "#c2185b", "#00868b", "#8a6d1d"),
     *("#3d3d3d", "#6c8ebf", "#e08e79"),
 )
+QUANTITIES = {"memory": "memory (bytes)", "time/steps_per_s": "training steps per second"}
 NO_ABSOLUTE, ENDED_EARLY = "*", "†"  # marks after the names of systems
 Colours = Mapping[str, str]  # by label
 Points = Mapping[str, Mapping[float, Sequence[float]]]  # seeds' values by system and position
@@ -84,8 +85,9 @@ def points(found: Mapping[str, Points], axis: str, title: str, caption: Sequence
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
         axes.set_xlabel(axis, fontsize=11)
-        axes.set_ylabel({"memory": "memory (bytes)"}.get(metric, shown(metric)), fontsize=11)
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_ylabel(QUANTITIES.get(metric, shown(metric)), fontsize=11)
+        if metric in QUANTITIES:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         handles += axes.get_legend_handles_labels()[0]
         if any(len(seeds) > 1 for places in by_system.values() for seeds in places.values()):
             handles.append(explained("smallest to largest seed"))

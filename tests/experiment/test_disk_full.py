@@ -20,7 +20,7 @@ TRAIN = (
     "from magpo.systems import mappo; {}experiment.main(mappo)"
 )
 SCRIPT = """
-mount -t tmpfs -o size=540k tmpfs {disk} || exit 99
+mount -t tmpfs -o size=440k tmpfs {disk} || exit 99
 "$@" > {out}/full.txt 2>&1
 echo $? > {out}/full.code
 cp -a {disk}/mappo {out}/full
