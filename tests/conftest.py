@@ -44,6 +44,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def output_of(monkeypatch, capfd):
+    """Return a function that gives a script arguments and returns what it and its runs print."""
+
+    def call(script, *arguments):
+        from magpo import commands  # only after the variables above are set
+
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        capfd.readouterr()
+        commands.run(script.__doc__, script.main)
+        return capfd.readouterr().out
+
+    return call
+
+
+@pytest.fixture
 def error_of(monkeypatch, capsys):
     """Return a function that gives a script bad arguments and returns its one-line error."""
 

@@ -1,18 +1,18 @@
 """The papers' ablations: trained, stopped, drawn, and written down."""
 
-import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from reading import table_of
 
-from magpo import commands
 from magpo.reproduce import __main__ as reproduce
 from magpo.reproduce import ablations, training
 
@@ -59,21 +59,9 @@ def table(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def call(table, monkeypatch, capfd):
+def call(table, output_of):
     """Return a function that calls `magpo.reproduce` and returns its output."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["reproduce", *arguments])
-        capfd.readouterr()
-        commands.run(reproduce.__doc__, reproduce.main)
-        return capfd.readouterr().out
-
-    return run
-
-
-def lines(file):
-    with Path(file).open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    return partial(output_of, reproduce)
 
 
 def records(folder, name):
@@ -85,7 +73,7 @@ def test_a_figure_of_curves_has_every_setting_metric_and_step(call):
     out = call("figure-9", "budget=laptop", "seeds=[0,2]", *QUIET)
     assert "MAGPO, Figure 9: nothing much. In the paper: Little." in out
     assert Path("figures/figure-9_laptop.png").stat().st_size > 10_000
-    rows = lines("figures/figure-9_laptop.csv")
+    rows = table_of("figures/figure-9_laptop.csv")
     (run,) = Path("results/reproduce/figure-9_laptop/mappo/coordsum/3x10-30").iterdir()
     for metric, name in {"episode_return": "eval/episode_return", "policy/entropy": None}.items():
         found = {
@@ -102,7 +90,7 @@ def test_a_figure_of_curves_has_every_setting_metric_and_step(call):
     call("figure-9", "budget=laptop", "seeds=[0,2,1]", *QUIET)
     (more,) = {*run.parent.iterdir()} - {run}  # finished seeds are not trained again
     assert {r["seed"] for r in records(more, "eval/episode_return")} == {1}
-    assert {row["seed"] for row in lines("figures/figure-9_laptop.csv")} == {"0", "1", "2"}
+    assert {row["seed"] for row in table_of("figures/figure-9_laptop.csv")} == {"0", "1", "2"}
 
 
 def test_a_figure_over_an_axis_is_stopped_and_continued(call, table):
@@ -116,11 +104,11 @@ def test_a_figure_over_an_axis_is_stopped_and_continued(call, table):
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait() == 128 + signal.SIGTERM
-    assert {row["position"] for row in lines("figures/figure-10_laptop.csv")} == {"4"}
+    assert {row["position"] for row in table_of("figures/figure-10_laptop.csv")} == {"4"}
 
     call(*words)
     first, second = sorted(runs.iterdir())
-    rows = lines("figures/figure-10_laptop.csv")
+    rows = table_of("figures/figure-10_laptop.csv")
     for run, width in ((first, "4"), (second, "8")):
         (score,) = [r["value"] for r in records(run, "absolute/episode_return")]
         memory = int(json.loads((run / "run.json").read_text())["memory_bytes"])
@@ -153,7 +141,7 @@ def test_runs_without_an_evaluation_are_not_drawn(call, table):
     _, second = sorted(Path("results/reproduce/figure-10_paper/mappo", TASK).iterdir())
     (second / "metrics.jsonl").write_text("")
     ablations.write(ablation, "results/reproduce/figure-10_paper", Path("figures/figure-10_paper"))
-    rows = lines("figures/figure-10_paper.csv")
+    rows = table_of("figures/figure-10_paper.csv")
     assert {row["position"] for row in rows if row["metric"] == "episode_return"} == {"4"}
     assert {row["metric"] for row in rows} == {"episode_return", "memory", "time/steps_per_s"}
 

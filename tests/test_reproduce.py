@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from reading import table_of
 
-from magpo import commands, config, published
+from magpo import config, published
 from magpo.envs import registry
 from magpo.reproduce import __main__ as reproduce
 from magpo.reproduce import report, results
@@ -61,27 +63,15 @@ def table(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
+def call(output_of):
     """Return a function that calls `magpo.reproduce` with `out=out` and returns its output."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["reproduce", "out=out", *arguments])
-        capfd.readouterr()
-        commands.run(reproduce.__doc__, reproduce.main)
-        return capfd.readouterr().out
-
-    return run
-
-
-def lines(file):
-    with Path(file).open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    return partial(output_of, reproduce, "out=out")
 
 
 def values(file, kind):
     """Return a CSV's evaluations or absolute metrics, as `kind` says, by seed."""
     found = {}
-    for line in lines(file):
+    for line in table_of(file):
         if line["name"].startswith(f"{kind}/"):
             found.setdefault(int(line["seed"]), []).append(float(line["value"]))
     return found
@@ -126,7 +116,7 @@ def test_a_row_is_interrupted_resumed_and_not_run_again(table, call):
             kinds[kind].append(record["value"])
     assert len(kinds["eval"]) == 101 and kinds["eval"][: len(some)] == some
     assert {kind: values(file, kind)[0] for kind in kinds} == kinds
-    facts = {line["name"]: line["value"] for line in lines(file) if not line["env_steps"]}
+    facts = {line["name"]: line["value"] for line in table_of(file) if not line["env_steps"]}
     assert tuple(facts) == results.FACTS and all(facts.values())
     assert facts["command"] == f"python -m magpo.systems.{TINY} seeds=[0]"
     assert facts["steps"] == "32000" and facts["devices"] == "1 x cpu"
@@ -244,7 +234,9 @@ def check_report(text, out):
         assert ("unfinished" in verdict) == (not absolute)
         reached = [
             max(
-                int(x["env_steps"]) for x in lines(file) if x["seed"] == str(key) and x["env_steps"]
+                int(x["env_steps"])
+                for x in table_of(file)
+                if x["seed"] == str(key) and x["env_steps"]
             )
             for key in (absolute or last)
         ]

@@ -70,8 +70,8 @@ def test_daes_reward_loss_is_half_the_mean_squared_error():
 
 @pytest.mark.parametrize("system", [coma, dae])
 def test_agents_made_to_stop_are_stored_and_blamed(system):
-    forced = ["system.anomaly_probability=0.5", "env.time_limit=101"]
-    case = cases.build(system.__name__.rpartition(".")[2], "smax/3m", *forced)
+    forced = "system.anomaly_probability=0.5"
+    case = cases.build(system.__name__.rpartition(".")[2], "smax/3m", forced)
     state = cases.jitted(system.init)(case.setup, case.env, jax.random.key(0))
     _, collected = cases.jitted(system.rollout)(case.setup, case.env, state)
     steps = collected.transitions

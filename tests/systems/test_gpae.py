@@ -197,8 +197,8 @@ def slow_estimates(setup, state, rollouts):
 @pytest.fixture(scope="module")
 def stopped():
     """Collect SMAX 3m with one agent stopped in a third of the steps, and update once."""
-    forced = ["system.anomaly_probability=0.3", "env.time_limit=101"]
-    _, setup, env = cases.build("gae", "smax/3m", *forced)
+    forced = "system.anomaly_probability=0.3"
+    _, setup, env = cases.build("gae", "smax/3m", forced)
 
     @jax.jit
     def run(key):
